@@ -1,0 +1,52 @@
+# Everything runs in .venv, made on first use from the pinned versions in constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The same set-up whether or not the shell has another environment active.
+unexport PYTHONPATH
+unexport VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-slow bench sweep lint types check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY) ## make .venv with the pinned dependencies
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11; name one with: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(READY) ## distil the embedded digits: teacher, seven students, ensemble, report
+	$(BIN)/python -m pkd_lightning.run experiment=digits $(ARGS)
+
+test: $(READY) ## the default test suite
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(READY) ## the tests that need real MNIST or minutes of training
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+sweep: $(READY) ## a Hydra multirun: three objectives, three seeds, then one comparison
+	$(BIN)/python -m pkd_lightning.run --multirun experiment=digits run_root=runs/sweep seed=0,1,2 \
+	  boosting=default,additive,paper $(ARGS)
+	$(BIN)/python -m pkd_lightning.report runs/sweep --out runs/sweep/comparison.html
+
+bench: $(READY) ## timings of the scan, the block and the data path on this machine
+	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+lint: $(READY) ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test ## all that CI runs
+
+clean: ## remove .venv and caches, keep the runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,13 @@
+"""Progressive knowledge distillation with Mamba: a teacher distilled, round by round, into a growing ensemble."""
+
+import os
+
+# Before torch loads its OpenMP runtime: threads that wait by spinning stall each other when another process shares the
+# cores. Fits of tiny models, with thousands of short parallel regions, took up to ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from pkd_lightning._torchvision import define_missing_operators
+
+__version__ = "0.1.0"
+
+define_missing_operators()

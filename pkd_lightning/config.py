@@ -1,0 +1,253 @@
+"""Options of the algorithm, validated at construction. Every fault is found at once and named with its key."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args
+
+from pkd_lightning.errors import ConfigError
+
+T = TypeVar("T")
+
+Require = Literal["auto", "condition", "improvement"]
+OnFailure = Literal["expand", "accept"]
+Split = Literal["paper", "official"]
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the known name nearest to `name`, or '' where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def unknown_keys(given: Iterable[str], known: Iterable[str]) -> list[str]:
+    """One fault for each given key that is not known, with the nearest known one."""
+    known = list(known)
+    return [
+        f"{key}: no such option.{suggest(key, known)} Options: {', '.join(known)}" for key in given if key not in known
+    ]
+
+
+def build(cls: type[T], options: Mapping[str, Any]) -> T:
+    """Construct the dataclass `cls` from `options`.
+
+    Raises:
+        ConfigError: for unknown keys, with suggestions, and for whatever `cls` itself finds.
+    """
+    faults = unknown_keys(options, [f.name for f in fields(cls)])  # type: ignore[arg-type]
+    if faults:
+        raise ConfigError(faults)
+    return cls(**options)
+
+
+def collect(faults: list[str], prefix: str, make: Callable[[], T]) -> T | None:
+    """Call `make`; on a `ConfigError` add its faults, each under `prefix`, to `faults` and return None."""
+    try:
+        return make()
+    except ConfigError as error:
+        faults.extend(f"{prefix}.{fault}" for fault in error.faults)
+        return None
+
+
+class Faults:
+    """Collects the faults of one dataclass; each check states what is allowed."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self.found: list[str] = []
+
+    def whole(self, name: str, least: int, optional: bool = False) -> None:
+        """`name` must be an int of at least `least` (or None where `optional`)."""
+        value = getattr(self.owner, name)
+        if (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+            return
+        null = "null or " if optional else ""
+        self.found.append(f"{name}={value!r}: must be {null}a whole number of at least {least}")
+
+    def number(
+        self,
+        name: str,
+        low: float = -math.inf,
+        high: float = math.inf,
+        optional: bool = False,
+        exclusive: bool = False,
+    ) -> None:
+        """`name` must be a finite number in [low, high], or in (low, high) where `exclusive`."""
+        value = getattr(self.owner, name)
+        if value is None and optional:
+            return
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            inside = low < value < high if exclusive else low <= value <= high
+            if inside:
+                return
+        null = "null or " if optional else ""
+        if exclusive:
+            limits = f"above {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+        elif high < math.inf:
+            limits = f"from {low:g} to {high:g}"
+        else:
+            limits = f"at least {low:g}" if low > -math.inf else "finite"
+        self.found.append(f"{name}={value!r}: must be {null}a number {limits}")
+
+    def choice(self, name: str, allowed: Iterable[str]) -> None:
+        """`name` must be one of `allowed`."""
+        allowed = list(allowed)
+        value = getattr(self.owner, name)
+        if value not in allowed:
+            self.found.append(f"{name}={value!r}: must be one of {', '.join(allowed)}.{suggest(str(value), allowed)}")
+
+    def flag(self, name: str) -> None:
+        """`name` must be a bool."""
+        if not isinstance(getattr(self.owner, name), bool):
+            self.found.append(f"{name}={getattr(self.owner, name)!r}: must be true or false")
+
+    def raise_if_any(self) -> None:
+        """Raise one `ConfigError` with everything found."""
+        if self.found:
+            raise ConfigError(self.found)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How one model is fitted.
+
+    Attributes:
+        optimizer: parameters to a torch optimiser (a Hydra partial).
+        schedule: progress in [0, 1] to a multiplier of the learning rate (see `pkd_lightning.schedules`).
+        max_epochs: most epochs of one fit.
+        patience: epochs without a better validation loss before a fit stops; None never stops it early.
+        batch_size: samples per step.
+        gradient_clip: largest gradient norm; None does not clip.
+        accelerator: as for `lightning.Trainer`.
+        precision: as for `lightning.Trainer`.
+        num_workers: loader processes; 0 loads in the training process, fastest for data in memory.
+        progress: show a progress bar per fit.
+    """
+
+    optimizer: Callable[..., Any]
+    schedule: Callable[[float], float]
+    max_epochs: int = 50
+    patience: int | None = 5
+    batch_size: int = 32
+    gradient_clip: float | None = 1.0
+    accelerator: str = "auto"
+    precision: str | int = "32-true"
+    num_workers: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        faults = Faults(self)
+        faults.whole("max_epochs", 1)
+        faults.whole("patience", 1, optional=True)
+        faults.whole("batch_size", 1)
+        faults.whole("num_workers", 0)
+        faults.number("gradient_clip", 0, optional=True, exclusive=True)
+        faults.flag("progress")
+        faults.raise_if_any()
+
+
+@dataclass(frozen=True)
+class WeakLearnerConfig:
+    """When a candidate becomes a student (METHOD: the weak-learning condition of B-DISTIL, arXiv 2302.10093).
+
+    Attributes:
+        require: `condition`: positive edges; `improvement`: the ensemble with the candidate has a lower validation loss
+            than without it; `auto`: what the objective was made for.
+        fraction: fraction of the classes whose edge must exceed `margin` (1 is the published condition).
+        margin: what an edge must exceed (0 is the published condition).
+        min_improvement: relative decrease of the validation loss that counts as an improvement.
+        check_every: epochs between two checks of the condition; training stops early when it holds.
+        max_attempts: candidates tried in one model class before the class counts as failed.
+        on_failure: `expand`: go to the next larger class; `accept`: take the best candidate and say so.
+    """
+
+    require: Require = "auto"
+    fraction: float = 1.0
+    margin: float = 0.0
+    min_improvement: float = 0.0
+    check_every: int = 10
+    max_attempts: int = 1
+    on_failure: OnFailure = "expand"
+
+    def __post_init__(self) -> None:
+        faults = Faults(self)
+        faults.choice("require", get_args(Require))
+        faults.number("fraction", 0, 1)
+        faults.number("margin")
+        faults.number("min_improvement", 0, 1)
+        faults.whole("check_every", 1)
+        faults.whole("max_attempts", 1)
+        faults.choice("on_failure", get_args(OnFailure))
+        faults.raise_if_any()
+
+
+@dataclass(frozen=True)
+class BoostingConfig:
+    """The boosting loop and its round losses.
+
+    Attributes:
+        rounds: most students T.
+        objective: name in `pkd_lightning.boosting.objectives`, or import path of an `Objective`.
+        combine: name in `pkd_lightning.boosting.combine`, or import path of a `Combination`.
+        temperature: tau of the distillation loss.
+        alpha: weight of the hard loss.
+        anchor: weight of the ensemble's loss in the anchored objective; the student's own has 1 - anchor.
+        gamma: divisor of the barrier loss.
+        soft_term: add the soft loss of the first round to the published round loss.
+        eta: step of the multiplicative update; None for sqrt(log(2N) / T) / B.
+        weak_learner: see `WeakLearnerConfig`.
+    """
+
+    rounds: int = 7
+    objective: str = "anchored"
+    combine: str = "learned"
+    temperature: float = 2.0
+    alpha: float = 0.5
+    anchor: float = 0.5
+    gamma: float = 1.0
+    soft_term: bool = False
+    eta: float | None = None
+    weak_learner: WeakLearnerConfig = field(default_factory=WeakLearnerConfig)
+
+    def __post_init__(self) -> None:
+        faults = Faults(self)
+        faults.whole("rounds", 1)
+        faults.number("temperature", 0, exclusive=True)
+        faults.number("alpha", 0, 1)
+        faults.number("anchor", 0, 1)
+        faults.number("gamma", 0, exclusive=True)
+        faults.flag("soft_term")
+        faults.number("eta", 0, optional=True)
+        # imported here: the objectives take this configuration as an argument
+        from pkd_lightning.boosting import combine, objectives
+
+        for name, module, kind in (
+            ("objective", objectives, objectives.Objective),
+            ("combine", combine, combine.Combination),
+        ):
+            collect(faults.found, name, lambda n=name, m=module, k=kind: resolve(getattr(self, n), m, k))  # type: ignore[misc]
+        faults.raise_if_any()
+
+
+def resolve(name: str, module: Any, kind: type[T]) -> T:
+    """The object of type `kind` called `name` in `module`, or at the import path `name`.
+
+    Raises:
+        ConfigError: where there is none, listing what `module` offers.
+    """
+    from hydra.utils import get_object
+
+    offered = sorted(key for key, value in vars(module).items() if isinstance(value, kind))
+    if name in offered:
+        return getattr(module, name)  # type: ignore[no-any-return]
+    if "." in str(name):
+        try:
+            found = get_object(name)
+        except Exception as error:
+            raise ConfigError([f"{name!r}: cannot be imported ({error})"]) from error
+        if isinstance(found, kind):
+            return found
+        raise ConfigError([f"{name!r}: is not a {kind.__name__}"])
+    options = ", ".join(offered)
+    raise ConfigError([f"{name!r}: must be one of {options}, or an import path.{suggest(str(name), offered)}"])
