@@ -1,0 +1,220 @@
+"""The in-memory data module: split, batches with sample indices, order as a pure function of seed, stage and epoch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pkd_lightning.config import Faults, Split
+from pkd_lightning.data.images import ImageSet
+from pkd_lightning.errors import ConfigError
+from pkd_lightning.seeding import derive, generator
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Batch(NamedTuple):
+    """One batch: sample index (batch,), normalised images (batch, C, H, W), labels (batch,)."""
+
+    index: Tensor  # type: ignore[assignment]  # the contract's name; hides tuple.index
+    images: Tensor
+    labels: Tensor
+
+
+class BatchKey(NamedTuple):
+    """What a sampler asks a dataset for: row numbers (batch,), and the seed of their augmentation, if any."""
+
+    rows: Tensor
+    augmentation_seed: int | None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data comes from and how it is split.
+
+    Attributes:
+        source: root to `ImageSet` (a Hydra partial).
+        root: directory of the files, for sources that read files; None for the source's own search.
+        split: `paper`: train and test pooled and split anew, seeded; `official`: the data set's own test part.
+        test_fraction: the pool's part kept for the test (`paper` only).
+        validation_fraction: part of the training samples carved out for every choice made during a run.
+        split_seed: seed of the split. Not the run's seed: over several seeds the test part stays the same, untouched.
+        limit: use so many samples, drawn at random from the pool; None for all.
+        augment: whole-batch augmentation of training images (images, generator) -> images, or None.
+    """
+
+    source: Callable[..., ImageSet]
+    root: str | None = None
+    split: Split = "paper"
+    test_fraction: float = 0.3
+    validation_fraction: float = 0.1
+    split_seed: int = 0
+    limit: int | None = None
+    augment: Augmentation | None = None
+
+    def __post_init__(self) -> None:
+        faults = Faults(self)
+        faults.choice("split", get_args(Split))
+        faults.number("test_fraction", 0, 1, exclusive=True)
+        faults.number("validation_fraction", 0, 1, exclusive=True)
+        faults.whole("split_seed", 0)
+        faults.whole("limit", 1, optional=True)
+        faults.raise_if_any()
+
+
+class DataModule:
+    """An image data set in memory, split into training, validation and test rows.
+
+    Samples are renumbered so that a row number is the sample index everywhere: training rows first, then validation,
+    then test. Teacher logits and residual matrices are stored by this index.
+
+    Args:
+        config: see `DataConfig`.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+        sizes: (training, validation, test) number of rows.
+        mean, std: (C, 1, 1) of the training rows, of pixels scaled to [0, 1].
+
+    Raises:
+        ConfigError: where a part of the split would be empty.
+        DataError: from the source.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        data = config.source(root=config.root)
+        self.name, self.num_classes = data.name, data.num_classes
+        train, validation, test = split_rows(data, config)
+        order = torch.cat([train, validation, test])
+        self.images, self.labels = data.images[order], data.labels[order]
+        self.sizes = (len(train), len(validation), len(test))
+        self.mean, self.std = _channel_statistics(self.images[: self.sizes[0]])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def training(self) -> range:
+        """The training rows."""
+        return range(self.sizes[0])
+
+    @property
+    def validation(self) -> range:
+        """The validation rows."""
+        return range(self.sizes[0], self.sizes[0] + self.sizes[1])
+
+    @property
+    def test(self) -> range:
+        """The test rows. Read once, at the end of a run; no choice depends on them."""
+        return range(self.sizes[0] + self.sizes[1], sum(self.sizes))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images (batch, C, H, W) to float32 of mean 0 and standard deviation 1 over the training rows."""
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+    def training_loader(self, batch_size: int, seed: int, stage: str, num_workers: int = 0) -> DataLoader[Batch]:
+        """Shuffled, augmented training batches; the order is a function of (seed, stage, epoch)."""
+        sampler = EpochSampler(self.training, batch_size, seed, stage, shuffle=True, augment=bool(self.config.augment))
+        return self._loader(sampler, num_workers)
+
+    def loader(self, rows: range, batch_size: int) -> DataLoader[Batch]:
+        """Batches of `rows` in order, without augmentation."""
+        return self._loader(EpochSampler(rows, batch_size), 0)
+
+    def _loader(self, sampler: "EpochSampler", num_workers: int) -> DataLoader[Batch]:
+        # batch_size=None: the sampler's item is a whole batch, so one tensor operation fetches it
+        return DataLoader(
+            BatchDataset(self),
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
+
+
+class BatchDataset(Dataset[Batch]):
+    """Delivers whole batches by row numbers."""
+
+    def __init__(self, data: DataModule) -> None:
+        self.data = data
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        """The batch of `key`."""
+        rows, augmentation_seed = key
+        images = self.data.images[rows]
+        if augmentation_seed is not None:
+            assert self.data.config.augment is not None
+            images = self.data.config.augment(images, torch.Generator().manual_seed(augmentation_seed))
+        return Batch(rows, self.data.normalise(images), self.data.labels[rows])
+
+
+class EpochSampler(Sampler[BatchKey]):
+    """Yields one `BatchKey` per batch. Lightning calls `set_epoch` before each epoch."""
+
+    def __init__(
+        self, rows: range, batch_size: int, seed: int = 0, stage: str = "", shuffle: bool = False, augment: bool = False
+    ) -> None:
+        self.rows, self.batch_size, self.seed, self.stage = rows, batch_size, seed, stage
+        self.shuffle, self.augment = shuffle, augment
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration follows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        rows = torch.arange(self.rows.start, self.rows.stop)
+        if self.shuffle:
+            rows = rows[torch.randperm(len(rows), generator=generator(self.seed, self.stage, "order", self.epoch))]
+        for step, batch in enumerate(rows.split(self.batch_size)):
+            seed = derive(self.seed, self.stage, "augment", self.epoch, step) if self.augment else None
+            yield BatchKey(batch, seed)
+
+
+def split_rows(data: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers of `data` for training, validation and test, a function of `config.split_seed` alone.
+
+    Raises:
+        ConfigError: where a part would be empty.
+    """
+    pool = torch.randperm(len(data.labels), generator=generator(config.split_seed, "split"))[: config.limit]
+    if config.split == "paper":
+        # floor, with a guard against 0.7 * 70000 = 48999.99...
+        n_training = int(len(pool) * (1 - config.test_fraction) + 1e-6)
+        training, test = pool[:n_training], pool[n_training:]
+    else:
+        training, test = pool[pool < data.train_size], pool[pool >= data.train_size]
+    n_validation = round(len(training) * config.validation_fraction)
+    validation, training = training[:n_validation], training[n_validation:]
+    parts = {"training": training, "validation": validation, "test": test}
+    empty = [name for name, rows in parts.items() if len(rows) == 0]
+    if empty:
+        raise ConfigError(
+            [
+                f"data: {len(pool)} samples (limit={config.limit}), split={config.split!r},"
+                f" validation_fraction={config.validation_fraction}: no sample is left for {', '.join(empty)}"
+            ]
+        )
+    return training, validation, test
+
+
+def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of uint8 images scaled to [0, 1], each (C, 1, 1)."""
+    # by counting values: exact, and no float copy of the data
+    counts = torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in images.transpose(0, 1)]).double()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * values).sum(1) / counts.sum(1)
+    variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
+    std = variance.sqrt().clamp(min=1e-6)  # a constant channel stays finite
+    return mean.float()[:, None, None], std.float()[:, None, None]
