@@ -1,0 +1,1 @@
+"""Models: the selective scan, the Mamba block, the classifier and the ladder of model classes."""

@@ -1,0 +1,68 @@
+"""The ladder of model classes F_1, F_2, ... of growing size that `find_weak_learner` climbs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+from pkd_lightning.errors import ConfigError
+
+ImageShape = tuple[int, int, int]
+
+
+class Ladder:
+    """Model classes in the order in which they are tried.
+
+    Args:
+        model: import path of the student's class, called as model(image_shape, num_classes, **rung).
+        rungs: options of each class, smallest first.
+        common: options all classes share; a rung's own win.
+        repeat: whether a class may give several students. Without, each accepted student uses its rung up.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        rungs: Sequence[Mapping[str, Any]],
+        common: Mapping[str, Any] | None = None,
+        repeat: bool = False,
+    ) -> None:
+        if not rungs:
+            raise ConfigError(["rungs: a ladder needs at least one rung"])
+        try:
+            self.model = get_object(model)
+        except Exception as error:  # get_object raises whatever the module's import does
+            raise ConfigError([f"model={model!r}: cannot be imported ({error})"]) from error
+        self.path = model
+        self.rungs = [{**_plain(common or {}), **_plain(rung)} for rung in rungs]
+        self.repeat = repeat
+
+    def __len__(self) -> int:
+        return len(self.rungs)
+
+    def build(self, index: int, image_shape: ImageShape, num_classes: int) -> nn.Module:
+        """A new student of class `index` (from 0), randomly initialised."""
+        student: nn.Module = self.model(image_shape, num_classes, **self.rungs[index])
+        return student
+
+    def faults(self, rounds: int, image_shape: ImageShape | None = None) -> list[str]:
+        """Every reason why `rounds` students cannot be built; those that depend on the image only with its shape."""
+        found = []
+        if rounds > len(self) and not self.repeat:
+            found.append(
+                f"rungs: {rounds} rounds (boosting.rounds) on a ladder of {len(self)} rungs need student.repeat=true,"
+                " or more rungs"
+            )
+        check = getattr(self.model, "faults", None)
+        if check is not None:
+            for index, rung in enumerate(self.rungs):
+                found += [f"rungs[{index}].{fault}" for fault in check(rung, image_shape)]
+        return found
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(options, (DictConfig, ListConfig)):
+        options = OmegaConf.to_container(options, resolve=True)  # type: ignore[assignment]
+    return {str(key): value for key, value in options.items()}

@@ -1,0 +1,59 @@
+"""The selective scan in plain PyTorch: the oracle for every faster backend (Gu & Dao, arXiv 2312.00752, section 3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def selective_scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan with the semantics of mamba_ssm's `selective_scan_fn`, one loop over time.
+
+        h_t = exp(delta_t * A) * h_{t-1} + delta_t * B_t * u_t,    y_t = C_t . h_t + D * u_t,    out_t = y_t * silu(z_t)
+
+    Args:
+        u: (batch, d_inner, length) input.
+        delta: (batch, d_inner, length) step sizes, before bias and softplus.
+        A: (d_inner, d_state) state matrix, negative.
+        B: (batch, d_state, length) input matrix.
+        C: (batch, d_state, length) output matrix.
+        D: (d_inner,) skip, or None.
+        z: (batch, d_inner, length) gate, or None.
+        delta_bias: (d_inner,) added to delta, or None.
+        delta_softplus: apply softplus to delta after the bias.
+        return_last_state: also return the state after the last step.
+
+    Returns:
+        (batch, d_inner, length) in u's dtype; with `return_last_state` also (batch, d_inner, d_state).
+    """
+    dtype = u.dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    u, delta, A, B, C = (x.to(compute) for x in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(compute)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    h = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
+    steps = []
+    # unbind, not indexing: the backward pass of x[..., t] writes a full-length gradient at every step
+    per_step = zip(delta.unbind(-1), (delta * u).unbind(-1), B.unbind(-1), C.unbind(-1), strict=True)
+    for delta_t, delta_u_t, B_t, C_t in per_step:
+        h = torch.exp(delta_t[..., None] * A) * h + delta_u_t[..., None] * B_t[:, None]
+        steps.append((h * C_t[:, None]).sum(-1))
+    y = torch.stack(steps, dim=-1)
+    if D is not None:
+        y = y + u * D.to(compute)[:, None]
+    if z is not None:
+        y = y * F.silu(z.to(compute))
+    y = y.to(dtype)
+    return (y, h) if return_last_state else y

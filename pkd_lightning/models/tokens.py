@@ -1,0 +1,78 @@
+"""From images to token sequences."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pkd_lightning.models.options import PixelChannels
+
+ImageShape = tuple[int, int, int]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _grids(image_shape: ImageShape, channels: PixelChannels) -> dict[int, tuple[int, int]]:
+    """Every sequence length that equal pooling blocks can give, with its most nearly square (rows, columns)."""
+    planes = image_shape[0] if channels == "all" else 1
+    grids: dict[int, tuple[int, int]] = {}
+    # rows before columns: of two equally square rasters the one with more rows wins
+    for rows in reversed(_divisors(image_shape[1])):
+        for columns in _divisors(image_shape[2]):
+            length = planes * rows * columns
+            best = grids.get(length)
+            if best is None or abs(rows - columns) < abs(best[0] - best[1]):
+                grids[length] = (rows, columns)
+    return grids
+
+
+def pooled_grid(image_shape: ImageShape, seq_len: int, channels: PixelChannels) -> tuple[int, int] | None:
+    """The (rows, columns) to pool an image to so that it gives `seq_len` tokens, or None where none divides it."""
+    return _grids(image_shape, channels).get(seq_len)
+
+
+def possible_lengths(image_shape: ImageShape, channels: PixelChannels) -> list[int]:
+    """The sequence lengths `pooled_grid` can reach, ascending."""
+    return sorted(_grids(image_shape, channels))
+
+
+class PixelTokens(nn.Module):
+    """Average-pools an image to `seq_len` scalars, one token each, row by row (Mamba-PKD's reading of an image).
+
+    With d_model > 1 each scalar is embedded by one linear layer.
+    """
+
+    def __init__(self, image_shape: ImageShape, seq_len: int, d_model: int, channels: PixelChannels) -> None:
+        super().__init__()
+        grid = pooled_grid(image_shape, seq_len, channels)
+        assert grid is not None, "checked by MambaClassifierConfig.faults"
+        self.length = seq_len
+        self.grid = (seq_len // grid[1], grid[1])  # with all channels, their planes lie below each other
+        self.block = (image_shape[1] // grid[0], image_shape[2] // grid[1])
+        self.average_channels = channels == "one" and image_shape[0] > 1
+        self.embed = nn.Identity() if d_model == 1 else nn.Linear(1, d_model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, channels, height, width) to tokens (batch, length, d_model)."""
+        if self.average_channels:
+            images = images.mean(1, keepdim=True)
+        if self.block != (1, 1):
+            images = F.avg_pool2d(images, self.block)
+        tokens: Tensor = self.embed(images.flatten(1).unsqueeze(-1))
+        return tokens
+
+
+class PatchTokens(nn.Module):
+    """One token per square patch by a strided convolution to d_model channels, row by row; patches may overlap."""
+
+    def __init__(self, image_shape: ImageShape, d_model: int, patch_size: int, stride: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(image_shape[0], d_model, patch_size, stride)
+        rows, columns = ((side - patch_size) // stride + 1 for side in image_shape[1:])
+        self.grid = (rows, columns)
+        self.length = rows * columns
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, channels, height, width) to tokens (batch, length, d_model)."""
+        tokens: Tensor = self.project(images)
+        return tokens.flatten(2).transpose(1, 2)
