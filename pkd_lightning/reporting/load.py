@@ -1,0 +1,186 @@
+"""Read what a run left behind, and say exactly what is wrong with it when it cannot be read."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pkd_lightning.errors import RunError
+
+SCHEMA = 1
+TEXT_KEYS = ("experiment", "dataset", "split", "objective", "combine")
+COST_KEYS = ("params", "flops_published", "macs_total")
+TEACHER_KEYS = ("accuracy", *COST_KEYS)
+ROUND_KEYS = ("accuracy", "prefix_accuracy", *COST_KEYS)
+EDGE_KEYS = ("min", "max", "satisfied", "classes")
+ENSEMBLE_KEYS = ("accuracy", *COST_KEYS)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as the report sees it.
+
+    Attributes:
+        path: the run directory.
+        results: the checked content of `results.json`.
+        metrics: the rows of `metrics.jsonl`, sorted by (stage, attempt, epoch), of repeated rows the last.
+        config: the text of `config.yaml`, None where it is missing.
+        notes: what a reader of the report must know about the files: lines skipped, values missing.
+    """
+
+    path: Path
+    results: Row
+    metrics: list[Row] = field(default_factory=list)
+    config: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The run directories at or below `path`: those that hold a `results.json`.
+
+    Raises:
+        RunError: `path` is not a directory, or no run below it has results.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path} is not a directory" if path.exists() else f"no such run directory: {path}")
+    if (path / "results.json").is_file():
+        return [path]
+    found = sorted(file.parent for file in path.rglob("results.json") if file.is_file())
+    if not found:
+        raise RunError(f"no results.json in or below {path}: a run writes it when its last round is done")
+    return found
+
+
+def load_run(path: Path) -> RunRecord:
+    """Read one run directory.
+
+    Raises:
+        RunError: `results.json` is missing, damaged, of another schema or incomplete. Missing or torn `metrics.jsonl`
+            and `config.yaml` are notes, not errors.
+    """
+    results = read_results(path / "results.json")
+    notes = [f"results.json has no number for {where}: shown as n/a" for where in _gaps(results)]
+    metrics, metric_notes = read_metrics(path / "metrics.jsonl")
+    config: str | None = None
+    try:
+        config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        metric_notes.append("config.yaml is missing: the resolved configuration is not shown")
+    return RunRecord(path, results, metrics, config, notes + metric_notes)
+
+
+def read_results(file: Path) -> Row:
+    """Parse and check `results.json`; every fault found is named in the one RunError raised."""
+    if not file.parent.is_dir():
+        raise RunError(f"no such run directory: {file.parent}")
+    if not file.is_file():
+        raise RunError(f"no results.json in {file.parent}: a run writes it when its last round is done")
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RunError(f"{file} is truncated or damaged, not valid JSON: {error}") from error
+    if not isinstance(results, dict):
+        raise RunError(f"{file} holds a {type(results).__name__}, not the results of a run")
+    schema = results.get("schema")
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise RunError(f"{file} has schema {schema!r}; this version of pkd_lightning reads schema {SCHEMA}")
+    faults = list(_faults(results))
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        raise RunError(f"{file} is not a complete result:\n{lines}")
+    return results
+
+
+def read_metrics(file: Path) -> tuple[list[Row], list[str]]:
+    """Rows of `metrics.jsonl` and notes on what was skipped.
+
+    A run killed while writing leaves a torn last line, and a resumed run repeats the epochs since its last checkpoint:
+    the first is skipped with a note, of the second the last row wins.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return [], ["metrics.jsonl is missing: loss curves are missing"]
+    rows: dict[tuple[str, int, int], Row] = {}
+    skipped = []
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[str(row["stage"]), int(row.get("attempt") or 0), int(row["epoch"])] = row
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            skipped.append(place)
+    notes = []
+    if skipped == [len(lines)]:
+        notes.append("metrics.jsonl: the last line is torn (the run was interrupted while writing it) and is skipped")
+    elif skipped:
+        notes.append(f"metrics.jsonl: {len(skipped)} unreadable line(s) skipped, the first is line {skipped[0]}")
+    undefined = sum(
+        1
+        for row in rows.values()
+        for key in ("train_loss", "validation_loss")
+        if isinstance(row.get(key), float) and not math.isfinite(row[key])
+    )
+    if undefined:
+        notes.append(f"metrics.jsonl: {undefined} loss value(s) are not finite: gaps in the loss curves")
+    return [rows[key] for key in sorted(rows)], notes
+
+
+def _numeric(value: Any) -> bool:
+    """Whether a value may stand where a number belongs; None stands for "not measured"."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _part_faults(part: Any, where: str, keys: tuple[str, ...]) -> Iterator[str]:
+    if not isinstance(part, Mapping):
+        yield f"{where} is missing" if part is None else f"{where} is {part!r}, not an object"
+        return
+    for key in keys:
+        if key not in part:
+            yield f"{where}.{key} is missing"
+        elif not _numeric(part[key]):
+            yield f"{where}.{key} is {part[key]!r}, not a number"
+
+
+def _faults(results: Row) -> Iterator[str]:
+    yield from (f"{key} is missing" for key in TEXT_KEYS if key not in results)
+    yield from _part_faults(results.get("teacher"), "teacher", TEACHER_KEYS)
+    rounds = results.get("rounds")
+    if not isinstance(rounds, list):
+        yield "rounds is missing" if rounds is None else f"rounds is {rounds!r}, not a list"
+        return
+    for index, entry in enumerate(rounds):
+        where = f"rounds[{index}]"
+        yield from _part_faults(entry, where, ROUND_KEYS)
+        if isinstance(entry, Mapping):
+            if entry.get("round") != index:
+                yield f"{where}.round is {entry.get('round')!r}, not {index}"
+            if not isinstance(entry.get("accepted_by"), str):
+                yield f"{where}.accepted_by is {entry.get('accepted_by')!r}, not a word"
+            yield from _part_faults(entry.get("edges"), f"{where}.edges", EDGE_KEYS)
+    if rounds:
+        yield from _part_faults(results.get("ensemble"), "ensemble", ENSEMBLE_KEYS)
+
+
+def _gaps(results: Row) -> Iterator[str]:
+    """Places whose number is null, NaN or infinite."""
+    for index, entry in enumerate(results["rounds"]):
+        yield from _undefined(entry, f"rounds[{index}]", ROUND_KEYS)
+        yield from _undefined(entry["edges"], f"rounds[{index}].edges", EDGE_KEYS)
+    yield from _undefined(results["teacher"], "teacher", TEACHER_KEYS)
+    if results["rounds"]:
+        yield from _undefined(results["ensemble"], "ensemble", ENSEMBLE_KEYS)
+
+
+def _undefined(part: Row, where: str, keys: tuple[str, ...]) -> Iterator[str]:
+    extra = [key for key, value in part.items() if isinstance(value, float) and not math.isfinite(value)]
+    for key in dict.fromkeys([*keys, *extra]):
+        if part[key] is None or key in extra:
+            yield f"{where}.{key}"

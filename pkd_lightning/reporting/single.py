@@ -1,0 +1,180 @@
+"""The page of one run."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pkd_lightning.errors import RunError
+from pkd_lightning.reporting import page, style
+from pkd_lightning.reporting.figures import cards, loss_stages
+from pkd_lightning.reporting.load import Row, RunRecord
+from pkd_lightning.reporting.table import COLUMNS, condition_sentence, student_rows, teacher_row
+from pkd_lightning.reporting.values import (
+    MISSING,
+    acceptance,
+    count,
+    duration,
+    ensemble_shares,
+    number,
+    percent,
+    share,
+)
+
+
+def run_page(run: RunRecord, figures: Path) -> str:
+    """The page of a run; its figures are also saved as PNG files in `figures`."""
+    results = run.results
+    words = [f"{key} {results.get(key, MISSING)}" for key in ("dataset", "split", "objective", "combine", "seed")]
+    graphics = []
+    with style.styled():
+        for card in cards(run):
+            parts = [
+                style.svg(part, f"{card.name}{index}", card.title) for index, part in enumerate(card.figures, start=1)
+            ]
+            graphics.append(page.figure(card.title, card.caption, parts))
+            try:
+                style.save_png(card.draw(), figures / f"{card.name}.png", card.title)
+            except OSError as error:
+                raise RunError(f"cannot write the figures to {figures}: {error.strerror}") from error
+    body = [
+        page.heading(str(results["experiment"]), " · ".join(words)),
+        page.tiles(_tiles(results)),
+        page.paragraphs(_summary(results)),
+        page.notes([*run.notes, *_missing_curves(run)]),
+        page.section_heading("Figures") if graphics else "",
+        f'<div class="figures">{"".join(graphics)}</div>' if graphics else "",
+        page.section_heading("Results"),
+        _table(results),
+        page.paragraphs(_table_notes(results)),
+        page.section_heading("Setting"),
+        *_setting(run),
+    ]
+    return page.page(f"{results['experiment']}: progressive knowledge distillation", body)
+
+
+def _tiles(results: Row) -> list[tuple[str, str, str]]:
+    ensemble = results.get("ensemble") or {}
+    shares = ensemble_shares(results)
+    members = len(results["rounds"])
+    return [
+        ("teacher accuracy", percent(number(results["teacher"], "accuracy")), _error(results, results["teacher"])),
+        (f"ensemble of {members}", percent(number(ensemble, "accuracy")), _error(results, ensemble)),
+        ("parameters", share(shares["params"]), "of the teacher's"),
+        ("total MACs", share(shares["macs_total"]), "of the teacher's, everything counted"),
+        ("published FLOPs", share(shares["flops_published"]), "of the teacher's, in_proj and head only"),
+    ]
+
+
+def _error(results: Row, part: Row) -> str:
+    """Standard error of an accuracy, from the size of the test part."""
+    size, accuracy = number(results, "sizes", "test"), number(part, "accuracy")
+    if not (size > 0 and 0 <= accuracy <= 1):
+        return "of the test part"
+    return f"± {100 * math.sqrt(accuracy * (1 - accuracy) / size):.1f} points, {size:,.0f} test images"
+
+
+def _summary(results: Row) -> list[str]:
+    teacher, rounds = results["teacher"], results["rounds"]
+    ensemble = results.get("ensemble") or {}
+    size = number(results, "sizes", "test")
+    images = f"the {count(size)} test images" if size > 0 else "the test images"
+    first = f"The teacher classifies {percent(number(teacher, 'accuracy'))} of {images} correctly."
+    stop = f"The run stopped: {results['stop_reason']}." if results.get("stop_reason") else ""
+    if not rounds:
+        return [first, "No student was accepted.", stop]
+    gap = 100 * (number(ensemble, "accuracy") - number(teacher, "accuracy"))
+    against = "" if math.isnan(gap) else f", {abs(gap):.1f} points {'above' if gap > 0 else 'below'} the teacher"
+    agreement = number(ensemble, "agreement")
+    agrees = "" if math.isnan(agreement) else f", and gives the teacher's answer for {percent(agreement)} of them"
+    who = "The single student" if len(rounds) == 1 else f"The ensemble of {len(rounds)} students"
+    shares = {key: share(value) for key, value in ensemble_shares(results).items()}
+    cost = (
+        f"It has {shares['params']} of the teacher's parameters. One image costs {shares['macs_total']} of the "
+        f"teacher's multiply-accumulates when everything is counted (total MACs), and {shares['flops_published']} by "
+        "the paper's convention (published FLOPs: in_proj and classifier head only)."
+    )
+    return [
+        f"{first} {who} reaches {percent(number(ensemble, 'accuracy'))}{against}{agrees}.",
+        cost,
+        f"{condition_sentence(results)} {stop}".strip(),
+    ]
+
+
+def _missing_curves(run: RunRecord) -> list[str]:
+    stages = loss_stages(run.metrics)
+    lines = []
+    if not run.metrics and not any("metrics.jsonl is missing" in note for note in run.notes):
+        lines.append("metrics.jsonl holds no epochs: loss curves are missing")
+    if run.metrics and "teacher" not in stages:
+        lines.append("metrics.jsonl has no losses of the teacher: it was not trained in this run")
+    absent = [f"round-{index:02d}" for index in range(len(run.results["rounds"]))]
+    absent = [stage for stage in absent if stage not in stages]
+    if run.metrics and absent:
+        lines.append(f"metrics.jsonl has no losses of {', '.join(absent)}")
+    contradictions = [
+        index for index, entry in enumerate(run.results["rounds"], 1) if acceptance(entry) == "contradiction"
+    ]
+    lines += [
+        f"student {index} is recorded as accepted by the condition, but its edges are not all positive: it is not "
+        "counted as meeting the condition"
+        for index in contradictions
+    ]
+    return lines
+
+
+def _table(results: Row) -> str:
+    rows = [*student_rows(results, 2), teacher_row(results, 2)]
+    cells = [[row["accepted_full" if column.key == "accepted" else column.key] for column in COLUMNS] for row in rows]
+    text = [index for index, column in enumerate(COLUMNS) if column.key == "accepted"]
+    return page.table([column.title for column in COLUMNS], cells, text, [len(rows) - 1])
+
+
+def _table_notes(results: Row) -> list[str]:
+    if not results["rounds"]:
+        return []
+    return [
+        "Prefix: the first t students together. Rung: place of the student's model class in the ladder. Edges met: "
+        "classes with a positive edge; the first student's edges are zero by definition. Accuracies are on the test "
+        "part, which decided nothing."
+    ]
+
+
+def _setting(run: RunRecord) -> list[str]:
+    results = run.results
+    seconds = results.get("wall_seconds") or {}
+    rounds = seconds.get("rounds") if isinstance(seconds, Mapping) else None
+    facts = {
+        "run directory": str(run.path),
+        "sizes (images)": _inline(results.get("sizes")),
+        "time, teacher": duration(number(results, "wall_seconds", "teacher")),
+        "time, each round": ", ".join(duration(number({"s": value}, "s")) for value in rounds or []) or MISSING,
+        "time, total": duration(number(results, "wall_seconds", "total")),
+        "hardware": _inline(results.get("hardware")),
+        "versions": _inline(results.get("versions")),
+    }
+    parts = [page.details("Time, hardware, versions", page.pairs(facts)).replace("<details", "<details open", 1)]
+    configs = [("teacher", results["teacher"].get("config"))]
+    configs += [(str(index), entry.get("config")) for index, entry in enumerate(results["rounds"], 1)]
+    keys = list(dict.fromkeys(key for _, config in configs if isinstance(config, Mapping) for key in config))
+    if keys:
+        rows = [[name, *(_value(config, key) for key in keys)] for name, config in configs]
+        parts.append(page.details("Models", page.table(["student", *map(str, keys)], rows)))
+    if run.config is not None:
+        parts.append(page.details("Resolved configuration (config.yaml)", page.preformatted(run.config)))
+    return parts
+
+
+def _value(config: Any, key: str) -> str:
+    if not isinstance(config, Mapping) or key not in config:
+        return ""
+    value = config[key]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _inline(mapping: Any) -> str:
+    """A flat mapping on one line."""
+    if not isinstance(mapping, Mapping) or not mapping:
+        return MISSING
+    return ", ".join(f"{key} {'none' if value is None else value}" for key, value in mapping.items())

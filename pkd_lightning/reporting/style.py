@@ -1,0 +1,138 @@
+"""How every figure looks, and how a figure becomes inline SVG or a PNG file."""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pkd_lightning.reporting.values import engineering
+
+# Okabe and Ito's colours: distinguishable with every common form of colour blindness, yellow left out (on white).
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+INK, GREY = "#222222", "#767676"
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# One width for all: two figures side by side on a 1280 pixel page, one on a phone, text legible in both.
+WIDTH = 5.0
+
+RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "figure.facecolor": "white",
+    "svg.fonttype": "path",  # the reader's fonts have other widths: labels would collide
+    "svg.hashsalt": "pkd",  # the same data gives the same file
+    "text.parse_math": False,  # a name with dollar signs is a name
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw and save inside this context."""
+    with mpl.rc_context(RC):
+        yield
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure (inches), drawn without pyplot: no global state, no display."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an SVG element for an HTML page.
+
+    Comments and metadata go (they repeat data unescaped, and name web addresses), the size goes (the page scales it),
+    and identifiers get the figure's name, because all figures share the page's one name space.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    opening = text[: text.index(">") + 1]
+    plain = re.sub(r'\s(?:width|height|version)="[^"]*"', "", opening)
+    plain = plain.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+    return re.sub(r"\n\s*", "\n", plain + text[len(opening) :])
+
+
+def save_png(figure: Figure, file: Path, title: str) -> None:
+    """The figure as a PNG file of 150 dpi, with its title (the page has the title as text)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.set_figheight(figure.get_figheight() + 0.3)
+    figure.suptitle(title, fontsize=10, fontweight="bold")
+    figure.savefig(file, dpi=150)
+
+
+def legend_above(axes: Axes, columns: int) -> None:
+    """A legend above the axes, where it can cover no data; none where nothing has a label."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
+
+
+def student_axis(axes: Axes, students: int, label: str = "number of students") -> None:
+    """Whole numbers of students on x, every one of them as long as they fit."""
+    axes.set_xlim(0.5, max(students, 1) + 0.5)
+    axes.set_xlabel(label)
+    ticks = range(1, students + 1)
+    axes.xaxis.set_major_locator(FixedLocator(ticks) if students <= 16 else MaxNLocator(integer=True))
+
+
+def accuracy_axis(axes: Axes, label: str) -> None:
+    """Accuracies in % on y, with room around the data but no tick that cannot be reached."""
+    axes.set_ylabel(label)
+    axes.margins(y=0.1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -2.0), min(high, 101.0))
+
+
+def mac_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis of multiply-accumulates on x, labelled 10 k, 1 M, also where it spans less than a decade."""
+    axes.set_xscale("log")
+    axes.set_xlabel("total multiply-accumulates (MACs) per image, log scale")
+    low, high = min(values), max(values)
+    axes.set_xlim(low / 1.6, high * 1.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def label_points(axes: Axes, xs: Sequence[float], ys: Sequence[float], labels: Sequence[str], color: str) -> None:
+    """Write a label beside each point, the last point first; a label that would touch an earlier one is left out."""
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        return
+    figure.draw_without_rendering()  # settles the layout, which the distances depend on
+    placed: list[tuple[float, float]] = []
+    for x, y, label in reversed(list(zip(xs, ys, labels, strict=True))):
+        right, up = axes.transData.transform((x, y)) * 72 / figure.dpi
+        if all(abs(right - a) > 13 or abs(up - b) > 11 for a, b in placed):
+            axes.annotate(label, (x, y), (4, -10), textcoords="offset points", fontsize=7.5, color=color)
+            placed.append((right, up))

@@ -1,0 +1,483 @@
+"""The report: right numbers, honest words, one offline file, and a clear message for every damaged run."""
+
+import io
+import json
+import math
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pkd_lightning.errors import RunError
+from pkd_lightning.report import compare, main, print_table, write_report
+from pkd_lightning.reporting import single
+from pkd_lightning.reporting.grouping import curve, grouped
+from pkd_lightning.reporting.load import load_run, read_metrics
+from pkd_lightning.reporting.values import acceptance, duration, engineering, percent, share
+
+PARAMS, FLOPS, MACS = (620, 1206, 2378), (686, 1372, 2744), (12_838, 44_492, 164_248)
+VOID = {"meta", "use", "path", "br", "link", "img"}
+
+
+def make_results(rounds=3, **changes):
+    entries = []
+    for t in range(rounds):
+        edges = [0.0] * 10 if t == 0 else [0.5] * t + [-0.4] * (10 - t)
+        entries.append(
+            {
+                "round": t,
+                "class_index": t,
+                "attempts": 1,
+                "epochs": 3,
+                "config": {"n_blocks": 1, "d_state": 16},
+                "params": PARAMS[t],
+                "flops_published": FLOPS[t],
+                "macs_total": MACS[t],
+                "latency_ms": 0.5,
+                "accuracy": 0.80 + 0.02 * t,
+                "prefix_accuracy": 0.80 + 0.05 * t,
+                "prefix_agreement": 0.81 + 0.05 * t,
+                "prefix_nll": 0.3,
+                "prefix_ece": 0.02,
+                "prefix_latency_ms": 0.5,
+                "edges": {"min": min(edges), "max": max(edges), "satisfied": t, "classes": 10, "per_class": edges},
+                "accepted_by": "first_round" if t == 0 else "best_candidate",
+                "seconds": 5.0,
+            }
+        )
+    costs = {"params": PARAMS, "flops_published": FLOPS, "macs_total": MACS}
+    totals = {key: sum(values[:rounds]) for key, values in costs.items()}
+    teacher = {"accuracy": 0.98, "nll": 0.07, "ece": 0.01, "params": 34_674, "flops_published": 95_648}
+    teacher |= {"macs_total": 14_000_000, "latency_ms": 3.1, "config": {"n_blocks": 28}}
+    ensemble = {"members": rounds, "accuracy": 0.80 + 0.05 * (rounds - 1), "agreement": 0.91, "nll": 0.2, "ece": 0.02}
+    ensemble |= totals | {"fraction_of_teacher": {key: total / teacher[key] for key, total in totals.items()}}
+    results = {
+        "schema": 1,
+        "experiment": "digits",
+        "dataset": "digits",
+        "split": "paper",
+        "seed": 0,
+        "objective": "anchored",
+        "combine": "learned",
+        "versions": {"torch": "2.13.0"},
+        "hardware": {"cpu": "some cpu", "gpu": None},
+        "sizes": {"train": 1132, "validation": 126, "test": 539},
+        "wall_seconds": {"teacher": 10.2, "rounds": [5.0] * rounds, "total": 60.0},
+        "teacher": teacher,
+        "rounds": entries,
+        "ensemble": ensemble,
+        "stop_reason": "reached 3 rounds",
+    }
+    return results | changes
+
+
+def make_run(path, results=None, stages=("teacher", "round-01"), config="epochs: 3\nseed: 0\n"):
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "results.json").write_text(json.dumps(make_results() if results is None else results))
+    rows = [
+        {"stage": stage, "attempt": 0, "epoch": epoch, "train_loss": 2 - 0.3 * epoch, "validation_loss": 2.1}
+        for stage in stages
+        for epoch in range(3)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "config.yaml").write_text(config)
+    return path
+
+
+class Balanced(HTMLParser):
+    """Collects tags, attributes and text; fails on a tag closed out of order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.attributes, self.tags, self.words = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def parsed(file):
+    parser = Balanced()
+    parser.feed(file.read_text())
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def table_text(results, width):
+    stream = io.StringIO()
+    print_table(results, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return write_report(make_run(tmp_path_factory.mktemp("report") / "run"))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests about words: drawing takes a second a report."""
+    monkeypatch.setattr(single, "cards", lambda run: [])
+
+
+def visible(file):
+    return " ".join(" ".join(parsed(file).words).split())
+
+
+def test_report_is_one_offline_file_with_figures(report):
+    assert report.name == "report.html"
+    page = parsed(report)
+    for tag, name, value in page.attributes:
+        if not name.startswith("xmlns"):
+            assert "//" not in value, (tag, name, value)
+        if name in ("href", "xlink:href"):
+            assert value.startswith("#")
+    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
+    text = report.read_text()
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    figures = {figure.stem for figure in (report.parent / "figures").glob("*.png")}
+    assert figures == {"accuracy_students", "accuracy_macs", "cost", "edges", "losses"}
+    assert page.tags.count("svg") == 4 + 2  # four figures, and a loss panel for each stage
+
+
+def test_identifiers_are_unique_and_references_resolve(report):
+    page = parsed(report)
+    identifiers = [value for _, name, value in page.attributes if name == "id"]
+    assert len(identifiers) == len(set(identifiers))
+    links = {value[1:] for _, name, value in page.attributes if name.endswith("href")}
+    clips = set(re.findall(r"url\(#([^)]+)\)", report.read_text()))
+    assert links
+    assert links | clips <= set(identifiers)
+
+
+def test_report_is_the_same_for_the_same_run(report, tmp_path):
+    assert write_report(report.parent, tmp_path / "again.html").read_bytes() == report.read_bytes()
+
+
+def test_headline_gives_both_cost_conventions(report):
+    text = visible(report)
+    assert "The teacher classifies 98.0% of the 539 test images correctly." in text
+    assert "The ensemble of 3 students reaches 90.0%, 8.0 points below the teacher" in text
+    assert "It has 12.1% of the teacher's parameters." in text  # (620 + 1206 + 2378) / 34674
+    assert "1.6% of the teacher's multiply-accumulates" in text  # 221578 / 14000000
+    assert "and 5.0% by the paper's convention" in text  # 4802 / 95648
+    assert "reached 3 rounds" in text
+
+
+def test_page_table_has_own_and_cumulative_values(report):
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", report.read_text(), flags=re.DOTALL)
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+    third = next(row for row in cells if row and row[0] == "3")
+    for value in ("84.00%", "90.00%", "91.00%", "2,378", "4,204", "12.1%", "164,248", "1.6%", "5.0%", "2/10", "5.0 s"):
+        assert value in third
+    teacher = next(row for row in cells if row and row[0] == "teacher" and len(row) == len(third))
+    assert {"98.00%", "34,674", "14,000,000"} <= set(teacher)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_table_never_wraps_and_keeps_costs_together(width):
+    lines = table_text(make_results(), width).splitlines()
+    assert max(map(len, lines)) <= width
+    students = [line for line in lines if re.match(r"\s[123]\s", line)]
+    assert len(students) == 3
+    assert "90.0%" in students[2]
+    text = "\n".join(lines)
+    assert ("FLOPs" in text) == ("MACs" in text)
+    assert "…" not in text
+    assert "Stopped: reached 3 rounds" in text
+
+
+def test_wide_table_shows_every_column():
+    text = table_text(make_results(), 120)
+    for word in ("rung", "same as", "edges", "accepted", "time", "own", "best try", "2/10", "4,204", "5.0 s", "34,674"):
+        assert word in text
+    assert "Stopped" not in table_text(make_results(stop_reason=None), 120)
+
+
+def test_table_takes_markup_in_data_literally():
+    assert "[bold]x[/nope]" in table_text(make_results(experiment="[bold]x[/nope]"), 120)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_only_the_condition_counts_as_the_condition(tmp_path):
+    results = make_results()
+    for entry in results["rounds"][1:]:  # every edge positive, yet accepted for another reason
+        entry["edges"] |= {"satisfied": 10, "min": 0.1}
+    results["rounds"][2]["accepted_by"] = "relaxed_condition"
+    text = visible(write_report(make_run(tmp_path / "a", results)))
+    assert "0 of 2 students after the first met the weak-learning condition for every class." in text
+    assert "best candidate, not the condition" in text
+    assert "relaxed condition only" in text
+    results["rounds"][1]["accepted_by"] = "condition"
+    assert "1 of 2 students" in visible(write_report(make_run(tmp_path / "b", results)))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_edges_overrule_a_recorded_condition(tmp_path):
+    results = make_results()
+    results["rounds"][1]["accepted_by"] = "condition"  # with 1 of 10 edges positive
+    assert acceptance(results["rounds"][1]) == "contradiction"
+    text = visible(write_report(make_run(tmp_path / "run", results)))
+    assert "0 of 2 students" in text
+    assert "student 2 is recorded as accepted by the condition, but its edges are not all positive" in text
+    assert "zero by definition" in text
+
+
+def test_data_is_escaped(tmp_path):
+    evil = "<script>alert('x')</script>&$\\frac{"
+    results = make_results(experiment=evil, objective=evil, stop_reason=evil, versions={evil: evil}, dataset=evil)
+    results["rounds"][1]["accepted_by"] = evil
+    results["rounds"][1]["config"] = {evil: evil}
+    run = make_run(tmp_path / "run", results, stages=("teacher", evil, "--><b>"), config=f"name: {evil!r}\n")
+    for file in (write_report(run), compare([run, run], tmp_path / "comparison.html")):
+        page = parsed(file)
+        assert "script" not in page.tags
+        assert "<script>" in " ".join(page.words)
+        assert "<!--" not in file.read_text()
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_short_runs(tmp_path, rounds):
+    results = make_results(rounds)
+    if rounds == 0:
+        results["ensemble"] = None
+    run = make_run(tmp_path / "run", results, stages=("teacher",))
+    text = visible(write_report(run))
+    assert {0: "No student was accepted.", 1: "The single student", 2: "The ensemble of 2"}[rounds] in text
+    assert "teacher" in table_text(results, 80)
+    assert compare([run, run], tmp_path / "out.html").is_file()
+
+
+def test_missing_metrics_and_config_are_notes(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    (run / "config.yaml").unlink()
+    text = visible(write_report(run))
+    assert "loss curves are missing" in text
+    assert "config.yaml is missing" in text
+    assert not (run / "figures" / "losses.png").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_no_teacher_losses(tmp_path):
+    text = visible(write_report(make_run(tmp_path / "run", stages=("round-00", "round-02"))))
+    assert "no losses of the teacher" in text
+    assert "no losses of round-01" in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_torn_last_line_and_repeated_epochs(tmp_path):
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "round-01", "attempt": 0, "epoch": 1, "train_loss": 7.5}\n{"stage": "round-02", "att')
+    rows, notes = read_metrics(run / "metrics.jsonl")
+    assert [row["train_loss"] for row in rows if row["stage"] == "round-01"] == [2.0, 7.5, 1.4]
+    assert len(notes) == 1
+    assert "last line is torn" in notes[0]
+    assert "last line is torn" in visible(write_report(run))
+
+
+def test_unreadable_lines_inside_are_counted(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'\xff\xfe\n[1]\n"x"\n{"epoch": 1}\n{"stage": "teacher", "epoch": 0, "train_loss": 1.0}\n\n')
+    rows, notes = read_metrics(file)
+    assert len(rows) == 1
+    assert notes == ["metrics.jsonl: 4 unreadable line(s) skipped, the first is line 1"]
+
+
+def test_values_that_are_not_numbers(tmp_path):
+    results = make_results()
+    results["rounds"][1] |= {"accuracy": math.nan, "macs_total": None, "prefix_nll": math.inf}
+    results["rounds"][2]["edges"] |= {"min": math.nan, "per_class": [math.nan, None, 0.1]}
+    results["teacher"]["flops_published"] = None
+    results["ensemble"]["fraction_of_teacher"] = {}
+    run = make_run(tmp_path / "run", results)
+    (run / "metrics.jsonl").write_text('{"stage": "teacher", "attempt": 0, "epoch": 0, "train_loss": NaN}\n')
+    text = visible(write_report(run))
+    for place in ("rounds[1].accuracy", "rounds[1].macs_total", "rounds[2].edges.min", "teacher.flops_published"):
+        assert place in text
+    assert "1 loss value(s) are not finite" in text
+    assert "n/a by the paper's convention" in text
+    assert "n/a" in table_text(results, 120)
+    assert not re.search(r"\bnan\b", text, flags=re.IGNORECASE)
+    assert compare([run, run], tmp_path / "out.html").is_file()
+
+
+def broken(tmp_path, text):
+    run = make_run(tmp_path / "run")
+    (run / "results.json").write_text(text)
+    return run
+
+
+def without(results, *path):
+    inner = results
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return results
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps(make_results())[:400], "truncated or damaged"),
+        ("", "truncated or damaged"),
+        ("[1, 2]", "holds a list"),
+        (json.dumps(make_results(schema=2)), "has schema 2; this version of pkd_lightning reads schema 1"),
+        (json.dumps(without(make_results(), "schema")), "has schema None"),
+        (json.dumps(without(make_results(), "teacher")), "teacher is missing"),
+        (json.dumps(make_results() | {"rounds": 7}), "rounds is 7, not a list"),
+        (json.dumps(without(make_results(), "rounds", 1, "edges")), r"rounds\[1\]\.edges is missing"),
+        (json.dumps(make_results() | {"teacher": {"accuracy": "high"}}), "teacher.accuracy is 'high', not a number"),
+    ],
+)
+def test_damaged_results(tmp_path, capsys, text, message):
+    run = broken(tmp_path, text)
+    with pytest.raises(RunError, match=message):
+        write_report(run)
+    assert main([str(run)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert not (run / "report.html").exists()
+
+
+def test_every_fault_is_reported_at_once(tmp_path):
+    results = without(without(make_results(), "rounds", 0, "accepted_by"), "ensemble", "params")
+    results["rounds"][1]["round"] = 5
+    with pytest.raises(RunError, match=r"accepted_by") as caught:
+        load_run(make_run(tmp_path / "run", results))
+    assert "ensemble.params is missing" in str(caught.value)
+    assert "rounds[1].round is 5, not 1" in str(caught.value)
+
+
+def test_command_line_errors(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for path, message in (
+        ("none", "no such run directory"),
+        ("empty", "no results.json in or below"),
+        ("file", "is not a directory"),
+    ):
+        assert main([str(tmp_path / path)]) == 1
+        assert message in capsys.readouterr().err
+    run = make_run(tmp_path / "run")
+    assert main([str(run), "--out", str(tmp_path / "no" / "where.html")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+    with pytest.raises(RunError, match="no such run directory"):
+        write_report(tmp_path / "none")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_command_line_one_run_and_several(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = make_run(tmp_path / "runs" / "digits" / "abc")
+    assert main(["runs"]) == 0  # a directory above a single run
+    assert Path(capsys.readouterr().out.strip()) == one / "report.html"
+    make_run(tmp_path / "runs" / "digits" / "def", make_results(seed=1))
+    assert main(["runs", str(one)]) == 0  # a run named twice counts once
+    assert capsys.readouterr().out.strip() == "comparison.html"
+    assert "2 runs on digits" in visible(tmp_path / "comparison.html")
+    assert main([str(one), "runs/digits/def", "--out", "x.html"]) == 0
+    assert (tmp_path / "x.html").is_file()
+
+
+def test_comparison_groups_runs_that_differ_only_by_seed(tmp_path):
+    runs = []
+    for seed in range(3):
+        results = make_results(seed=seed)
+        results["ensemble"]["accuracy"] = results["rounds"][2]["prefix_accuracy"] = 0.90 + 0.01 * seed
+        config = f"epochs: 3\nseed: {seed}\nrun_dir: /somewhere/{seed}\nlogger:\n  name: run{seed}\n"
+        runs.append(make_run(tmp_path / f"seed{seed}", results, config=config))
+    runs.append(make_run(tmp_path / "longer", config="epochs: 9\nseed: 0\n"))
+    runs.append(make_run(tmp_path / "sum", make_results(combine="sum")))
+    groups, notes = grouped([load_run(run) for run in runs])
+    assert [len(group.runs) for group in groups] == [3, 1, 1]
+    assert [group.label for group in groups] == [
+        "digits · anchored · learned [epochs=3]",
+        "digits · anchored · learned [epochs=9]",
+        "digits · anchored · sum",
+    ]
+    assert notes == []
+    line = curve(groups[0])
+    assert line.center == pytest.approx([80.0, 85.0, 91.0])
+    assert line.spread == pytest.approx([0.0, 0.0, statistics.stdev([90.0, 91.0, 92.0])])
+    assert line.macs[2] == pytest.approx(sum(MACS))
+    text = visible(compare(runs, tmp_path / "out.html"))
+    assert "mean ± SD of 3" in text
+    assert "91.00 ± 1.00%" in text
+    assert "Not one comparison" not in text
+
+
+def test_a_copied_run_is_no_second_seed(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    groups, notes = grouped([load_run(run) for run in runs])
+    assert [len(group.runs) for group in groups] == [1]
+    assert "repeats the settings and seed 0" in notes[0]
+    assert "repeats the settings" in visible(compare(runs, tmp_path / "out.html"))
+
+
+def test_seeds_with_different_numbers_of_students_average_what_all_have(tmp_path):
+    runs = [make_run(tmp_path / f"{n}", make_results(n, seed=n)) for n in (2, 3)]
+    groups, _ = grouped([load_run(run) for run in runs])
+    assert len(curve(groups[0]).center) == 2
+    assert compare(runs, tmp_path / "out.html").is_file()
+
+
+def test_data_sets_are_never_drawn_together(tmp_path):
+    runs = [make_run(tmp_path / name, make_results(dataset=name)) for name in ("digits", "mnist")]
+    runs.append(make_run(tmp_path / "official", make_results(dataset="mnist", split="official")))
+    file = compare(runs, tmp_path / "out.html")
+    text = visible(file)
+    assert "The runs use 3 different data sets or splits." in text
+    for title in ("digits, split paper", "mnist, split paper", "mnist, split official"):
+        assert title in text
+    page = parsed(file)
+    assert page.tags.count("section") == 3
+    assert page.tags.count("svg") == 6
+    identifiers = [value for _, name, value in page.attributes if name == "id"]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_comparison_names_every_broken_run(tmp_path):
+    good = make_run(tmp_path / "good")
+    with pytest.raises(RunError, match="bad1") as caught:
+        compare([good, tmp_path / "bad1", tmp_path / "bad2"], tmp_path / "out.html")
+    assert "bad2" in str(caught.value)
+
+
+def test_unreadable_configuration_still_compares(tmp_path):
+    runs = [make_run(tmp_path / "a", config="a: [1\n b: }{"), make_run(tmp_path / "b", make_results(seed=1))]
+    assert "not readable YAML" in visible(compare(runs, tmp_path / "out.html"))
+
+
+def test_numbers_as_text():
+    assert [percent(0.9844), percent(math.nan), percent(1.0, 0)] == ["98.4%", "n/a", "100%"]
+    assert [share(x) for x in (0.00001, 0.0006, 0.0994, 1.0, 1.204, 0.0)] == [
+        "<0.01%",
+        "0.06%",
+        "9.9%",
+        "100%",
+        "120%",
+        "0.0%",
+    ]
+    assert [duration(x) for x in (5.1, 100, 3661, math.nan)] == ["5.1 s", "1 min 40 s", "1 h 01 min", "n/a"]
+    assert [engineering(x) for x in (686, 9400, 14e6)] == ["686", "9.4 k", "14 M"]
