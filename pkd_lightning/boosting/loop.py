@@ -1,0 +1,253 @@
+"""The boosting loop: a weak learner a round, the residual matrices, the growing ensemble, resumable between rounds."""
+
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pkd_lightning.boosting import combine, objectives
+from pkd_lightning.boosting.residuals import theoretical_eta
+from pkd_lightning.boosting.state import BoostingState
+from pkd_lightning.boosting.student import RoundTargets, StudentModule
+from pkd_lightning.boosting.weak_learner import (
+    Candidate,
+    WeakLearnerCheck,
+    describe,
+    find_weak_learner,
+    fit_scales,
+    judge,
+    required,
+)
+from pkd_lightning.checkpoint import atomic_write
+from pkd_lightning.config import BoostingConfig, TrainerConfig, resolve
+from pkd_lightning.data.module import DataModule
+from pkd_lightning.ensemble import ProgressiveEnsemble, save_student
+from pkd_lightning.errors import RunError
+from pkd_lightning.fitting import Stage, fit, predict
+from pkd_lightning.loggers import Tracker
+from pkd_lightning.losses import distillation_loss
+from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.seeding import seeded
+
+logger = logging.getLogger(__name__)
+
+
+class BoostingLoop:
+    """Distils a teacher, known by its logits, into an ensemble of students (Mamba-PKD, arXiv 2503.01727).
+
+    The vocabulary is that of Lightning's loops. Each candidate is one LightningModule fitted by one fresh Trainer.
+
+    Args:
+        config: see `BoostingConfig`.
+        ladder: the model classes.
+        trainer: how each candidate is fitted.
+        data: the data module.
+        teacher_logits: (training + validation rows, L) g, by sample index.
+        directory: the run directory; `boosting.ckpt` and `students/` are kept there, and a loop restored from them.
+        seed: the run's seed.
+        tracker: where the fits' curves go.
+    """
+
+    def __init__(
+        self,
+        config: BoostingConfig,
+        ladder: Ladder,
+        trainer: TrainerConfig,
+        data: DataModule,
+        teacher_logits: torch.Tensor,
+        directory: Path,
+        seed: int,
+        tracker: Tracker,
+    ) -> None:
+        self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
+        self.teacher_logits, self.directory, self.seed, self.tracker = teacher_logits, directory, seed, tracker
+        self.objective = resolve(config.objective, objectives, objectives.Objective)
+        self.combination = resolve(config.combine, combine, combine.Combination)
+        self.state = BoostingState.fresh(len(data.training), len(data.validation), data.num_classes)
+
+    def run(self) -> ProgressiveEnsemble:
+        """Add students until done; continues where a run before stopped."""
+        self.restore()
+        while not self.done:
+            self.advance()
+        logger.info("%d students: %s", self.state.round, self.state.stop_reason)
+        if self.state.round == 0:
+            raise RunError(f"no student at all: {self.state.stop_reason}; the log says why each attempt failed")
+        return self.ensemble()
+
+    @property
+    def done(self) -> bool:
+        """Whether no further round follows; `state.stop_reason` says why."""
+        return self.state.stop_reason is not None
+
+    def advance(self) -> None:
+        """One round: find a weak learner, widening the class where none is found, and add it to the ensemble."""
+        start = time.perf_counter()
+        candidate, attempts = self.find()
+        if candidate is None:
+            self.state.stop_reason = (
+                f"no weak learner for round {self.state.round + 1} in the last of {len(self.ladder)} classes"
+            )
+        else:
+            self.accept(candidate, attempts, time.perf_counter() - start)
+        self.save()
+
+    def find(self) -> tuple[Candidate | None, int]:
+        """The next student and the attempts it took over all classes tried, or None past the last class."""
+        state, total = self.state, 0
+        while state.class_index < len(self.ladder):
+            candidate, attempts = find_weak_learner(state.round, partial(self.train, total), self.config.weak_learner)
+            total += attempts
+            if candidate is not None:
+                return candidate, total
+            state.class_index += 1
+            if state.class_index < len(self.ladder):
+                logger.info(
+                    "round %d: no weak learner in class %d, trying class %d of %d",
+                    state.round + 1, state.class_index, state.class_index + 1, len(self.ladder),
+                )  # fmt: skip
+        return None, total
+
+    def train(self, before: int, attempt: int) -> Candidate:
+        """Train and judge one candidate of the current class, after `before` attempts in smaller classes."""
+        state, data = self.state, self.data
+        attempt += before
+        name = f"round-{state.round:02d}"
+        description = f"round {state.round + 1}/{self.config.rounds}, class {state.class_index + 1}"
+        if attempt:
+            description += f", attempt {attempt + 1}"
+        stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
+        targets = RoundTargets(
+            self.teacher_logits, state.ensemble_logits, state.raise_student(), max(state.bound, 1e-3), state.round
+        )
+        with seeded(self.seed, stage.key, state.class_index, "init"):
+            model = self.ladder.build(state.class_index, data.image_shape, data.num_classes)
+        module = StudentModule(model, self.trainer, self.config, self.objective, self.combination, targets)
+        require = required(self.config, self.objective)
+        check = WeakLearnerCheck(data, self.teacher_logits, state.residuals, self.config.weak_learner)
+        checks = [check] if require == "condition" and state.round > 0 else []
+        with seeded(self.seed, stage.key, state.class_index, "fit"), self.tracker.stage(name, attempt) as loggers:
+            result = fit(module, data, stage, loggers, checks)
+        if check.held is not None:
+            module.load_state_dict(check.held)
+
+        logits = predict(model, data, range(data.validation.stop))
+        n = len(data.training)
+        edges = state.residuals.edges(logits[:n] - self.teacher_logits[:n])
+        scales = module.scales
+        if self.combination.learned and not self.objective.sees_ensemble and state.round > 0:
+            scales = fit_scales(
+                state.ensemble_logits[:n], logits[:n], self.teacher_logits[:n], data.labels[:n], scales, self.config
+            )
+        loss, previous = self.validation_loss(logits, scales), self.validation_loss(logits, (1.0, 0.0))
+        accepted_by = judge(state.round, edges, loss, previous, require, self.config.weak_learner)
+        return Candidate(model, scales, logits, edges, loss, result, accepted_by)
+
+    def validation_loss(self, logits: torch.Tensor, scales: combine.Scales) -> float:
+        """Distillation loss on the validation rows of a * F_{t-1} + c * f_t."""
+        a, c = scales
+        rows = slice(self.data.validation.start, self.data.validation.stop)
+        mixed = a * self.state.ensemble_logits[rows] + c * logits[rows]
+        return float(
+            distillation_loss(
+                mixed, self.teacher_logits[rows], self.data.labels[rows], self.config.alpha, self.config.temperature
+            )
+        )
+
+    def accept(self, candidate: Candidate, attempts: int, seconds: float) -> None:
+        """Add a student: update the residual matrices, the ensemble's logits and the records."""
+        state, n = self.state, len(self.data.training)
+        save_student(
+            candidate.model, self.directory / "students" / f"{state.round:02d}",
+            self.ladder.path, self.ladder.rungs[state.class_index], self.data.image_shape, self.data.num_classes,
+        )  # fmt: skip
+        residual = candidate.logits - self.teacher_logits
+        state.bound = max(state.bound, float(residual[:n].abs().max()))
+        eta = self.config.eta
+        if eta is None:
+            eta = theoretical_eta(n, self.config.rounds, max(state.bound, 1e-3))
+        state.residuals.update(residual[:n], eta)
+        state.validation_residuals.update(residual[n:], eta)
+        a, c = candidate.scales
+        state.ensemble_logits = a * state.ensemble_logits + c * candidate.logits
+        state.scales.append(candidate.scales)
+        state.records.append(self.record(candidate, attempts, seconds, eta))
+        logger.info("%s", self.line(state.records[-1]))
+        state.round += 1
+        if not self.ladder.repeat:
+            state.class_index += 1
+        if state.round == self.config.rounds:
+            state.stop_reason = f"reached boosting.rounds={self.config.rounds}"
+        elif state.class_index == len(self.ladder):
+            state.stop_reason = f"all {len(self.ladder)} classes of the ladder are used"
+
+    def record(self, candidate: Candidate, attempts: int, seconds: float, eta: float) -> dict[str, Any]:
+        """What a round reports, all of it from training and validation rows."""
+        state, rows = self.state, slice(self.data.validation.start, self.data.validation.stop)
+        labels = self.data.labels[rows]
+        return {
+            "round": state.round,
+            "class_index": state.class_index,
+            "attempts": attempts,
+            "epochs": candidate.fit.epochs,
+            "config": self.ladder.rungs[state.class_index],
+            "params": sum(p.numel() for p in candidate.model.parameters()),
+            "validation_accuracy": float((candidate.logits[rows].argmax(-1) == labels).float().mean()),
+            "prefix_validation_accuracy": float((state.ensemble_logits[rows].argmax(-1) == labels).float().mean()),
+            "validation_loss": candidate.validation_loss,
+            "scales": list(candidate.scales),
+            "bound": state.bound,
+            "eta": eta,
+            "edges": describe(candidate.edges),
+            "accepted_by": candidate.accepted_by,
+            "seconds": seconds,
+        }
+
+    def line(self, record: dict[str, Any]) -> str:
+        """One line for the terminal."""
+        edges = record["edges"]
+        return (
+            f"round {record['round'] + 1}/{self.config.rounds}: class {record['class_index'] + 1},"
+            f" {record['params']:,} parameters, {record['epochs']} epochs, attempt {record['attempts']},"
+            f" {record['seconds']:.1f} s; validation {record['validation_accuracy']:.1%} alone,"
+            f" {record['prefix_validation_accuracy']:.1%} ensemble; edges {edges['satisfied']}/{edges['classes']}"
+            f" [{edges['min']:.2g}, {edges['max']:.2g}]; accepted: {str(record['accepted_by']).replace('_', ' ')}"
+        )
+
+    def ensemble(self) -> ProgressiveEnsemble:
+        """The students so far, with their scales and the pixel statistics of the data, saved as `ensemble.json`."""
+        ensemble = ProgressiveEnsemble.from_students(
+            self.directory / "students", self.state.scales, self.data.mean, self.data.std
+        )
+        ensemble.save_description(self.directory / "students")
+        return ensemble
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loop's state: primitives and tensors."""
+        return self.state.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.state.load_state_dict(state)
+
+    def save(self) -> None:
+        """Write `boosting.ckpt`, whole or not at all."""
+        atomic_write(self.directory / "boosting.ckpt", lambda path: torch.save(self.state_dict(), path))
+
+    def restore(self) -> None:
+        """Load `boosting.ckpt` where there is one.
+
+        Raises:
+            RunError: where the file is damaged or belongs to other data.
+        """
+        path = self.directory / "boosting.ckpt"
+        if not path.exists():
+            return
+        try:
+            self.load_state_dict(torch.load(path, weights_only=True))
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise RunError(f"{path}: cannot be resumed from ({error}); delete it to start the rounds anew") from error
+        logger.info("resumed after %d of %d rounds", self.state.round, self.config.rounds)

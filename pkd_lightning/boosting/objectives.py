@@ -1,0 +1,77 @@
+"""The loss of rounds 2..T. The first round is always the distillation loss of the student alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pkd_lightning.config import BoostingConfig
+from pkd_lightning.losses import distillation_loss, residual_barrier_loss, soft_loss
+
+
+class RoundBatch(NamedTuple):
+    """What a round's loss sees of one batch.
+
+    Attributes:
+        student: (batch, classes) logits f_t.
+        ensemble: (batch, classes) logits a * F_{t-1} + c * f_t of the ensemble with the student.
+        teacher: (batch, classes) logits g.
+        target: (batch,) labels.
+        raise_student: (batch, classes) bool, 1[K+ > K-].
+        bound: B, the largest abs(f - g) of the students so far on the training data.
+    """
+
+    student: Tensor
+    ensemble: Tensor
+    teacher: Tensor
+    target: Tensor
+    raise_student: Tensor
+    bound: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A round loss.
+
+    Attributes:
+        loss: batch and configuration to a scalar.
+        accept_by: what a candidate trained with it is judged by where `boosting.weak_learner.require` is `auto`.
+        sees_ensemble: the loss depends on the ensemble's logits, so learned scales get a gradient from it.
+    """
+
+    loss: Callable[[RoundBatch, BoostingConfig], Tensor]
+    accept_by: Literal["condition", "improvement"]
+    sees_ensemble: bool
+
+
+def student_loss(batch: RoundBatch, config: BoostingConfig) -> Tensor:
+    """The distillation loss of the student alone: the first round of every objective."""
+    return distillation_loss(batch.student, batch.teacher, batch.target, config.alpha, config.temperature)
+
+
+def ensemble_loss(batch: RoundBatch, config: BoostingConfig) -> Tensor:
+    """The distillation loss of the ensemble with the student."""
+    return distillation_loss(batch.ensemble, batch.teacher, batch.target, config.alpha, config.temperature)
+
+
+def _published(batch: RoundBatch, config: BoostingConfig) -> Tensor:
+    surrogate = residual_barrier_loss(batch.student - batch.teacher, batch.raise_student, batch.bound, config.gamma)
+    if config.soft_term:
+        surrogate = surrogate + soft_loss(batch.student, batch.teacher, config.temperature)
+    return config.alpha * F.cross_entropy(batch.student, batch.target) + (1 - config.alpha) * surrogate
+
+
+def _anchored(batch: RoundBatch, config: BoostingConfig) -> Tensor:
+    return (1 - config.anchor) * student_loss(batch, config) + config.anchor * ensemble_loss(batch, config)
+
+
+# Mamba-PKD (arXiv 2503.01727): alpha * CE + (1 - alpha) * L_B.
+published = Objective(_published, "condition", sees_ensemble=False)
+# Functional gradient boosting: each student corrects the ensemble before it. With combine=sum.
+additive = Objective(ensemble_loss, "improvement", sees_ensemble=True)
+# Each student is a classifier of its own and corrects the ensemble before it. With combine=learned.
+anchored = Objective(_anchored, "improvement", sees_ensemble=True)
+# The baseline: students that know nothing of each other.
+independent = Objective(student_loss, "improvement", sees_ensemble=False)

@@ -1,0 +1,87 @@
+"""The LightningModule of one candidate student."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pkd_lightning.boosting.combine import Combination, Scales
+from pkd_lightning.boosting.objectives import Objective, RoundBatch, student_loss
+from pkd_lightning.config import BoostingConfig, TrainerConfig
+from pkd_lightning.data.module import Batch
+from pkd_lightning.fitting import FitModule
+
+
+class RoundTargets(nn.Module):
+    """What every candidate of a round is trained against, by sample index (rows of training and validation).
+
+    Args:
+        teacher: (N, L) logits g.
+        ensemble: (N, L) logits F_{t-1}.
+        raise_student: (N, L) bool, 1[K+ > K-].
+        bound: B.
+        round_: t from 0.
+    """
+
+    teacher: Tensor
+    ensemble: Tensor
+    raise_student: Tensor
+
+    def __init__(self, teacher: Tensor, ensemble: Tensor, raise_student: Tensor, bound: float, round_: int) -> None:
+        super().__init__()
+        # buffers, to follow the module to its device; not persistent, to stay out of every state dict
+        for name, value in (("teacher", teacher), ("ensemble", ensemble), ("raise_student", raise_student)):
+            self.register_buffer(name, value, persistent=False)
+        self.bound, self.round = bound, round_
+
+
+class StudentModule(FitModule):
+    """Trains one candidate by the round's objective, together with the scales a and c where they are learned.
+
+    Args:
+        model: the student.
+        trainer: how it is fitted.
+        config: the boosting options.
+        objective: the loss of rounds after the first.
+        combination: how the student joins the ensemble.
+        targets: see `RoundTargets`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainer: TrainerConfig,
+        config: BoostingConfig,
+        objective: Objective,
+        combination: Combination,
+        targets: RoundTargets,
+    ) -> None:
+        super().__init__(model, trainer)
+        self.config, self.objective, self.targets = config, objective, targets
+        a, c = combination.initial(targets.round)
+        # logarithms, so that learned scales stay positive; round 0 has no ensemble to scale
+        trainable = combination.learned and objective.sees_ensemble and targets.round > 0
+        self.log_scales = nn.Parameter(torch.tensor([math.log(a or 1.0), math.log(c)]), requires_grad=trainable)
+
+    @property
+    def scales(self) -> Scales:
+        """(a_t, c_t)."""
+        if self.targets.round == 0:
+            return 0.0, 1.0
+        a, c = self.log_scales.detach().exp().tolist()
+        return a, c
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The round's loss, and the logits of the ensemble with the student."""
+        index, targets = batch.index, self.targets
+        student = self.model(batch.images)
+        if targets.round == 0:
+            ensemble = student
+        else:
+            a, c = self.log_scales.exp()
+            ensemble = a * targets.ensemble[index] + c * student
+        view = RoundBatch(
+            student, ensemble, targets.teacher[index], batch.labels, targets.raise_student[index], targets.bound
+        )
+        loss = student_loss if targets.round == 0 else self.objective.loss
+        return loss(view, self.config), ensemble

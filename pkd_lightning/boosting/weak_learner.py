@@ -1,0 +1,167 @@
+"""Find weak learner: train candidates of one model class until one is good enough (B-DISTIL, arXiv 2302.10093)."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from pkd_lightning.boosting.combine import Scales
+from pkd_lightning.boosting.objectives import Objective
+from pkd_lightning.boosting.residuals import ResidualMatrices, condition_holds
+from pkd_lightning.boosting.student import StudentModule
+from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
+from pkd_lightning.data.module import DataModule
+from pkd_lightning.errors import RunError
+from pkd_lightning.fitting import FitResult, predict
+from pkd_lightning.losses import distillation_loss
+
+logger = logging.getLogger(__name__)
+
+AcceptedBy = Literal["first_round", "condition", "relaxed_condition", "improvement", "best_candidate"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trained candidate and how it was judged.
+
+    Attributes:
+        model: the student, with the weights kept.
+        scales: (a_t, c_t), how it joins the ensemble.
+        logits: (training + validation rows, L) f_t.
+        edges: (L,) weak-learning edges.
+        validation_loss: distillation loss on the validation rows of the ensemble with the candidate.
+        fit: what the fit gave.
+        accepted_by: the rule that accepts it, or None.
+    """
+
+    model: nn.Module
+    scales: Scales
+    logits: Tensor
+    edges: Tensor
+    validation_loss: float
+    fit: FitResult
+    accepted_by: AcceptedBy | None
+
+
+class WeakLearnerCheck(L.Callback):
+    """Checks the condition on the training rows every `check_every` epochs and ends the fit when it holds.
+
+    `held` then says so, and the weights that meet the condition are kept rather than those of the best epoch.
+    """
+
+    def __init__(
+        self, data: DataModule, teacher: Tensor, residuals: ResidualMatrices, config: WeakLearnerConfig
+    ) -> None:
+        self.data, self.teacher, self.residuals, self.config = data, teacher, residuals, config
+        self.held: dict[str, Tensor] | None = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check, at the end of every `check_every`-th epoch."""
+        if (trainer.current_epoch + 1) % self.config.check_every:
+            return
+        assert isinstance(pl_module, StudentModule)
+        logits = predict(pl_module.model, self.data, self.data.training)
+        edges = self.residuals.edges(logits - self.teacher[: len(logits)])
+        if condition_holds(edges, self.config.fraction, self.config.margin):
+            self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            trainer.should_stop = True
+
+
+def judge(
+    round_: int, edges: Tensor, validation_loss: float, previous_loss: float, require: str, config: WeakLearnerConfig
+) -> AcceptedBy | None:
+    """The rule that accepts a candidate, or None.
+
+    In the first round K+ = K-, every edge is exactly 0, and the student is accepted by definition. Only a candidate
+    that meets the published condition, every edge above 0, is reported as `condition`.
+
+    Args:
+        round_: round from 0.
+        edges: (L,) of the candidate.
+        validation_loss: of the ensemble with the candidate.
+        previous_loss: of the ensemble without it.
+        require: `condition` or `improvement`.
+        config: fraction, margin and least improvement.
+    """
+    if round_ == 0:
+        return "first_round"
+    if require == "improvement":
+        return "improvement" if validation_loss < previous_loss * (1 - config.min_improvement) else None
+    if condition_holds(edges, config.fraction, config.margin):
+        return "condition" if condition_holds(edges) else "relaxed_condition"
+    return None
+
+
+def required(config: BoostingConfig, objective: Objective) -> str:
+    """What candidates are judged by: `condition` or `improvement`."""
+    return objective.accept_by if config.weak_learner.require == "auto" else config.weak_learner.require
+
+
+def find_weak_learner(
+    round_: int,
+    train: Callable[[int], Candidate],
+    config: WeakLearnerConfig,
+) -> tuple[Candidate | None, int]:
+    """Train up to `max_attempts` candidates of one model class.
+
+    Args:
+        round_: round from 0, for messages.
+        train: attempt from 0 to a candidate.
+        config: attempts, and what happens when all fail.
+
+    Returns:
+        The candidate and the number of attempts; None where the class failed. With `on_failure=accept` a class does not
+        fail: the candidate with the lowest validation loss is taken, with `accepted_by` "best_candidate".
+    """
+    best: Candidate | None = None
+    for attempt in range(config.max_attempts):
+        try:
+            candidate = train(attempt)
+        except RunError as error:  # a candidate that diverged is a failed attempt, not the end of the run
+            logger.warning("round %d, attempt %d failed: %s", round_ + 1, attempt + 1, error)
+            continue
+        if candidate.accepted_by is not None:
+            return candidate, attempt + 1
+        if best is None or candidate.validation_loss < best.validation_loss:
+            best = candidate
+    if config.on_failure == "accept" and best is not None:
+        return replace(best, accepted_by="best_candidate"), config.max_attempts
+    return None, config.max_attempts
+
+
+def fit_scales(
+    ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tensor, initial: Scales, config: BoostingConfig
+) -> Scales:
+    """(a, c) > 0 that minimise the distillation loss of a * F + c * f on the given rows.
+
+    For objectives whose loss does not see the ensemble, so that learned scales get no gradient in the round.
+    """
+    log_scales = torch.tensor(initial).log().requires_grad_()
+    optimizer = torch.optim.LBFGS([log_scales], max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        a, c = log_scales.exp()
+        loss = distillation_loss(a * ensemble + c * student, teacher, target, config.alpha, config.temperature)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    a, c = log_scales.detach().exp().tolist()
+    return a, c
+
+
+def describe(edges: Tensor) -> dict[str, Any]:
+    """The edges as a round reports them: range, classes with a positive edge, and each class's edge."""
+    values = [float(edge) for edge in edges]
+    return {
+        "min": min(values),
+        "max": max(values),
+        "satisfied": sum(value > 0 for value in values),
+        "classes": len(values),
+        "per_class": values,
+    }

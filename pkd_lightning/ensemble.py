@@ -1,0 +1,191 @@
+"""The progressive ensemble: every prefix of it is a usable model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pkd_lightning.boosting.combine import Scales, prefix_weights
+from pkd_lightning.checkpoint import atomic_write, read_json, write_json
+from pkd_lightning.errors import RunError
+
+ImageShape = tuple[int, int, int]
+
+
+class ProgressiveEnsemble(nn.Module):
+    """Students f_1..f_T and their scales: F_t = a_t * F_{t-1} + c_t * f_t.
+
+    Args:
+        members: the students, in the order of their rounds.
+        scales: (a_t, c_t) of each.
+        mean, std: (C, 1, 1), what `preprocess` normalises pixels by.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, members: Sequence[nn.Module], scales: Sequence[Scales], mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        if not members or len(members) != len(scales):
+            raise ValueError(f"{len(members)} members with {len(scales)} scales; needs as many, at least one")
+        self.members = nn.ModuleList(members)
+        self.scales = [(float(a), float(c)) for a, c in scales]
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """uint8 images (batch, C, H, W) to what the students read: float32, normalised as in training."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor, members: int | None = None, parallel: bool = False) -> Tensor:
+        """Logits (batch, L) of the prefix of the first `members` students (None: all) on preprocessed images.
+
+        With `parallel` the members run in threads at the same time.
+        """
+        count = self._count(members)
+        chosen = list(self.members)[:count]
+        if parallel:
+            grad = torch.is_grad_enabled()  # a thread starts with gradients on
+
+            def call(member: nn.Module) -> Tensor:
+                with torch.set_grad_enabled(grad):
+                    return member(images)  # type: ignore[no-any-return]
+
+            with ThreadPoolExecutor(count) as pool:
+                logits = list(pool.map(call, chosen))
+        else:
+            logits = [member(images) for member in chosen]
+        weights = prefix_weights(self.scales, count).to(logits[0])
+        return torch.einsum("t,tbl->bl", weights, torch.stack(logits))
+
+    def anytime(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of prefix 1, 2, ..., T; each costs one more student. Stop whenever time is up."""
+        logits: Tensor | None = None
+        for member, (a, c) in zip(self.members, self.scales, strict=True):
+            scaled = c * member(images)
+            logits = scaled if logits is None else a * logits + scaled
+            yield logits
+
+    @torch.inference_mode()
+    def early_exit(self, images: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+        """Ask one student after another, only for the images no prefix is yet sure of.
+
+        Args:
+            images: (batch, C, H, W), preprocessed.
+            confidence: an image is done when the largest softmax probability of its prefix reaches this.
+
+        Returns:
+            Logits (batch, L) of each image's last prefix, and the number of students each image used (batch,).
+        """
+        open_rows = torch.arange(len(images), device=images.device)
+        used = torch.zeros_like(open_rows)
+        logits: Tensor | None = None
+        for t, (member, (a, c)) in enumerate(zip(self.members, self.scales, strict=True)):
+            step = c * member(images[open_rows])
+            if logits is None:
+                logits = step.clone()
+            else:
+                logits[open_rows] = a * logits[open_rows] + step
+            used[open_rows] = t + 1
+            sure = logits[open_rows].softmax(-1).amax(-1) >= confidence
+            open_rows = open_rows[~sure]
+            if len(open_rows) == 0:
+                break
+        assert logits is not None
+        return logits, used
+
+    def largest_prefix(self, costs: Sequence[float], budget: float) -> int:
+        """The number of students of the largest prefix whose summed `costs` (one a student) stay within `budget`.
+
+        Raises:
+            ValueError: where not even the first student does.
+        """
+        total = torch.tensor([float(cost) for cost in costs]).cumsum(0)
+        count = int((total <= budget).sum())
+        if count == 0:
+            raise ValueError(f"a budget of {budget:g} does not pay for the first student, which costs {costs[0]:g}")
+        return count
+
+    def _count(self, members: int | None) -> int:
+        if members is None:
+            return len(self)
+        if not 1 <= members <= len(self):
+            raise ValueError(f"members={members}: the ensemble has prefixes of 1 to {len(self)} students")
+        return members
+
+    @classmethod
+    def from_students(
+        cls, directory: Path, scales: Sequence[Scales], mean: Tensor, std: Tensor
+    ) -> "ProgressiveEnsemble":
+        """Load students 00, 01, ... of `directory`, as many as there are scales."""
+        members = [load_student(directory / f"{t:02d}") for t in range(len(scales))]
+        return cls(members, scales, mean, std).eval()
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "ProgressiveEnsemble":
+        """Load the ensemble of a run: the run's directory, or its `students` folder.
+
+        Raises:
+            RunError: where files are missing, damaged or do not fit.
+        """
+        directory = Path(directory)
+        if not (directory / "ensemble.json").exists():
+            directory = directory / "students"
+        description = read_json(directory / "ensemble.json")
+        mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
+        return cls.from_students(directory, [(a, c) for a, c in description["scales"]], mean, std)
+
+    def save_description(self, directory: Path) -> None:
+        """Write `ensemble.json` beside the students: what `load` needs besides them."""
+        write_json(
+            directory / "ensemble.json",
+            {"scales": self.scales, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()},
+        )
+
+
+def save_student(
+    model: nn.Module, stem: Path, path: str, options: Mapping[str, Any], image_shape: ImageShape, num_classes: int
+) -> None:
+    """Write `stem`.safetensors and `stem`.json: weights, and all that is needed to build the model they fit.
+
+    Args:
+        model: the student.
+        stem: file name without ending.
+        path: import path of its class.
+        options: its keyword arguments.
+        image_shape: first argument of its class.
+        num_classes: second argument of its class.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    description = {
+        "model": path,
+        "image_shape": list(image_shape),
+        "num_classes": num_classes,
+        "options": dict(options),
+    }
+    atomic_write(stem.with_suffix(".safetensors"), lambda temporary: save_file(state, temporary))
+    write_json(stem.with_suffix(".json"), description)
+
+
+def load_student(stem: Path) -> nn.Module:
+    """Build the student described by `stem`.json and load its weights, in evaluation mode.
+
+    Raises:
+        RunError: where a file is missing or damaged, or the weights do not fit.
+    """
+    description = read_json(stem.with_suffix(".json"))
+    build = get_object(description["model"])
+    model: nn.Module = build(tuple(description["image_shape"]), description["num_classes"], **description["options"])
+    try:
+        model.load_state_dict(load_file(stem.with_suffix(".safetensors")))
+    except Exception as error:  # safetensors raises its own errors for a damaged file
+        raise RunError(f"{stem.with_suffix('.safetensors')}: cannot be loaded ({error})") from error
+    return model.eval()

@@ -1,0 +1,137 @@
+"""Every prefix and every single student on the test part, and what each costs: the content of results.json."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+from pkd_lightning.boosting.state import BoostingState
+from pkd_lightning.cost import Cost, latency_ms, measure
+from pkd_lightning.data.module import DataModule
+from pkd_lightning.ensemble import ProgressiveEnsemble
+from pkd_lightning.fitting import predict
+from pkd_lightning.teacher import Teacher
+
+SCHEMA = 1
+PACKAGES = ("pkd-lightning", "torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "numba", "wandb")
+
+
+def quality(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> dict[str, float]:
+    """Accuracy, NLL (nats) and calibration error (15 bins) of logits (N, L); agreement with the teacher's, if given."""
+    classes = logits.shape[-1]
+    values = {
+        "accuracy": multiclass_accuracy(logits, labels, classes, average="micro"),
+        "nll": F.cross_entropy(logits, labels),
+        "ece": multiclass_calibration_error(logits.softmax(-1), labels, classes, n_bins=15),
+    }
+    if teacher is not None:
+        values["agreement"] = (logits.argmax(-1) == teacher.argmax(-1)).float().mean()
+    return {name: float(value) for name, value in values.items()}
+
+
+def evaluate(
+    teacher: Teacher, ensemble: ProgressiveEnsemble, data: DataModule, records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Read the test part once and report the teacher, every round and the ensemble.
+
+    Args:
+        teacher: the teacher.
+        ensemble: the students.
+        data: its test rows are read here and nowhere else in a run.
+        records: what the loop recorded of each round.
+
+    Returns:
+        The parts `teacher`, `rounds` and `ensemble` of results.json.
+    """
+    labels = data.labels[data.test.start : data.test.stop]
+    image = data.normalise(data.images[data.test.start : data.test.start + 1])
+    teacher_logits = predict(teacher.model, data, data.test)
+    teacher_cost = measure(teacher.model, data.image_shape)
+    teacher_row = {
+        **quality(teacher_logits, labels),
+        **vars(teacher_cost),
+        "latency_ms": latency_ms(teacher.model, image),
+    }
+
+    rounds: list[dict[str, Any]] = []
+    prefix_cost = Cost(0, 0, 0)
+    prefix_logits = torch.zeros_like(teacher_logits)
+    prefix: dict[str, float] = {}
+    for t, (member, (a, c), record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
+        logits = predict(member, data, data.test)
+        prefix_logits = a * prefix_logits + c * logits
+        prefix = quality(prefix_logits, labels, teacher_logits)
+        prefix["latency_ms"] = latency_ms(partial(ensemble, members=t + 1), image)
+        cost = measure(member, data.image_shape)
+        prefix_cost = prefix_cost + cost
+        rounds.append(
+            {
+                **record,
+                **quality(logits, labels, teacher_logits),
+                **vars(cost),
+                "latency_ms": latency_ms(member, image),
+                **{f"prefix_{name}": value for name, value in prefix.items()},
+            }
+        )
+    fractions = {name: value / max(1, vars(teacher_cost)[name]) for name, value in vars(prefix_cost).items()}
+    ensemble_row = {"members": len(ensemble), **prefix, **vars(prefix_cost), "fraction_of_teacher": fractions}
+    return {"teacher": teacher_row, "rounds": rounds, "ensemble": ensemble_row}
+
+
+def collect_results(
+    config: DictConfig,
+    data: DataModule,
+    teacher: Teacher,
+    ensemble: ProgressiveEnsemble,
+    state: BoostingState,
+    seconds: float,
+) -> dict[str, Any]:
+    """The whole of results.json, whose version is `schema`. `seconds`: wall time of this process's part."""
+    measured = evaluate(teacher, ensemble, data, state.records)
+    measured["teacher"]["config"] = OmegaConf.to_container(config.teacher.model, resolve=True)
+    rounds = [record["seconds"] for record in state.records]
+    return {
+        "schema": SCHEMA,
+        "experiment": config.name,
+        "dataset": data.name,
+        "split": data.config.split,
+        "seed": config.seed,
+        "objective": config.boosting.objective,
+        "combine": config.boosting.combine,
+        "versions": versions(),
+        "hardware": hardware(),
+        "sizes": dict(zip(("train", "validation", "test"), data.sizes, strict=True)),
+        # a resumed run did part of its work in another process, so the parts can exceed this process's time
+        "wall_seconds": {
+            "teacher": teacher.seconds,
+            "rounds": rounds,
+            "total": max(seconds, teacher.seconds + sum(rounds)),
+        },
+        **measured,
+        "stop_reason": state.stop_reason,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads and GPU of this machine."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    except OSError:
+        pass  # not Linux: the platform's word must do
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}

@@ -1,0 +1,135 @@
+"""Experiment trackers. One tracker run per stage (teacher, round-00, ..., summary), all of a run in one group."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.loggers import Logger
+
+from pkd_lightning.errors import ConfigError
+
+logging.getLogger("wandb").setLevel(logging.ERROR)
+
+
+class Tracker(Protocol):
+    """Where the curves of a run go."""
+
+    def stage(self, name: str, attempt: int = 0) -> AbstractContextManager[Sequence[Logger]]:
+        """Open the loggers of one fit, and close them whatever happens in it."""
+
+    def summarise(self, results: Mapping[str, Any]) -> None:
+        """Log the final results, round by round."""
+
+
+SUMMARY = ("accuracy", "prefix_accuracy", "prefix_agreement", "prefix_nll", "prefix_ece", "params", "flops_published",
+           "macs_total")  # fmt: skip
+
+
+class NoTracker:
+    """Tracks nothing; metrics.jsonl and results.json are written all the same."""
+
+    def __init__(self, directory: Path, group: str, config: Mapping[str, Any]) -> None:
+        del directory, group, config
+
+    @contextmanager
+    def stage(self, name: str, attempt: int = 0) -> Iterator[Sequence[Logger]]:
+        """No loggers."""
+        yield ()
+
+    def summarise(self, results: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class WandbTracker:
+    """Weights & Biases: a run per stage, grouped by the run directory's name.
+
+    Args:
+        directory: the run directory; offline files go below its `wandb/`.
+        group: common group of the stages.
+        config: the resolved configuration.
+        project: W&B project.
+        mode: `offline` (upload later with `wandb sync`) or `online`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        group: str,
+        config: Mapping[str, Any],
+        project: str = "pkd-lightning",
+        mode: str = "offline",
+    ) -> None:
+        if mode not in ("offline", "online"):
+            raise ConfigError([f"mode={mode!r}: must be one of offline, online"])
+        self.options: dict[str, Any] = {
+            "project": project, "group": group, "mode": mode, "dir": str(directory), "config": dict(config)
+        }  # fmt: skip
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def stage(self, name: str, attempt: int = 0) -> Iterator[Sequence[Logger]]:
+        """A W&B run named after the stage, finished even where the fit fails, so that no other stage writes into it."""
+        from lightning.pytorch.loggers import WandbLogger
+
+        with self._run(name, attempt) as run:
+            yield (WandbLogger(experiment=run),)
+
+    def summarise(self, results: Mapping[str, Any]) -> None:
+        """One W&B run `summary`: a step a round, and the ensemble's and the teacher's figures."""
+        with self._run("summary") as run:
+            run.define_metric("students")
+            for name in SUMMARY:  # exact names: overlapping globs resolve at random
+                run.define_metric(name, step_metric="students")
+            for row in results["rounds"]:
+                run.log({"students": row["round"] + 1, **{name: row[name] for name in SUMMARY}})
+            for part in ("teacher", "ensemble"):
+                for name, value in results[part].items():
+                    if isinstance(value, (int, float)):
+                        run.summary[f"{part}/{name}"] = value
+
+    @contextmanager
+    def _run(self, name: str, attempt: int = 0) -> Iterator[Any]:
+        import wandb
+
+        label = name if attempt == 0 else f"{name}-attempt-{attempt}"
+        run = wandb.init(
+            **self.options, name=label, job_type=name.split("-")[0], reinit="finish_previous",
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )  # fmt: skip
+        code = 1
+        try:
+            yield run
+            code = 0
+        finally:
+            run.finish(exit_code=code)
+
+
+class TensorBoardTracker:
+    """TensorBoard event files below the run directory's `tensorboard/`, one folder a stage."""
+
+    def __init__(self, directory: Path, group: str, config: Mapping[str, Any]) -> None:
+        del group, config
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(["tensorboard is not installed: pip install 'pkd-lightning[tensorboard]'"]) from error
+        self.directory = directory / "tensorboard"
+
+    @contextmanager
+    def stage(self, name: str, attempt: int = 0) -> Iterator[Sequence[Logger]]:
+        """An event file in the stage's folder."""
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        logger = TensorBoardLogger(str(self.directory), name=name, version=f"attempt-{attempt}")
+        try:
+            yield (logger,)
+        finally:
+            logger.experiment.close()
+
+    def summarise(self, results: Mapping[str, Any]) -> None:
+        """The rounds' figures, a step a student."""
+        with self.stage("summary") as loggers:
+            for row in results["rounds"]:
+                loggers[0].log_metrics({name: row[name] for name in SUMMARY}, step=row["round"] + 1)

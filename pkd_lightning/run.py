@@ -1,0 +1,80 @@
+"""The experiment: data -> teacher -> rounds -> ensemble -> evaluation -> report.
+
+python -m pkd_lightning.run experiment=digits [overrides]
+"""
+
+import logging
+import sys
+import time
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.checkpoint import read_json
+from pkd_lightning.cli import CONF, explain_overrides
+from pkd_lightning.data.module import DataModule
+from pkd_lightning.errors import PKDError
+from pkd_lightning.evaluate import collect_results
+from pkd_lightning.experiment import assemble, plain
+from pkd_lightning.fitting import Stage
+from pkd_lightning.report import print_table, write_report
+from pkd_lightning.rundir import RunDirectory
+from pkd_lightning.teacher import prepare_teacher
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> dict[str, object]:
+    """Run, resume, or just show the experiment of a composed configuration; returns results.json."""
+    experiment = assemble(config)
+    directory = RunDirectory(config)
+    if directory.finished:
+        logger.info("finished before: %s", directory.path)
+    else:
+        with directory.open(config):
+            start = time.perf_counter()
+            data = DataModule(experiment.data)
+            experiment.check(data)
+            tracker = instantiate(config.logger)(directory.path, group=directory.path.name, config=plain(config))
+            stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl")
+            teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", stage, tracker)
+            loop = BoostingLoop(
+                experiment.boosting, experiment.student, experiment.trainer, data, teacher.logits,
+                directory.path, config.seed, tracker,
+            )  # fmt: skip
+            ensemble = loop.run()
+            results = collect_results(config, data, teacher, ensemble, loop.state, time.perf_counter() - start)
+            directory.save_results(results)
+            write_report(directory.path)
+            tracker.summarise(results)
+            directory.finish()
+    results = read_json(directory.results)
+    print_table(results)
+    print(f"report: {directory.path / 'report.html'}")
+    return results  # type: ignore[no-any-return]
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="config")
+def _job(config: DictConfig) -> float | None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    try:
+        rounds = run(config)["rounds"]
+    except PKDError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # Hydra runs the other jobs, then reports this one
+        sys.exit(f"error: {error}")
+    return max(0.0, rounds[-1]["prefix_validation_accuracy"]) if rounds else None  # type: ignore[index]
+
+
+def main() -> None:
+    """Console entry point; Hydra reads the command line."""
+    with explain_overrides():
+        _job()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The run directory: the same configuration finds the same directory, one process at a time."""
+
+import fcntl
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pkd_lightning.checkpoint import atomic_write, write_json
+from pkd_lightning.errors import RunError
+
+# keys that change where or how a run is shown, not what it computes
+VOLATILE = ("run_root", "logger", "data.root", "trainer.progress", "teacher.trainer.progress", "trainer.num_workers",
+            "teacher.trainer.num_workers")  # fmt: skip
+
+
+def config_hash(config: DictConfig) -> str:
+    """12 hexadecimal digits of the resolved configuration without its volatile keys."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    for key in VOLATILE:
+        *parents, leaf = key.split(".")
+        node: Any = plain
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(leaf, None)
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+
+class RunDirectory:
+    """`run_root/<experiment>/<hash>/` and the files in it.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.path = Path(config.run_root) / str(config.name) / config_hash(config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete."""
+        return (self.path / "DONE").exists()
+
+    @property
+    def results(self) -> Path:
+        """The results file."""
+        return self.path / "results.json"
+
+    def save_results(self, results: dict[str, Any]) -> None:
+        """Write results.json, whole or not at all."""
+        write_json(self.results, results)
+
+    def finish(self) -> None:
+        """Mark the run complete."""
+        atomic_write(self.path / "DONE", lambda path: path.write_text(""))
+
+    @contextmanager
+    def open(self, config: DictConfig) -> Iterator["RunDirectory"]:
+        """Create the directory, take its lock, write config.yaml and log to run.log, for the length of the block.
+
+        Raises:
+            RunError: where another process holds the lock.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be created ({error.strerror}); choose another run_root") from error
+        with (self.path / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{self.path}: another process is running this experiment; wait for it") from error
+            text = OmegaConf.to_yaml(config, resolve=True)
+            atomic_write(self.path / "config.yaml", lambda path: path.write_text(text))
+            handler = logging.FileHandler(self.path / "run.log")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            logging.getLogger().addHandler(handler)
+            try:
+                yield self
+            finally:
+                logging.getLogger().removeHandler(handler)
+                handler.close()

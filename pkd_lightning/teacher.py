@@ -1,0 +1,187 @@
+"""The teacher: trained here or loaded, frozen, its logits computed once."""
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pkd_lightning.checkpoint import atomic_write, read_json, write_json
+from pkd_lightning.config import TrainerConfig
+from pkd_lightning.data.module import Batch, DataModule
+from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.fitting import FitModule, Stage, fit, predict
+from pkd_lightning.loggers import Tracker
+from pkd_lightning.seeding import seeded
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The teacher's model and where its weights come from.
+
+    Attributes:
+        model: (image_shape, num_classes) to a classifier (a Hydra partial of any `_target_`).
+        trainer: how it is trained.
+        checkpoint: file of trained weights (.safetensors, or a torch file of a state dict or a Lightning checkpoint);
+            None trains the teacher here.
+    """
+
+    model: Callable[..., nn.Module]
+    trainer: TrainerConfig
+    checkpoint: str | None = None
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """The untrained model. `image_shape` and `num_classes` are passed where its signature names them."""
+        target = getattr(self.model, "func", self.model)
+        named = inspect.signature(target).parameters
+        offered = {"image_shape": image_shape, "num_classes": num_classes}
+        given = getattr(self.model, "keywords", {})
+        model = self.model(**{name: value for name, value in offered.items() if name in named and name not in given})
+        if not isinstance(model, nn.Module):
+            raise ConfigError([f"teacher.model: {target!r} gave a {type(model).__name__}, not a torch module"])
+        return model
+
+
+class TeacherModule(FitModule):
+    """Trains the teacher with cross-entropy."""
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and the logits."""
+        logits = self.model(batch.images)
+        return F.cross_entropy(logits, batch.labels), logits
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen teacher.
+
+    Attributes:
+        model: the classifier, in evaluation mode, without gradients.
+        logits: (training + validation rows, L) float32, by sample index.
+        seconds: wall time of its training.
+    """
+
+    model: nn.Module
+    logits: Tensor
+    seconds: float
+
+
+def prepare_teacher(
+    config: TeacherConfig, data: DataModule, directory: Path, stage: Stage, tracker: Tracker
+) -> Teacher:
+    """Load or train the teacher, then compute its logits or find those computed before.
+
+    Args:
+        config: see `TeacherConfig`.
+        data: the data module.
+        directory: where weights and logits are kept; a teacher finished here is not trained again.
+        stage: the fit's name and seed.
+        tracker: where the fit's curves go.
+
+    Raises:
+        ConfigError: where the model does not give (batch, classes) logits.
+        RunError: where a checkpoint cannot be read or does not fit the model.
+    """
+    with seeded(stage.seed, stage.name, "init"):
+        model = config.build(data.image_shape, data.num_classes)
+    check_output(model, data)
+    weights, done = directory / "teacher.safetensors", directory / "teacher.json"
+    seconds = 0.0
+    if config.checkpoint is not None:
+        load_weights(model, Path(config.checkpoint))
+        logger.info("teacher loaded from %s", config.checkpoint)
+    elif done.exists():
+        load_weights(model, weights)
+        seconds = float(read_json(done)["seconds"])
+        logger.info("teacher found, trained before")
+    else:
+        module = TeacherModule(model, config.trainer)
+        with seeded(stage.seed, stage.name, "fit"), tracker.stage(stage.name) as loggers:
+            result = fit(module, data, stage, loggers)
+        seconds = result.seconds
+        atomic_write(weights, lambda path: save_file(_contiguous(model.state_dict()), path))
+        write_json(done, {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds})
+        logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
+    model.eval().requires_grad_(False)
+    return Teacher(model, cached_logits(model, data, directory / "logits.safetensors"), seconds)
+
+
+def check_output(model: nn.Module, data: DataModule) -> None:
+    """Run two images through `model` and check that it gives a row of `num_classes` logits for each.
+
+    Raises:
+        ConfigError: where it does not.
+    """
+    expected = (2, data.num_classes)
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        try:
+            found = tuple(model(data.normalise(data.images[[0, 0]])).shape)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ConfigError(
+                [f"teacher.model: cannot read images of shape {data.image_shape} ({str(error).splitlines()[0]})"]
+            ) from error
+    model.train(training)
+    if found != expected:
+        raise ConfigError([f"teacher.model: gives shape {found} for two images of {data.name}, not {expected}"])
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a .safetensors file, a torch file of a state dict, or a Lightning checkpoint into `model`.
+
+    Raises:
+        RunError: where the file is missing, unreadable, or does not fit.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state: Mapping[str, Any] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own errors for a damaged file
+        raise RunError(f"{path}: cannot be read as weights ({error})") from error
+    state = state.get("state_dict", state)
+    if all(name.startswith("model.") for name in state):
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise RunError(f"{path}: the weights do not fit the model. {error}") from error
+
+
+def cached_logits(model: nn.Module, data: DataModule, path: Path) -> Tensor:
+    """Logits of `model` on the training and validation rows, computed once for these weights and these images."""
+    key = fingerprint(model, data)
+    if path.exists():
+        stored = load_file(path)
+        if key in stored:
+            return stored[key]
+    logits = predict(model, data, range(data.validation.stop))
+    if not logits.isfinite().all():
+        raise RunError("the teacher's logits are not all finite; it cannot be distilled")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: save_file({key: logits}, temporary))
+    return logits
+
+
+def fingerprint(model: nn.Module, data: DataModule) -> str:
+    """A hash of the weights and of the images the logits are computed on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().double().numpy().tobytes())
+    digest.update(data.images[: data.validation.stop].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
