@@ -57,8 +57,8 @@ def assemble(config: DictConfig) -> Experiment:
     student = collect(faults, "student", lambda: _instantiate(config.student))
     boosting = collect(faults, "boosting", lambda: _boosting(config.boosting))
     if student is not None:
-        rounds = boosting.rounds if boosting is not None else 1
-        faults += [f"student.{fault}" for fault in student.faults(rounds)]
+        rounds = config.boosting.rounds  # read here, to be checked even where another boosting option is at fault
+        faults += [f"student.{fault}" for fault in student.faults(rounds if isinstance(rounds, int) else 1)]
     if not isinstance(config.seed, int) or config.seed < 0:
         faults.append(f"seed={config.seed!r}: must be a whole number of at least 0")
     if faults:

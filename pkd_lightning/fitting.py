@@ -73,9 +73,13 @@ class FitModule(L.LightningModule):
             }
         )
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is optimised, in torch's form of parameter groups."""
+        return [{"params": list(self.model.parameters())}]
+
     def configure_optimizers(self) -> Any:
         """The configured optimiser, its learning rate scheduled per step."""
-        optimizer = self.settings.optimizer(self.parameters())
+        optimizer = self.settings.optimizer(self.parameter_groups())
         steps = max(1, int(self.trainer.estimated_stepping_batches))
         schedule = LambdaLR(optimizer, lambda step: self.settings.schedule(min(1.0, step / steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,6 +1,7 @@
 """The report: right numbers, honest words, one offline file, and a clear message for every damaged run."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from pkd_lightning.errors import RunError
 from pkd_lightning.report import compare, main, print_table, write_report
-from pkd_lightning.reporting import single
+from pkd_lightning.reporting import comparison, figures, single, style
 from pkd_lightning.reporting.grouping import curve, grouped
 from pkd_lightning.reporting.load import load_run, read_metrics
 from pkd_lightning.reporting.values import acceptance, duration, engineering, percent, share
@@ -36,13 +37,19 @@ def make_results(rounds=3, **changes):
                 "params": PARAMS[t],
                 "flops_published": FLOPS[t],
                 "macs_total": MACS[t],
-                "latency_ms": 0.5,
+                "latency_ms": 0.51,
                 "accuracy": 0.80 + 0.02 * t,
+                "validation_accuracy": 0.81,
+                "prefix_validation_accuracy": 0.81,
+                "validation_loss": 2.8,
+                "scales": [0.65, 0.63],
+                "bound": 9.9,
+                "eta": 0.1,
                 "prefix_accuracy": 0.80 + 0.05 * t,
                 "prefix_agreement": 0.81 + 0.05 * t,
                 "prefix_nll": 0.3,
                 "prefix_ece": 0.02,
-                "prefix_latency_ms": 0.5,
+                "prefix_latency_ms": 0.62 + 0.5 * t,
                 "edges": {"min": min(edges), "max": max(edges), "satisfied": t, "classes": 10, "per_class": edges},
                 "accepted_by": "first_round" if t == 0 else "best_candidate",
                 "seconds": 5.0,
@@ -53,6 +60,7 @@ def make_results(rounds=3, **changes):
     teacher = {"accuracy": 0.98, "nll": 0.07, "ece": 0.01, "params": 34_674, "flops_published": 95_648}
     teacher |= {"macs_total": 14_000_000, "latency_ms": 3.1, "config": {"n_blocks": 28}}
     ensemble = {"members": rounds, "accuracy": 0.80 + 0.05 * (rounds - 1), "agreement": 0.91, "nll": 0.2, "ece": 0.02}
+    ensemble["latency_ms"] = 1.62
     ensemble |= totals | {"fraction_of_teacher": {key: total / teacher[key] for key, total in totals.items()}}
     results = {
         "schema": 1,
@@ -153,9 +161,9 @@ def test_report_is_one_offline_file_with_figures(report):
     text = report.read_text()
     assert "@import" not in text
     assert not re.search(r"url\((?!#)", text)
-    figures = {figure.stem for figure in (report.parent / "figures").glob("*.png")}
-    assert figures == {"accuracy_students", "accuracy_macs", "cost", "edges", "losses"}
-    assert page.tags.count("svg") == 4 + 2  # four figures, and a loss panel for each stage
+    saved = {figure.stem for figure in (report.parent / "figures").glob("*.png")}
+    assert saved == {"accuracy_students", "accuracy_macs", "cost", "latency", "edges", "losses"}
+    assert page.tags.count("svg") == 5 + 2  # five figures, and a loss panel for each stage
 
 
 def test_identifiers_are_unique_and_references_resolve(report):
@@ -185,11 +193,35 @@ def test_headline_gives_both_cost_conventions(report):
 def test_page_table_has_own_and_cumulative_values(report):
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", report.read_text(), flags=re.DOTALL)
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
-    third = next(row for row in cells if row and row[0] == "3")
+    third = [value for row in cells if row and row[0] == "3" for value in row]
     for value in ("84.00%", "90.00%", "91.00%", "2,378", "4,204", "12.1%", "164,248", "1.6%", "5.0%", "2/10", "5.0 s"):
         assert value in third
-    teacher = next(row for row in cells if row and row[0] == "teacher" and len(row) == len(third))
-    assert {"98.00%", "34,674", "14,000,000"} <= set(teacher)
+    teacher = [value for row in cells if row and row[0] == "teacher" for value in row]
+    assert {"98.00%", "34,674", "14,000,000", "3.10"} <= set(teacher)
+
+
+def test_latency_has_units_and_the_teacher_beside_it(report, tmp_path):
+    text = visible(report)
+    assert "latency 1.62 ms teacher 3.10 ms; one image, one CPU thread" in text
+    assert "the ensemble of 3 students takes 1.62 ms an image and the teacher 3.10 ms" in text
+    assert "latency alone (ms) latency of prefix (ms)" in text
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", report.read_text(), flags=re.DOTALL)
+    last = [re.findall(r"<td[^>]*>(.*?)</td>", row)[-2:] for row in rows]
+    assert [row for row in last if row and "." in row[0] and "." in row[1]] == [
+        ["0.51", "0.62"],
+        ["0.51", "1.12"],
+        ["0.51", "1.62"],
+        ["3.10", "3.10"],
+    ]
+    assert "ms: median per image on one CPU thread" in table_text(make_results(), 200)
+    results = make_results()
+    for part in (results["teacher"], results["ensemble"], *results["rounds"]):
+        for key in ("latency_ms", "prefix_latency_ms"):
+            part.pop(key, None)
+    unmeasured = write_report(make_run(tmp_path / "run", results))
+    assert not (unmeasured.parent / "figures" / "latency.png").exists()
+    assert " ms " not in visible(unmeasured)
+    assert compare([unmeasured.parent], tmp_path / "out.html").is_file()
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
@@ -239,6 +271,91 @@ def test_edges_overrule_a_recorded_condition(tmp_path):
     assert "0 of 2 students" in text
     assert "student 2 is recorded as accepted by the condition, but its edges are not all positive" in text
     assert "zero by definition" in text
+
+
+# Shapes of a real run: a zigzag, accuracies a point apart, losses over three decades, every kind of acceptance.
+REAL_MACS = (14_416, 24_216, 49_568, 96_224, 128_920, 165_072, 204_680)
+REAL_ACCURACY = (0.9519, 0.9648, 0.9759, 0.9741, 0.9796, 0.9833, 0.9815)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    results = make_results()
+    kinds = ["first_round", "improvement", "best_candidate", "condition", "relaxed_condition", "improvement", "odd"]
+    rounds = [results["rounds"][1] | {"round": t, "accepted_by": kind} for t, kind in enumerate(kinds)]
+    for entry, macs, accuracy in zip(rounds, REAL_MACS, REAL_ACCURACY, strict=True):
+        entry |= {"macs_total": macs, "accuracy": accuracy, "prefix_accuracy": accuracy}
+    results["teacher"]["macs_total"] = 1_414_784
+    stages = ["teacher", *(f"round-{t:02d}" for t in range(7))]
+    run = make_run(tmp_path_factory.mktemp("real") / "run", results | {"rounds": rounds})
+    with (run / "metrics.jsonl").open("w") as file:
+        for place, stage in enumerate(stages):
+            for epoch in range(20):
+                for attempt in range(place % 2 + 1):
+                    loss = (2.0 + place) * (0.66 if place < 4 else 0.8) ** epoch
+                    row = {"stage": stage, "attempt": attempt, "epoch": epoch, "train_loss": loss}
+                    file.write(json.dumps(row | {"validation_loss": 0.1 + loss}) + "\n")
+    return load_run(run)
+
+
+def drawn_text(figure):
+    """What a reader sees written: matplotlib leaves each text as a comment in front of its outline."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg")
+    return re.findall(r"<!-- (.*?) -->", stream.getvalue())
+
+
+def test_figures_of_a_real_run_are_whole(real):
+    with style.styled():
+        made = {card.name: [*card.figures, card.draw()] for card in figures.cards(real)}
+        groups, _ = grouped([real])
+        made["comparison"] = [comparison.students_figure(groups), comparison.macs_figure(groups)]
+        assert set(made) == {"accuracy_students", "accuracy_macs", "cost", "latency", "edges", "losses", "comparison"}
+        for name, drawings in made.items():
+            for figure in drawings:
+                words = drawn_text(figure)
+                assert words
+                assert not [word for word in words if "$" in word or "\\" in word or "mathdefault" in word], name
+                width, height = figure.get_size_inches()
+                box = figure.get_tightbbox()  # of everything drawn: legends, titles, tick labels
+                assert box.x0 > -0.02, name
+                assert box.y0 > -0.02, name
+                assert box.x1 < width + 0.02, name
+                assert box.y1 < height + 0.02, name
+                share = sum(axes.get_position().width for axes in figure.axes) / len(figure.axes)
+                columns = 4 if len(figure.axes) == 8 else 1
+                assert share > 0.7 / columns, name  # no legend or label squeezes the axes
+        first = drawn_text(made["losses"][0])
+        assert {"teacher", "1", "0.1", "0.01"} <= set(first)
+        assert {"0.2", "0.5", "1", "2", "5"} <= set(drawn_text(made["losses"][-2]))  # one decade: 1 alone says little
+        assert "student 1, 2 attempts" in drawn_text(made["losses"][1])
+
+
+@pytest.mark.parametrize(
+    ("xs", "ys"),
+    [
+        (list(itertools.accumulate(REAL_MACS)), [100 * accuracy for accuracy in REAL_ACCURACY]),
+        ([1, 2, 3, 4, 5, 6, 7], [0, 5, 0, 5, 0, 5, 0]),  # over a valley's point the curve is near
+        ([1, 2, 2.1, 3, 4, 4.1, 5], [3, 3, 3, 3, 1, 1, 1]),  # neighbours
+    ],
+)
+def test_numbers_at_points_stand_clear_of_the_curve_and_of_one_another(xs, ys):
+    with style.styled():
+        figure = style.new_figure(3.6)
+        axes = figure.add_subplot()
+        axes.plot(xs, ys, "o-")
+        axes.margins(0.1)
+        style.label_points(axes, xs, ys, list("1234567"), style.BLUE)
+        figure.draw_without_rendering()
+        assert sorted(text.get_text() for text in axes.texts) == list("1234567")
+        boxes = [text.get_window_extent().padded(1) for text in axes.texts]
+        corners = axes.transData.transform(list(zip(xs, ys, strict=True)))
+        for (x, y), (right, up) in itertools.pairwise(corners):
+            for step in range(201):
+                point = x + (right - x) * step / 200, y + (up - y) * step / 200
+                assert not [box for box in boxes if box.contains(*point)]
+        for one, other in itertools.combinations(boxes, 2):
+            assert not one.overlaps(other)
 
 
 def test_data_is_escaped(tmp_path):
@@ -369,6 +486,7 @@ def test_every_fault_is_reported_at_once(tmp_path):
     assert "rounds[1].round is 5, not 1" in str(caught.value)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_command_line_errors(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -405,6 +523,7 @@ def test_comparison_groups_runs_that_differ_only_by_seed(tmp_path):
     for seed in range(3):
         results = make_results(seed=seed)
         results["ensemble"]["accuracy"] = results["rounds"][2]["prefix_accuracy"] = 0.90 + 0.01 * seed
+        results["teacher"]["accuracy"] = 0.90
         config = f"epochs: 3\nseed: {seed}\nrun_dir: /somewhere/{seed}\nlogger:\n  name: run{seed}\n"
         runs.append(make_run(tmp_path / f"seed{seed}", results, config=config))
     runs.append(make_run(tmp_path / "longer", config="epochs: 9\nseed: 0\n"))
@@ -421,7 +540,9 @@ def test_comparison_groups_runs_that_differ_only_by_seed(tmp_path):
     assert line.center == pytest.approx([80.0, 85.0, 91.0])
     assert line.spread == pytest.approx([0.0, 0.0, statistics.stdev([90.0, 91.0, 92.0])])
     assert line.macs[2] == pytest.approx(sum(MACS))
-    text = visible(compare(runs, tmp_path / "out.html"))
+    text = visible(compare(runs[::-1], tmp_path / "out.html"))
+    assert "[epochs=3] 0 3 90.00%" in text  # the group's heading, then its first run: seed 0, though given last
+    assert "+1.00 ± 1.00" in text
     assert "mean ± SD of 3" in text
     assert "91.00 ± 1.00%" in text
     assert "Not one comparison" not in text

@@ -18,7 +18,8 @@ class Combination:
 
     Attributes:
         initial: round t (from 0) to (a_t, c_t).
-        learned: `initial` is only the start; a_t and c_t > 0 are fitted in the round.
+        learned: `initial` is only the start; a_t and c_t > 0 are learned with the student, where the objective sees
+            the ensemble, and solved for on the training rows at the end of the round.
     """
 
     initial: Callable[[int], Scales]

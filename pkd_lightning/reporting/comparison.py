@@ -1,7 +1,9 @@
 """The page that compares several runs."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from textwrap import fill
 
@@ -15,6 +17,7 @@ from pkd_lightning.reporting.load import RunRecord
 from pkd_lightning.reporting.values import (
     MISSING,
     condition_counts,
+    decimal,
     duration,
     ensemble_shares,
     number,
@@ -23,24 +26,30 @@ from pkd_lightning.reporting.values import (
     share,
 )
 
-HEAD = (
-    "experiment · objective · combination",
+ACCURACY_HEAD = (
     "seed",
     "students",
     "teacher accuracy",
     "ensemble accuracy",
     "points to teacher",
     "agrees with teacher",
+    "condition met after the first",
+    "stopped",
+)
+COST_HEAD = (
+    "seed",
     "parameters / teacher",
     "total MACs / teacher",
     "published FLOPs / teacher",
-    "condition met after the first",
+    "latency (ms)",
+    "teacher's latency (ms)",
     "time",
-    "stopped",
     "directory",
 )
+TEXT = ("seed", "stopped", "directory")
+SHARE_HEADS = {"parameters / teacher": "params", "total MACs / teacher": "macs_total"}
+SHARE_HEADS |= {"published FLOPs / teacher": "flops_published"}
 ACCURACY = "ensemble test accuracy (%)"
-TEXT_COLUMNS = (0, 1, 12, 13)
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> str:
@@ -75,12 +84,14 @@ def _section(name: str, title: str, runs: list[RunRecord]) -> list[str]:
         graphics = [
             page.figure(
                 "Ensemble accuracy against number of students",
-                f"{band}Short dashes at the right edge: the teacher (mean over seeds) of each setting.",
+                f"{band}Short dashes at the right edge: the teacher (mean over seeds) of each setting, "
+                "dark where several share it.",
                 [style.svg(students_figure(groups), f"{name}-students", "Ensemble accuracy against students")],
             ),
             page.figure(
                 "Ensemble accuracy against compute",
-                f"{band}Total MACs count everything the first t students compute for one image; stars are teachers. "
+                f"{band}Total MACs count everything the first t students compute for one image; stars are the "
+                "teachers (mean over seeds). "
                 "Published FLOPs are in the table.",
                 [style.svg(macs_figure(groups), f"{name}-macs", "Ensemble accuracy against total MACs")],
             ),
@@ -89,8 +100,7 @@ def _section(name: str, title: str, runs: list[RunRecord]) -> list[str]:
         f"<section>{page.section_heading(title)}",
         page.notes(remarks),
         f'<div class="figures">{"".join(graphics)}</div>' if graphics else "",
-        page.section_heading("Runs", 3),
-        _table(groups),
+        *_tables(groups),
         "</section>",
     ]
 
@@ -98,13 +108,14 @@ def _section(name: str, title: str, runs: list[RunRecord]) -> list[str]:
 def students_figure(groups: Sequence[Group]) -> Figure:
     """Prefix accuracy against the number of students, a colour for each group."""
     figure, axes = _canvas(groups)
+    teachers = [_teacher(group) for group in groups]
     most = max(len(run.results["rounds"]) for group in groups for run in group.runs)
     for index, group in enumerate(groups):
         _lines(axes, group, index, lambda run: [float(t) for t in range(1, len(run.results["rounds"]) + 1)])
         line = curve(group)
         _band(axes, group, index, [float(t) for t in range(1, len(line.center) + 1)])
-        teacher = _mean([number(run.results["teacher"], "accuracy") for run in group.runs])
-        axes.plot([0.965, 1.0], [100 * teacher] * 2, color=_color(index), lw=2, transform=axes.get_yaxis_transform())
+        height, color = teachers[index][1], _teacher_color(teachers, index)
+        axes.plot([0.965, 1.0], [height] * 2, color=color, lw=2, transform=axes.get_yaxis_transform())
     style.student_axis(axes, most, "number of students t")
     axes.set_xlim(0.5, most + 0.7)
     style.accuracy_axis(axes, ACCURACY)
@@ -114,19 +125,31 @@ def students_figure(groups: Sequence[Group]) -> Figure:
 def macs_figure(groups: Sequence[Group]) -> Figure:
     """Prefix accuracy against total MACs, a colour for each group, the teachers as stars."""
     figure, axes = _canvas(groups)
+    teachers = [_teacher(group) for group in groups]
     known: list[float] = []
     for index, group in enumerate(groups):
         _lines(axes, group, index, lambda run: prefix_cost(run.results, "macs_total"))
         _band(axes, group, index, curve(group).macs)
-        for run in group.runs:
-            teacher = number(run.results["teacher"], "macs_total")
-            accuracy = 100 * number(run.results["teacher"], "accuracy")
-            axes.plot(teacher, accuracy, "*", color=_color(index), ms=9, mec="white", mew=0.6)
-            known += [cost for cost in (teacher, *prefix_cost(run.results, "macs_total")) if cost > 0]
+        axes.plot(*teachers[index], "*", color=_teacher_color(teachers, index), ms=10, mec="white", mew=0.6, zorder=3)
+        known += [cost for run in group.runs for cost in prefix_cost(run.results, "macs_total") if cost > 0]
+        known += [cost for cost in teachers[index][:1] if cost > 0]
     if known:
         style.mac_axis(axes, known)
     style.accuracy_axis(axes, ACCURACY)
     return figure
+
+
+def _teacher(group: Group) -> tuple[float, float]:
+    """Total MACs and accuracy (%) of the teachers of a group, means over its seeds."""
+    teachers = [run.results["teacher"] for run in group.runs]
+    return _mean([number(one, "macs_total") for one in teachers]), 100 * _mean(
+        [number(one, "accuracy") for one in teachers]
+    )
+
+
+def _teacher_color(teachers: Sequence[tuple[float, float]], index: int) -> str:
+    """The group's colour; dark where another group has the same teachers, which would cover one another."""
+    return style.INK if teachers.count(teachers[index]) > 1 else _color(index)
 
 
 def _canvas(groups: Sequence[Group]) -> tuple[Figure, Axes]:
@@ -155,7 +178,7 @@ def _lines(axes: Axes, group: Group, index: int, places: Callable[[RunRecord], l
     for run in group.runs:
         ys = [100 * number(entry, "prefix_accuracy") for entry in run.results["rounds"]]
         marker = _marker(index) if single else ""
-        width, alpha = (1.8, 1.0) if single else (0.8, 0.45)
+        width, alpha = (1.8, 1.0) if single else (0.7, 0.35)
         axes.plot(places(run), ys, ls=_dash(index), color=_color(index), marker=marker, lw=width, alpha=alpha)
 
 
@@ -185,57 +208,71 @@ def _mean(values: Sequence[float]) -> float:
     return mean(values) if values else math.nan
 
 
-def _row(group: Group, run: RunRecord) -> list[str]:
+def _row(run: RunRecord, place: Path) -> dict[str, str]:
+    """The cells of one run by heading; its directory relative to `place`."""
     results = run.results
     ensemble, teacher = results.get("ensemble") or {}, results["teacher"]
     shares = ensemble_shares(results)
     gap = 100 * (number(ensemble, "accuracy") - number(teacher, "accuracy"))
     met, later = condition_counts(results)
-    return [
-        group.label,
-        str(results.get("seed")),
-        str(len(results["rounds"])),
-        percent(number(teacher, "accuracy"), 2),
-        percent(number(ensemble, "accuracy"), 2),
-        MISSING if math.isnan(gap) else f"{gap:+.2f}",
-        percent(number(ensemble, "agreement"), 2),
-        share(shares["params"]),
-        share(shares["macs_total"]),
-        share(shares["flops_published"]),
-        f"{met} of {later}",
-        duration(number(results, "wall_seconds", "total")),
-        str(results.get("stop_reason") or ""),
-        str(run.path),
-    ]
+    return {
+        "seed": str(results.get("seed")),
+        "students": str(len(results["rounds"])),
+        "teacher accuracy": percent(number(teacher, "accuracy"), 2),
+        "ensemble accuracy": percent(number(ensemble, "accuracy"), 2),
+        "points to teacher": MISSING if math.isnan(gap) else f"{gap:+.2f}",
+        "agrees with teacher": percent(number(ensemble, "agreement"), 2),
+        "condition met after the first": f"{met} of {later}",
+        "latency (ms)": decimal(number(ensemble, "latency_ms"), 2),
+        "teacher's latency (ms)": decimal(number(teacher, "latency_ms"), 2),
+        "time": duration(number(results, "wall_seconds", "total")),
+        "stopped": str(results.get("stop_reason") or ""),
+        "directory": str(run.path.relative_to(place)),
+    } | {heading: share(shares[key]) for heading, key in SHARE_HEADS.items()}
 
 
-def _mean_row(group: Group) -> list[str]:
-    """Mean and sample standard deviation over the seeds of a group."""
+def _mean_row(group: Group) -> dict[str, str]:
+    """Mean over the seeds of a group, with the sample standard deviation where it says something on the spread."""
 
-    def spread(values: list[float]) -> str:
+    def spread(values: list[float], sign: str = "", unit: str = "%") -> str:
         if any(math.isnan(value) for value in values):
             return MISSING
-        return f"{100 * mean(values):.2f} ± {100 * stdev(values):.2f}%"
+        return f"{100 * mean(values):{sign}.2f} ± {100 * stdev(values):.2f}{unit}"
 
-    teacher = [number(run.results["teacher"], "accuracy") for run in group.runs]
-    ensemble = [number(run.results.get("ensemble") or {}, "accuracy") for run in group.runs]
-    agreement = [number(run.results.get("ensemble") or {}, "agreement") for run in group.runs]
-    gap = [own - other for own, other in zip(ensemble, teacher, strict=True)]
+    teachers = [run.results["teacher"] for run in group.runs]
+    ensembles = [run.results.get("ensemble") or {} for run in group.runs]
+    teacher = [number(part, "accuracy") for part in teachers]
+    ensemble = [number(part, "accuracy") for part in ensembles]
     shares = [ensemble_shares(run.results) for run in group.runs]
-    means = [share(_mean([one[key] for one in shares])) for key in ("params", "macs_total", "flops_published")]
-    students = _mean([float(len(run.results["rounds"])) for run in group.runs])
-    seconds = _mean([number(run.results, "wall_seconds", "total") for run in group.runs])
-    points = spread(gap).removesuffix("%")
-    own = [spread(teacher), spread(ensemble), points, spread(agreement), *means]
-    label = f"mean ± SD of {len(group.runs)}"
-    return [group.label, label, f"{students:.3g}", *own, "", duration(seconds), "", ""]
+    return {
+        "seed": f"mean ± SD of {len(group.runs)}",
+        "students": f"{_mean([float(len(run.results['rounds'])) for run in group.runs]):.3g}",
+        "teacher accuracy": spread(teacher),
+        "ensemble accuracy": spread(ensemble),
+        "points to teacher": spread([own - other for own, other in zip(ensemble, teacher, strict=True)], "+", ""),
+        "agrees with teacher": spread([number(part, "agreement") for part in ensembles]),
+        "latency (ms)": decimal(_mean([number(part, "latency_ms") for part in ensembles]), 2),
+        "teacher's latency (ms)": decimal(_mean([number(part, "latency_ms") for part in teachers]), 2),
+        "time": duration(_mean([number(run.results, "wall_seconds", "total") for run in group.runs])),
+    } | {heading: share(_mean([one[key] for one in shares])) for heading, key in SHARE_HEADS.items()}
 
 
-def _table(groups: Sequence[Group]) -> str:
-    rows, strong = [], []
-    for group in groups:
-        rows += [_row(group, run) for run in group.runs]
-        if len(group.runs) > 1:
-            strong.append(len(rows))
-            rows.append(_mean_row(group))
-    return page.table(HEAD, rows, TEXT_COLUMNS, strong)
+def _tables(groups: Sequence[Group]) -> list[str]:
+    """Accuracies and costs: for each group a heading row, its runs, and where it has several seeds their mean."""
+    place = Path(os.path.commonpath([run.path.parent for group in groups for run in group.runs]))
+    parts = []
+    for title, head in (("Accuracy", ACCURACY_HEAD), ("Cost of the ensemble", COST_HEAD)):
+        rows: list[list[str]] = []
+        strong: list[int] = []
+        for group in groups:
+            rows.append([group.label])
+            cells = [_row(run, place) for run in group.runs]
+            if len(group.runs) > 1:
+                strong.append(len(rows) + len(cells))
+                cells.append(_mean_row(group))
+            rows += [[row.get(heading, "") for heading in head] for row in cells]
+        text = [index for index, heading in enumerate(head) if heading in TEXT]
+        parts += [page.section_heading(title, 3), page.table(head, rows, text, strong)]
+    note = "A group: experiment · objective · combination [settings that set it apart]. Latency: median milliseconds "
+    note += f"for one image on one CPU thread. Directories are below {place}."
+    return [*parts, page.paragraphs([note])]

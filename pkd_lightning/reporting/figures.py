@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.load import Row, RunRecord
-from pkd_lightning.reporting.values import acceptance, ensemble_share, number, prefix_cost, ratio, share
+from pkd_lightning.reporting.values import acceptance, decimal, ensemble_share, number, prefix_cost, ratio, share
 
 COST_PANELS = (
     ("params", "parameters\n(% of teacher)", style.BLUE),
@@ -58,8 +58,11 @@ def cards(run: RunRecord) -> list[Card]:
             ("accuracy_students", "Accuracy against number of students", ACCURACY_CAPTION, accuracy_figure),
             ("accuracy_macs", "Accuracy against compute", MACS_CAPTION, macs_figure),
             ("cost", "Cost per student, relative to the teacher", COST_CAPTION, cost_figure),
+            ("latency", "Latency", LATENCY_CAPTION, latency_figure),
             ("edges", "Edges of each round", EDGES_CAPTION, edges_figure),
         ):
+            if name == "latency" and not timed(results):
+                continue
             made.append(Card(name, title, caption, [draw(results)], lambda draw=draw: draw(results)))  # type: ignore[misc]
     stages = loss_stages(run.metrics)
     if stages:
@@ -80,14 +83,19 @@ COST_CAPTION = (
     "Each student alone, and all of them together, in % of the teacher. Published FLOPs follow the paper's convention, "
     "which counts in_proj and the classifier head only; total MACs count everything. Each panel has its own scale."
 )
+LATENCY_CAPTION = (
+    "Median time for one image (batch of one) on one CPU thread, in milliseconds: each student alone, and the first t "
+    "students one after the other, with what combines them. It depends on the machine and need not follow the MACs."
+)
 EDGES_CAPTION = (
     "Edge of each class: the weighted sum of student minus teacher logit, positive where the student corrects what "
     "the ensemble so far gets wrong. A bar spans the smallest to the largest edge; the fraction counts the classes "
     "with a positive edge. The first student's edges are zero by definition, so they say nothing about the condition."
 )
 LOSS_CAPTION = (
-    "Loss against epoch, per stage; round-00 is student 1. Each stage minimises its own objective (dimensionless), so "
-    "heights compare within a panel only. Earlier attempts of a round are drawn faint."
+    "Loss against epoch of the teacher and of each student (student 1 is round-00 in metrics.jsonl). Each stage "
+    "minimises its own objective (dimensionless), so heights compare within a panel only. Earlier attempts of a round "
+    "are drawn faint."
 )
 
 
@@ -176,9 +184,37 @@ def cost_figure(results: Row) -> Figure:
     return figure
 
 
+def timed(results: Row) -> bool:
+    """Whether the run measured the latency of any prefix."""
+    return any(not math.isnan(number(entry, "prefix_latency_ms")) for entry in results["rounds"])
+
+
+def latency_figure(results: Row) -> Figure:
+    """Latency of each student alone and of each prefix, with the teacher's as a line."""
+    figure = style.new_figure(4.8)
+    axes = figure.add_subplot()
+    count = range(1, len(results["rounds"]) + 1)
+    alone = [number(entry, "latency_ms") for entry in results["rounds"]]
+    prefix = [number(entry, "prefix_latency_ms") for entry in results["rounds"]]
+    teacher = number(results["teacher"], "latency_ms")
+    if not math.isnan(teacher):
+        axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2f} ms)")
+    axes.bar(count, alone, 0.6, color=style.VERMILLION, label="student t alone")
+    axes.plot(count, prefix, "o-", color=style.BLUE, label="first t together")
+    last = len(prefix), prefix[-1]
+    axes.annotate(decimal(prefix[-1], 2), last, (0, 6), textcoords="offset points", ha="center", fontsize=7.5)
+    style.student_axis(axes, len(prefix), "number of students t")
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("latency (ms per image)")
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
+    style.legend_above(axes, 3)
+    return figure
+
+
 def edges_figure(results: Row) -> Figure:
     """Range of the edges of each round, and single classes where they are recorded."""
-    figure = style.new_figure(4.2)
+    figure = style.new_figure(3.6)
     axes = figure.add_subplot()
     axes.use_sticky_edges = False  # a bar's end is data like any other: leave room below it
     axes.axhline(0, color=style.INK, lw=1)
@@ -207,7 +243,8 @@ def edges_figure(results: Row) -> Figure:
     handles = [
         Line2D([], [], color=color, marker=marker, ls="none", label=label) for color, marker, label in used.values()
     ]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=1 if len(used) > 2 else 2)
+    # one below the other: two of the long ones are wider than the figure
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.2)
     return figure
 
 
@@ -254,14 +291,12 @@ def _loss_curves(axes: Axes, stage: str, rows: list[Row]) -> None:
             mark = "." if len(losses) < 4 else ""
             alpha = 1.0 if last else 0.35
             axes.plot(epochs, losses, line, color=color, marker=mark, lw=1.4, alpha=alpha, label=label if last else "")
-    if min(drawn) > 0 and max(drawn) > 30 * min(drawn):
-        axes.set_yscale("log")
+    style.loss_axis(axes, drawn)
     found = re.fullmatch(r"round-(\d+)", stage)
-    title = f"student {int(found[1]) + 1} ({stage})" if found else stage
+    title = f"student {int(found[1]) + 1}" if found else stage
     tries = f", {len(attempts)} attempts" if len(attempts) > 1 else ""
     axes.set_title(f"{title[:28]}{tries}", loc="left", fontweight="bold", fontsize=8.5)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("loss")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.legend(fontsize=7, handlelength=1.6)
 
@@ -269,4 +304,4 @@ def _loss_curves(axes: Axes, stage: str, rows: list[Row]) -> None:
 def _teacher_line(axes: Axes, results: Row) -> None:
     accuracy = 100 * number(results["teacher"], "accuracy")
     if not math.isnan(accuracy):
-        axes.axhline(accuracy, color=style.INK, ls=(0, (5, 3)), lw=1.2, label=f"teacher ({accuracy:.1f}%)")
+        axes.axhline(accuracy, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({accuracy:.1f}%)")

@@ -71,7 +71,7 @@ def grouped(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:
                 notes.append(f"{runs[index].path} repeats the settings and seed {seed} of {kept[seed].path}: left out")
             else:
                 kept[seed] = runs[index]
-        groups.append(Group(label, list(kept.values())))
+        groups.append(Group(label, [kept[seed] for seed in sorted(kept, key=lambda seed: (len(seed), seed))]))
     return groups, notes
 
 

@@ -33,23 +33,30 @@ p { margin: 0 0 8px; max-width: 78ch; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 16px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px;
   min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
+figure.wide, figure.beside { grid-column: 1 / -1; }
+@media (min-width: 1040px) { figure.beside { display: grid; column-gap: 30px;
+  grid-template-columns: minmax(0, 690px) 1fr; }
+  figure.beside h3 { grid-column: 1 / -1; } figure.beside figcaption { align-self: center; } }
 figcaption { font-size: .85rem; margin-top: 8px; max-width: 90ch; }
 .plate { background: #ffffff; border-radius: 6px; padding: 6px; }
 .plate svg { display: block; width: 100%; height: auto; max-width: 680px; margin: 0 auto; }
 .multiples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 250px), 1fr)); gap: 8px; }
 .multiples svg { max-width: 420px; }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  margin-bottom: 12px; }
+/* the shadow at the right edge shows while there is more to scroll to: the cover moves with the content */
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; margin-bottom: 12px;
+  background: linear-gradient(to left, var(--card) 40%, transparent) right / 60px 100% no-repeat local,
+  linear-gradient(to left, rgb(0 0 0 / .22), transparent) right / 18px 100% no-repeat scroll, var(--card); }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--line); overflow-wrap: normal; }
 td { white-space: nowrap; }
-thead th { vertical-align: bottom; color: var(--soft); font-weight: 600; line-height: 1.25; min-width: 72px; }
+thead th { vertical-align: bottom; color: var(--soft); font-weight: 600; line-height: 1.25; min-width: 64px; }
 th:first-child, td:first-child { text-align: left; min-width: 0; }
 th:first-child:not(.text), td:first-child:not(.text) { position: sticky; left: 0; background: var(--card); }
 td.text, th.text { text-align: left; }
 td.long { white-space: normal; min-width: 240px; }
 tr:last-child td { border-bottom: 0; }
+tr.group th { padding-top: 14px; }
+tr.group span { position: sticky; left: 10px; }
 tr.strong td { font-weight: 700; border-top: 2px solid var(--line); }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 12px 0; }
 summary { cursor: pointer; padding: 10px 14px; font-weight: 600; }
@@ -117,12 +124,15 @@ def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
     return f'<div class="tiles">{inner}</div>'
 
 
-def figure(title: str, caption: str, graphics: Sequence[str]) -> str:
-    """A card with one SVG, or with several small ones that fill the page's width. `graphics` is markup."""
+def figure(title: str, caption: str, graphics: Sequence[str], beside: bool = False) -> str:
+    """A card with one SVG, or with several small ones that fill the page's width. `graphics` is markup.
+
+    A card with its caption `beside` the graphic fills the page's width with one.
+    """
     many = len(graphics) > 1
     plate = f'<div class="plate{" multiples" if many else ""}">{"".join(_cell(svg, many) for svg in graphics)}</div>'
-    wide = ' class="wide"' if many else ""
-    return f"<figure{wide}><h3>{escape(title)}</h3>{plate}<figcaption>{escape(caption)}</figcaption></figure>"
+    kind = ' class="wide"' if many else ' class="beside"' if beside else ""
+    return f"<figure{kind}><h3>{escape(title)}</h3>{plate}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _cell(svg: str, many: bool) -> str:
@@ -136,7 +146,7 @@ def table(
 
     Args:
         head: headings.
-        rows: cells, as many a row as headings.
+        rows: cells, as many a row as headings; a single cell is a heading over the rows below it.
         text: indices of columns aligned left.
         strong: indices of rows set in bold.
     """
@@ -147,14 +157,16 @@ def table(
         kind = f' class="{" ".join(kinds)}"' if kinds else ""
         return f"<{tag}{kind}>{escape(value)}</{tag}>"
 
+    def row(place: int, values: Sequence[str]) -> str:
+        if len(values) == 1 < len(head):
+            return f'<tr class="group"><th colspan="{len(head)}"><span>{escape(values[0])}</span></th></tr>'
+        kind = ' class="strong"' if place in bold else ""
+        return f"<tr{kind}>{''.join(cell('td', index, value) for index, value in enumerate(values))}</tr>"
+
     top = "".join(cell("th", index, value) for index, value in enumerate(head))
-    lines = "\n".join(
-        ('<tr class="strong">' if place in bold else "<tr>")
-        + "".join(cell("td", index, value) for index, value in enumerate(row))
-        + "</tr>"
-        for place, row in enumerate(rows)
-    )
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
+    lines = "\n".join(row(place, values) for place, values in enumerate(rows))
+    inner = f"<thead><tr>{top}</tr></thead><tbody>\n{lines}\n</tbody>"
+    return f'<div class="scroll" tabindex="0"><table>{inner}</table></div>'
 
 
 def details(title: str, markup: str) -> str:

@@ -10,13 +10,21 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.reporting import page, style
 from pkd_lightning.reporting.figures import cards, loss_stages
 from pkd_lightning.reporting.load import Row, RunRecord
-from pkd_lightning.reporting.table import COLUMNS, condition_sentence, student_rows, teacher_row
+from pkd_lightning.reporting.table import (
+    ACCURACY_COLUMNS,
+    COLUMNS,
+    COST_COLUMNS,
+    condition_sentence,
+    student_rows,
+    teacher_row,
+)
 from pkd_lightning.reporting.values import (
     MISSING,
     acceptance,
     count,
     duration,
     ensemble_shares,
+    milliseconds,
     number,
     percent,
     share,
@@ -33,7 +41,7 @@ def run_page(run: RunRecord, figures: Path) -> str:
             parts = [
                 style.svg(part, f"{card.name}{index}", card.title) for index, part in enumerate(card.figures, start=1)
             ]
-            graphics.append(page.figure(card.title, card.caption, parts))
+            graphics.append(page.figure(card.title, card.caption, parts, beside=card.name == "edges"))
             try:
                 style.save_png(card.draw(), figures / f"{card.name}.png", card.title)
             except OSError as error:
@@ -46,7 +54,7 @@ def run_page(run: RunRecord, figures: Path) -> str:
         page.section_heading("Figures") if graphics else "",
         f'<div class="figures">{"".join(graphics)}</div>' if graphics else "",
         page.section_heading("Results"),
-        _table(results),
+        *_tables(results),
         page.paragraphs(_table_notes(results)),
         page.section_heading("Setting"),
         *_setting(run),
@@ -58,13 +66,17 @@ def _tiles(results: Row) -> list[tuple[str, str, str]]:
     ensemble = results.get("ensemble") or {}
     shares = ensemble_shares(results)
     members = len(results["rounds"])
-    return [
+    made = [
         ("teacher accuracy", percent(number(results["teacher"], "accuracy")), _error(results, results["teacher"])),
         (f"ensemble of {members}", percent(number(ensemble, "accuracy")), _error(results, ensemble)),
         ("parameters", share(shares["params"]), "of the teacher's"),
         ("total MACs", share(shares["macs_total"]), "of the teacher's, everything counted"),
         ("published FLOPs", share(shares["flops_published"]), "of the teacher's, in_proj and head only"),
     ]
+    own, other = number(ensemble, "latency_ms"), number(results["teacher"], "latency_ms")
+    if not math.isnan(own):
+        made.append(("latency", milliseconds(own), f"teacher {milliseconds(other)}; one image, one CPU thread"))
+    return made
 
 
 def _error(results: Row, part: Row) -> str:
@@ -95,9 +107,14 @@ def _summary(results: Row) -> list[str]:
         f"teacher's multiply-accumulates when everything is counted (total MACs), and {shares['flops_published']} by "
         "the paper's convention (published FLOPs: in_proj and classifier head only)."
     )
+    own, other = number(ensemble, "latency_ms"), number(teacher, "latency_ms")
+    latency = (
+        f"On one CPU thread {who.lower()} takes {milliseconds(own)} an image and the teacher {milliseconds(other)} "
+        "(median, batch of one)."
+    )
     return [
         f"{first} {who} reaches {percent(number(ensemble, 'accuracy'))}{against}{agrees}.",
-        cost,
+        cost if math.isnan(own) else f"{cost} {latency}",
         f"{condition_sentence(results)} {stop}".strip(),
     ]
 
@@ -124,11 +141,17 @@ def _missing_curves(run: RunRecord) -> list[str]:
     return lines
 
 
-def _table(results: Row) -> str:
+def _tables(results: Row) -> list[str]:
+    """Accuracy and acceptance, and cost: as one table they are twice as wide as a page."""
     rows = [*student_rows(results, 2), teacher_row(results, 2)]
-    cells = [[row["accepted_full" if column.key == "accepted" else column.key] for column in COLUMNS] for row in rows]
-    text = [index for index, column in enumerate(COLUMNS) if column.key == "accepted"]
-    return page.table([column.title for column in COLUMNS], cells, text, [len(rows) - 1])
+    made = []
+    for title, keys in (("Accuracy and acceptance", ACCURACY_COLUMNS), ("Cost", COST_COLUMNS)):
+        columns = [column for key in keys for column in COLUMNS if column.key == key]
+        cells = [[row.get(f"{column.key}_full", row[column.key]) for column in columns] for row in rows]
+        text = [index for index, column in enumerate(columns) if column.key == "accepted"]
+        table = page.table([column.title for column in columns], cells, text, [len(rows) - 1])
+        made += [page.section_heading(title, 3), table]
+    return made
 
 
 def _table_notes(results: Row) -> list[str]:
@@ -137,7 +160,7 @@ def _table_notes(results: Row) -> list[str]:
     return [
         "Prefix: the first t students together. Rung: place of the student's model class in the ladder. Edges met: "
         "classes with a positive edge; the first student's edges are zero by definition. Accuracies are on the test "
-        "part, which decided nothing."
+        "part, which decided nothing. Latency: median milliseconds for one image on one CPU thread."
     ]
 
 

@@ -1,15 +1,20 @@
 """How every figure looks, and how a figure becomes inline SVG or a PNG file."""
 
 import io
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -22,6 +27,7 @@ CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # One width for all: two figures side by side on a 1280 pixel page, one on a phone, text legible in both.
 WIDTH = 5.0
+TEACHER_DASH = (0, (5, 3))
 
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -46,7 +52,8 @@ RC: dict[Any, Any] = {
     "figure.facecolor": "white",
     "svg.fonttype": "path",  # the reader's fonts have other widths: labels would collide
     "svg.hashsalt": "pkd",  # the same data gives the same file
-    "text.parse_math": False,  # a name with dollar signs is a name
+    "text.parse_math": False,  # a name with dollar signs is a name; so no formatter may write mathematics
+    "axes.formatter.useoffset": False,  # 97.5, not 0.5 and "+97" in a corner
 }
 
 
@@ -92,7 +99,10 @@ def save_png(figure: Figure, file: Path, title: str) -> None:
 
 
 def legend_above(axes: Axes, columns: int) -> None:
-    """A legend above the axes, where it can cover no data; none where nothing has a label."""
+    """A legend above the axes, where it can cover no data; none where nothing has a label.
+
+    The page's figure takes about 60 characters a line.
+    """
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
@@ -119,20 +129,69 @@ def mac_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xlabel("total multiply-accumulates (MACs) per image, log scale")
     low, high = min(values), max(values)
     axes.set_xlim(low / 1.6, high * 1.6)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _log_ticks(axes.xaxis, high > 50 * low, engineering)
+
+
+def loss_axis(axes: Axes, losses: Sequence[float]) -> None:
+    """Losses on y: logarithmic, with plain decimals as labels, where they are positive and span a factor of 30."""
+    axes.set_ylabel("loss")
+    low, high = min(losses), max(losses)
+    if low > 0 and high > 30 * low:
+        axes.set_yscale("log")
+        axes.set_ylabel("loss (log scale)")
+        _log_ticks(axes.yaxis, math.floor(math.log10(high)) - math.ceil(math.log10(low)) >= 2, plain)
+
+
+def plain(value: float) -> str:
+    """A number without an exponent: 0.05, 20, 0.00001."""
+    return f"{value:.12f}".rstrip("0").rstrip(".")
+
+
+def _log_ticks(axis: Axis, decades: bool, words: Callable[[float], str]) -> None:
+    """Labels at the decades, or where these are too few at 1, 2, 5 in each; matplotlib's own are mathematics."""
+    axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# A point every half of a small label's box, from -1 to 1 of its half sizes.
+BOX = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])
+# Where a point's number may stand, in order of preference: the unit vectors from the point to the number.
+PLACES = ((0, 1), (0, -1), (-0.75, 0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, -0.75), (1, 0), (-1, 0))
 
 
 def label_points(axes: Axes, xs: Sequence[float], ys: Sequence[float], labels: Sequence[str], color: str) -> None:
-    """Write a label beside each point, the last point first; a label that would touch an earlier one is left out."""
+    """Write a label beside each point, the last point first, clear of every line, marker and label drawn so far.
+
+    A label that has room nowhere around its point is left out.
+    """
     figure = axes.get_figure(root=True)
     if figure is None:
         return
     figure.draw_without_rendering()  # settles the layout, which the distances depend on
-    placed: list[tuple[float, float]] = []
-    for x, y, label in reversed(list(zip(xs, ys, labels, strict=True))):
-        right, up = axes.transData.transform((x, y)) * 72 / figure.dpi
-        if all(abs(right - a) > 13 or abs(up - b) > 11 for a, b in placed):
-            axes.annotate(label, (x, y), (4, -10), textcoords="offset points", fontsize=7.5, color=color)
-            placed.append((right, up))
+    scale = 72 / figure.dpi  # from pixels to points, the unit of fonts and offsets
+    lines = [line.get_transform().transform(line.get_xydata()) * scale for line in axes.get_lines()]
+    ink = np.concatenate([_along(line) for line in lines])
+    frame = axes.get_window_extent().get_points() * scale
+    points = axes.transData.transform(np.column_stack([xs, ys])) * scale
+    for x, y, point, label in reversed(list(zip(xs, ys, points, labels, strict=True))):
+        half = np.array([2.4 * len(label), 3.3])  # of the label's box, at 7.5 points
+        for place in PLACES:
+            offset = np.array(place) * (half + 5.5)
+            center = point + offset
+            clear = (np.abs(ink - center) > half + 2).any(axis=1).all()  # the lines are about 2 points wide
+            inside = (center - half > frame[0]).all() and (center + half < frame[1]).all()
+            if clear and inside:
+                text = axes.annotate(label, (x, y), tuple(offset), textcoords="offset points", fontsize=7.5)
+                text.set(ha="center", va="center", color=color)
+                ink = np.concatenate([ink, center + half * BOX])
+                break
+
+
+def _along(corners: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Points along a line through `corners`, (n, 2), at most 1 unit apart."""
+    pieces = [corners]
+    for start, end in pairwise(corners):
+        steps = int(np.abs(end - start).max()) + 2
+        pieces.append(start + np.linspace(0, 1, steps)[:, None] * (end - start))
+    return np.concatenate(pieces)

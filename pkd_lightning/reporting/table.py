@@ -64,9 +64,21 @@ COLUMNS = (
     Column("nll", "prefix NLL (nats)"),
     Column("ece", "prefix ECE"),
     Column("latency", "latency alone (ms)"),
+    Column("latency_prefix", "latency of prefix (ms)", "ms\nprefix", 9),
     Column("attempts", "attempts"),
     Column("epochs", "epochs"),
-    Column("seconds", "time", "\ntime", 9),
+    Column("seconds", "time", "\ntime", 10),
+)
+
+
+# The page's two tables: all columns at once are twice as wide as a page.
+ACCURACY_COLUMNS = (
+    *("student", "rung", "alone", "prefix", "agreement", "nll", "ece"),
+    *("edges", "accepted", "attempts", "epochs", "seconds"),
+)
+COST_COLUMNS = (
+    *("student", "params", "params_prefix", "params_share", "flops_published", "flops_published_share"),
+    *("macs_total", "macs_total_share", "latency", "latency_prefix"),
 )
 
 
@@ -89,6 +101,7 @@ def student_rows(results: Row, digits: int = 1) -> list[dict[str, str]]:
             "accepted": ACCEPTED_SHORT.get(kind, kind),
             "accepted_full": ACCEPTED_FULL.get(kind, kind),
             "latency": decimal(number(entry, "latency_ms"), 2),
+            "latency_prefix": decimal(number(entry, "prefix_latency_ms"), 2),
             "attempts": count(number(entry, "attempts")),
             "epochs": count(number(entry, "epochs")),
             "seconds": duration(number(entry, "seconds")),
@@ -103,7 +116,7 @@ def student_rows(results: Row, digits: int = 1) -> list[dict[str, str]]:
 def teacher_row(results: Row, digits: int = 1) -> dict[str, str]:
     """The teacher's row: the same cells, and a dash where a cell is about rounds.
 
-    The parameters stand in both columns, since a narrow terminal keeps only one.
+    Parameters and latency stand in both columns, since a narrow terminal keeps only one.
     """
     teacher = results["teacher"]
     row = {column.key: NOTHING for column in COLUMNS}
@@ -120,7 +133,7 @@ def teacher_row(results: Row, digits: int = 1) -> dict[str, str]:
         value = number(teacher, key)
         row[key] = count(value)
         row[f"{key}_share"] = share(ratio(value, value))
-    row["params_prefix"] = row["params"]
+    row["params_prefix"], row["latency_prefix"] = row["params"], row["latency"]
     return row
 
 
@@ -170,6 +183,8 @@ def _footnotes(results: Row, shown: set[str]) -> list[str]:
         lines.append(
             "FLOPs publ., MACs total: the prefix in % of the teacher; the paper's FLOPs count in_proj and head."
         )
+    if "latency_prefix" in shown:
+        lines.append("ms: median per image on one CPU thread.")
     if "edges" in shown and results["rounds"]:
         lines.append("The first student's edges are zero by definition. " + condition_sentence(results))
     if results.get("stop_reason"):

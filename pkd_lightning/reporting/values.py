@@ -104,6 +104,11 @@ def decimal(value: float, digits: int) -> str:
     return MISSING if math.isnan(value) else f"{value:.{digits}f}"
 
 
+def milliseconds(value: float) -> str:
+    """A latency: three digits, since it spans microseconds to seconds."""
+    return MISSING if math.isnan(value) else f"{value:.2f} ms" if value < 99.95 else f"{value:,.0f} ms"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a reader would say them: 5.1 s, 12 min 30 s, 3 h 05 min."""
     if math.isnan(seconds):

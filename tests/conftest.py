@@ -1,0 +1,19 @@
+"""Fixtures of all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no report, which takes longer than the rest of a tiny run, except in tests marked `report`."""
+    if "report" not in request.keywords:
+        monkeypatch.setattr("pkd_lightning.run.write_report", lambda run: Path(run) / "report.html")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Two test processes on two cores: a second torch thread in each would only wait for a core."""
+    torch.set_num_threads(1)

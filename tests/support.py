@@ -1,0 +1,46 @@
+"""Small data and settings shared by the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from pkd_lightning.cli import load_config
+from pkd_lightning.data.images import ImageSet
+from pkd_lightning.run import run
+
+# quick settings for any experiment
+QUICK = ("trainer.max_epochs=1", "trainer.batch_size=16", "trainer.progress=false", "logger=none")
+
+
+def patterns(
+    root: object = None, samples: int = 160, classes: int = 3, channels: int = 1, side: int = 8, noise: int = 60
+) -> ImageSet:
+    """Images of `classes` fixed random patterns under noise: learnable in an epoch or two."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randint(0, 196, (classes, channels, side, side), generator=generator)
+    labels = torch.arange(samples) % classes
+    images = prototypes[labels] + torch.randint(0, noise, (samples, channels, side, side), generator=generator)
+    return ImageSet("patterns", images.to(torch.uint8), labels, classes, samples * 3 // 4)
+
+
+# a ladder and a teacher that train in a fraction of a second, added as a user adds theirs
+TINY = (
+    f"hydra.searchpath=[file://{Path(__file__).parent / 'conf'}]",
+    "data.source._target_=tests.support.patterns",
+    "student=tiny",
+    "teacher=tiny",
+    "boosting.rounds=3",
+    *QUICK,
+)
+
+
+def tiny_config(run_root: Path, *overrides: str) -> DictConfig:
+    """The embedded experiment on `patterns` with a tiny ladder."""
+    return load_config(*TINY, f"run_root={run_root}", *overrides)
+
+
+def tiny_run(run_root: Path, *overrides: str) -> dict[str, Any]:
+    """Run `tiny_config`; results.json."""
+    return run(tiny_config(run_root, *overrides))

@@ -1,0 +1,145 @@
+"""Every YAML under conf/ composes and runs; impossible values fail before any training, all faults at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pkd_lightning.cli import CONF, load_config, suggestions
+from pkd_lightning.errors import ConfigError
+from pkd_lightning.experiment import assemble
+from pkd_lightning.run import run
+from tests.support import QUICK, tiny_config, tiny_run
+
+OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in Path(CONF).glob("*/*.yaml"))
+# images of the right shape in place of a download; and where an option needs other images than the digits
+FAKE = {
+    "mnist": ("data.source._target_=tests.support.patterns", "+data.source.side=28", "+data.source.classes=10"),
+    "cifar10": (
+        "data.source._target_=tests.support.patterns", "+data.source.side=32", "+data.source.classes=10",
+        "+data.source.channels=3",
+    ),
+    "idx": ("data.source._target_=tests.support.patterns", "data.root=."),
+    "digits": (),
+}  # fmt: skip
+NEEDS = {"student/paper_mnist": "mnist", "teacher/paper_mnist": "mnist", "teacher/resnet18": "cifar10"}
+
+
+def overrides_of(option: str) -> list[str]:
+    group, name = option.split("/")
+    if group == "experiment":
+        data = str(load_config(f"experiment={name}").name).split("_")[0]
+        return [f"experiment={name}", *FAKE[data]]
+    data = name if group == "data" else NEEDS.get(option, "digits")
+    choices = [f"data={data}"] if group == "data" else [f"{group}={name}", f"data={data}"]
+    return [*choices, *FAKE[data]]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_yaml_runs(option: str, tmp_path: Path) -> None:
+    quick = [flag for flag in QUICK if not (option.startswith("logger/") and flag == "logger=none")]
+    # 24 samples: 16 for training, which is one batch
+    sizes = ["data.limit=26", "data.test_fraction=0.2", "data.validation_fraction=0.2", "boosting.rounds=2"]
+    results = run(load_config(*quick, *sizes, f"run_root={tmp_path}", *overrides_of(option)))
+    assert results["sizes"]["train"] <= 16
+    assert len(results["rounds"]) == 2
+    assert 0 <= results["ensemble"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("objective", ["published", "additive", "anchored", "independent"])
+@pytest.mark.parametrize("combine", ["mean", "sum", "learned"])
+def test_every_objective_with_every_combination(objective: str, combine: str, tmp_path: Path) -> None:
+    results = tiny_run(tmp_path, f"boosting.objective={objective}", f"boosting.combine={combine}")
+    assert len(results["rounds"]) == 3
+    a, c = results["rounds"][2]["scales"]
+    expected = {"mean": (2 / 3, 1 / 3), "sum": (1.0, 1.0)}.get(combine)
+    if expected is not None:
+        assert (a, c) == pytest.approx(expected)
+    else:
+        assert (a, c) != pytest.approx((2 / 3, 1 / 3), abs=1e-6)
+        assert a > 0
+        assert c > 0
+
+
+def faults_of(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        assemble(load_config(*overrides))
+    return error.value.faults
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    faults = faults_of(
+        "student=paper_mnist", "student.rungs.0.d_state=0", "boosting.rounds=8", "data.validation_fraction=1.0",
+        "data.split=half", "trainer.max_epochs=0", "boosting.objective=anchord", "boosting.weak_learner.fraction=2",
+        "teacher.model.head=flat", "seed=-1",
+    )  # fmt: skip
+    text = "\n".join(faults)
+    for part in (
+        "rungs[0].d_state=0", "8 rounds (boosting.rounds) on a ladder of 7", "data.validation_fraction=1.0",
+        "data.split='half'", "trainer.max_epochs=0", "Did you mean 'anchored'?", "boosting.weak_learner.fraction=2",
+        "teacher.model.head='flat'", "seed=-1", "teacher.trainer.max_epochs=0",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_eight_rounds_on_seven_rungs_are_fine_with_repetition() -> None:
+    assert assemble(load_config("boosting.rounds=8", "student.repeat=true")).boosting.rounds == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+student.rungs.0.d_stat=4", "Did you mean 'd_state'?"),
+        ("+boosting.round=3", "Did you mean 'rounds'?"),
+        ("+data.validation=0.1", "Did you mean 'validation_fraction'?"),
+        ("boosting.combine=average", "mean"),
+        ("student.model=pkd_lightning.models.Nothing", "cannot be imported"),
+        ("data.source._target_=pkd_lightning.data.nothing", "data"),
+        ("trainer.optimizer._target_=torch.optim.Nothing", "trainer"),
+        ("student.rungs=[]", "at least one rung"),
+    ],
+)
+def test_a_single_fault_names_its_key(override: str, said: str) -> None:
+    faults = faults_of(override)
+    assert any(said in fault for fault in faults), faults
+
+
+def test_a_length_that_does_not_divide_the_image_fails_before_training(tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, "student.common.tokeniser=pixels", "student.common.seq_len=50", "+student.rungs.2.seq_len=16"
+    )
+    with pytest.raises(ConfigError, match="nearest lengths") as error:
+        run(config)
+    assert len(error.value.faults) == 2  # both rungs, not only the first
+    assert not list(tmp_path.rglob("teacher.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("boosting.rouns=3", "boosting.rounds"),
+        ("trainer.max_epoch=3", "trainer.max_epochs"),
+        ("dat.limit=3", "data.limit"),
+        ("rounds=3", "rounds"),
+    ],
+)
+def test_a_misspelt_override_suggests_the_right_one(argument: str, said: str) -> None:
+    (line,) = suggestions(["experiment=digits", argument])
+    assert said in line
+
+
+def test_known_overrides_get_no_suggestion() -> None:
+    assert (
+        suggestions(["boosting.rounds=3", "seed=1,2", "data=digits", "+new.key=1", "~data.limit", "hydra.verbose=1"])
+        == []
+    )
+
+
+def test_trainer_overrides_reach_the_teacher_unless_it_has_its_own() -> None:
+    parameter = [torch.nn.Parameter(torch.zeros(1))]
+    both = assemble(load_config("experiment=mnist_paper", "trainer.optimizer.lr=0.5", "trainer.max_epochs=3"))
+    assert both.teacher.trainer.optimizer(parameter).defaults["lr"] == 0.5
+    assert both.teacher.trainer.max_epochs == 3
+    own = assemble(load_config("trainer.optimizer.lr=0.5", "teacher.trainer.optimizer.lr=0.1"))
+    assert own.teacher.trainer.optimizer(parameter).defaults["lr"] == 0.1
+    assert own.trainer.optimizer(parameter).defaults["lr"] == 0.5

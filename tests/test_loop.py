@@ -1,0 +1,228 @@
+"""The boosting loop: what accepts a candidate, when a class is widened, when and why the loop stops."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pkd_lightning.boosting import combine, objectives, weak_learner
+from pkd_lightning.boosting.residuals import ResidualMatrices
+from pkd_lightning.boosting.weak_learner import Candidate, find_weak_learner, fit_scales, judge
+from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
+from pkd_lightning.errors import RunError
+from pkd_lightning.fitting import FitResult
+from pkd_lightning.losses import distillation_loss
+from tests.support import tiny_run
+
+POSITIVE = torch.tensor([0.1, 0.2, 0.3, 0.4])
+MIXED = torch.tensor([0.1, 0.2, 0.3, -0.4])
+ZERO = torch.tensor([0.1, 0.2, 0.3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("round_", "edges", "require", "options", "expected"),
+    [
+        (0, torch.zeros(4), "condition", {}, "first_round"),
+        (1, POSITIVE, "condition", {}, "condition"),
+        (1, MIXED, "condition", {}, None),
+        (1, ZERO, "condition", {}, None),  # the condition is strict
+        (1, MIXED, "condition", {"fraction": 0.75}, "relaxed_condition"),
+        (1, MIXED, "condition", {"margin": -1.0}, "relaxed_condition"),
+        (1, POSITIVE, "condition", {"fraction": 0.5}, "condition"),  # it meets the published one as well
+        (1, POSITIVE, "condition", {"margin": 0.15}, None),
+    ],
+)
+def test_judging_by_the_condition(
+    round_: int, edges: torch.Tensor, require: str, options: dict[str, Any], expected: str | None
+) -> None:
+    assert judge(round_, edges, 1.0, 0.5, require, WeakLearnerConfig(**options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("loss", "least", "expected"), [(0.9, 0.0, "improvement"), (1.0, 0.0, None), (1.1, 0.0, None), (0.95, 0.1, None)]
+)
+def test_judging_by_improvement_never_claims_the_condition(loss: float, least: float, expected: str | None) -> None:
+    config = WeakLearnerConfig(min_improvement=least)
+    assert judge(1, POSITIVE, loss, 1.0, "improvement", config) == expected
+
+
+def candidate(loss: float, accepted_by: Any = None) -> Candidate:
+    return Candidate(
+        torch.nn.Identity(),
+        (0.5, 0.5),
+        torch.zeros(1, 1),
+        torch.zeros(1),
+        loss,
+        FitResult(1, 0, loss, 0.0),
+        accepted_by,
+    )
+
+
+def test_attempts_end_with_the_first_accepted_candidate() -> None:
+    found = [candidate(3.0), candidate(2.0, "improvement"), candidate(1.0, "improvement")]
+    best, attempts = find_weak_learner(1, found.__getitem__, WeakLearnerConfig(max_attempts=3))
+    assert best is found[1]
+    assert attempts == 2
+
+
+def test_a_failed_class_gives_nothing_or_its_best_candidate() -> None:
+    found = [candidate(3.0), candidate(1.0), candidate(2.0)]
+    assert find_weak_learner(1, found.__getitem__, WeakLearnerConfig(max_attempts=3)) == (None, 3)
+    best, attempts = find_weak_learner(1, found.__getitem__, WeakLearnerConfig(max_attempts=3, on_failure="accept"))
+    assert best is not None
+    assert (best.validation_loss, best.accepted_by, attempts) == (1.0, "best_candidate", 3)
+
+
+def test_a_diverged_candidate_is_a_failed_attempt() -> None:
+    def train(attempt: int) -> Candidate:
+        if attempt == 0:
+            raise RunError("the loss was not finite")
+        return candidate(1.0, "improvement")
+
+    best, attempts = find_weak_learner(1, train, WeakLearnerConfig(max_attempts=2))
+    assert best is not None
+    assert attempts == 2
+
+
+def test_fitted_scales_minimise_the_loss_over_positive_scales() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(200, 5) * 2, torch.randn(200, 5)
+    ensemble = teacher * 0.5 + torch.randn(200, 5) * 0.3
+    target = teacher.argmax(-1)
+    config = BoostingConfig()
+    a, c = fit_scales(ensemble, student, teacher, target, (0.5, 0.5), config)
+
+    def loss(a: float, c: float) -> float:
+        mixed = a * ensemble + c * student
+        return float(distillation_loss(mixed, teacher, target, config.alpha, config.temperature))
+
+    best = loss(a, c)
+    assert a > 0
+    assert c > 0
+    for da, dc in ((0.9, 1), (1.1, 1), (1, 0.5), (1, 2)):
+        assert best <= loss(a * da, c * dc) + 1e-6
+
+
+def never(*args: Any) -> None:
+    """A judge that accepts only the first round."""
+    return None if args[0] else "first_round"  # type: ignore[return-value]
+
+
+def test_expansion_climbs_every_class_and_stops_past_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", never)
+    results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=expand", "boosting.weak_learner.max_attempts=2")
+    assert [row["class_index"] for row in results["rounds"]] == [0]
+    assert "no weak learner for round 2" in results["stop_reason"]
+    assert "3 classes" in results["stop_reason"]
+    (log,) = tmp_path.rglob("metrics.jsonl")
+    attempts = {line for line in log.read_text().splitlines() if '"stage": "round-01"' in line}
+    assert len(attempts) == 4  # two in class 2, two in class 3; class 1 was used by the first round
+
+
+def test_a_class_that_fails_is_followed_by_the_next_and_the_round_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter(["first_round", None, "improvement"])
+    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", lambda *args: next(verdicts))
+    results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=expand")
+    assert [row["class_index"] for row in results["rounds"]] == [0, 2]
+    assert results["rounds"][1]["attempts"] == 2
+    assert "all 3 classes" in results["stop_reason"]
+
+
+def test_repetition_stays_in_a_class_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", lambda *args: "improvement")
+    results = tiny_run(tmp_path, "student.repeat=true", "boosting.rounds=4")
+    assert [row["class_index"] for row in results["rounds"]] == [0, 0, 0, 0]
+
+
+def test_accepting_a_failure_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", never)
+    results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=accept")
+    assert [row["accepted_by"] for row in results["rounds"]] == ["first_round", "best_candidate", "best_candidate"]
+
+
+def test_the_first_rounds_edges_are_exactly_zero_and_later_ones_are_not(tmp_path: Path) -> None:
+    rounds = tiny_run(tmp_path)["rounds"]
+    assert rounds[0]["edges"]["per_class"] == [0.0, 0.0, 0.0]
+    assert rounds[0]["edges"]["satisfied"] == 0
+    for row in rounds[1:]:
+        edges = row["edges"]
+        assert any(edges["per_class"])
+        assert edges["satisfied"] == sum(edge > 0 for edge in edges["per_class"])
+        assert (edges["min"], edges["max"]) == (min(edges["per_class"]), max(edges["per_class"]))
+
+
+def test_training_stops_early_when_the_condition_holds_at_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResidualMatrices, "edges", lambda self, residual: torch.ones(residual.shape[1]))
+    results = tiny_run(
+        tmp_path, "boosting.objective=published", "boosting.combine=mean", "trainer.max_epochs=5",
+        "trainer.patience=null", "boosting.weak_learner.check_every=2",
+    )  # fmt: skip
+    assert [row["epochs"] for row in results["rounds"]] == [5, 2, 2]  # the first round has no condition
+    assert [row["accepted_by"] for row in results["rounds"]] == ["first_round", "condition", "condition"]
+
+
+def test_residuals_follow_the_accepted_students(tmp_path: Path) -> None:
+    """S in the checkpoint is the sum of eta * (f_t - g) over the students that were kept."""
+    from safetensors.torch import load_file
+
+    from pkd_lightning.data.module import DataModule
+    from pkd_lightning.ensemble import ProgressiveEnsemble
+    from pkd_lightning.experiment import assemble
+    from pkd_lightning.fitting import predict
+    from tests.support import tiny_config
+
+    results = tiny_run(tmp_path)
+    (checkpoint,) = tmp_path.rglob("boosting.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
+    data = DataModule(assemble(tiny_config(tmp_path)).data)
+    (teacher,) = load_file(checkpoint.parent / "teacher" / "logits.safetensors").values()
+    ensemble = ProgressiveEnsemble.load(checkpoint.parent)
+    expected, mixed, bound = torch.zeros_like(state["S"]), torch.zeros_like(teacher), 0.0
+    n = len(data.training)
+    for member, row in zip(ensemble.members, results["rounds"], strict=True):
+        logits = predict(member, data, range(data.validation.stop))
+        bound = max(bound, float((logits - teacher)[:n].abs().max()))
+        assert row["bound"] == pytest.approx(bound, rel=1e-5)
+        expected += row["eta"] * (logits - teacher)[:n]
+        mixed = row["scales"][0] * mixed + row["scales"][1] * logits
+    torch.testing.assert_close(state["S"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["ensemble_logits"], mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_every_objective_starts_with_the_same_first_student(tmp_path: Path) -> None:
+    firsts = {
+        tiny_run(tmp_path, f"boosting.objective={name}", "boosting.rounds=1")["rounds"][0]["nll"]
+        for name in ("published", "additive", "anchored", "independent")
+    }
+    assert len(firsts) == 1
+
+
+def test_what_an_objective_sees() -> None:
+    names = ("published", "additive", "anchored", "independent")
+    config = BoostingConfig()
+    torch.manual_seed(0)
+    for name in names:
+        objective = getattr(objectives, name)
+        tensors = [torch.randn(6, 3) for _ in range(3)]
+        batch = objectives.RoundBatch(*tensors, torch.arange(6) % 3, torch.rand(6, 3) > 0.5, 5.0)
+        other = batch._replace(ensemble=batch.ensemble + 1 + torch.randn(6, 3))
+        changed = not torch.equal(objective.loss(batch, config), objective.loss(other, config))
+        assert changed == objective.sees_ensemble
+    assert combine.learned.learned
+    assert weak_learner.required(config, objectives.published) == "condition"
+    assert weak_learner.required(config, objectives.anchored) == "improvement"
+
+
+def test_anchor_weights_the_two_losses() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(6, 3) for _ in range(3)]
+    batch = objectives.RoundBatch(*tensors, torch.arange(6) % 3, torch.rand(6, 3) > 0.5, 5.0)
+    at = {anchor: float(objectives.anchored.loss(batch, BoostingConfig(anchor=anchor))) for anchor in (0.0, 0.25, 1.0)}
+    assert at[0.0] == pytest.approx(float(objectives.independent.loss(batch, BoostingConfig())))
+    assert at[1.0] == pytest.approx(float(objectives.additive.loss(batch, BoostingConfig())))
+    assert at[0.25] == pytest.approx(0.75 * at[0.0] + 0.25 * at[1.0])

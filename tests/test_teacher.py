@@ -1,0 +1,98 @@
+"""Teachers: trained here, loaded from a checkpoint, from another library; and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pkd_lightning.cli import load_config
+from pkd_lightning.data.module import DataModule
+from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.experiment import assemble
+from pkd_lightning.run import run
+from pkd_lightning.teacher import cached_logits, fingerprint, load_weights
+from tests.support import TINY, tiny_config, tiny_run
+
+RGB = (
+    *(flag for flag in TINY if flag != "teacher=tiny"),
+    "teacher=resnet18", "+data.source.channels=3", "+data.source.side=32", "+data.source.classes=10",
+    "student.common.patch_size=8",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state_dict", "lightning"])
+def test_a_torchvision_resnet_from_a_checkpoint_teaches(form: str, tmp_path: Path) -> None:
+    import torchvision
+
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18(num_classes=10)
+    path = tmp_path / f"teacher.{'safetensors' if form == 'safetensors' else 'ckpt'}"
+    if form == "safetensors":
+        save_file(resnet.state_dict(), path)
+    elif form == "state_dict":
+        torch.save(resnet.state_dict(), path)
+    else:
+        torch.save({"state_dict": {f"model.{name}": value for name, value in resnet.state_dict().items()}}, path)
+    results = run(load_config(*RGB, f"teacher.checkpoint={path}", f"run_root={tmp_path}"))
+    assert results["teacher"]["params"] == 11_181_642
+    assert len(results["rounds"]) == 3
+
+    config = load_config(*RGB, f"teacher.checkpoint={path}", f"run_root={tmp_path}")
+    data = DataModule(assemble(config).data)
+    resnet.eval()
+    (stored,) = tmp_path.rglob("logits.safetensors")
+    logits = cached_logits(resnet, data, stored)
+    with torch.no_grad():
+        direct = resnet(data.normalise(data.images[data.validation.start : data.validation.start + 4]))
+    torch.testing.assert_close(logits[data.validation.start : data.validation.start + 4], direct, rtol=1e-3, atol=1e-3)
+    assert not list(tmp_path.rglob("teacher.json"))  # nothing was trained
+
+
+def test_a_teacher_that_does_not_fit_the_images_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read images"):
+        run(load_config(*RGB, "data.source.channels=1", f"run_root={tmp_path}"))
+    with pytest.raises(ConfigError, match=r"gives shape \(2, 10\)"):
+        run(load_config(*RGB, "data.source.classes=4", f"run_root={tmp_path}"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_damaged_or_missing_checkpoint_is_named(content: bytes | None, tmp_path: Path) -> None:
+    for suffix in ("ckpt", "safetensors"):
+        path = tmp_path / f"teacher.{suffix}"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(RunError, match=f"teacher.{suffix}"):
+            tiny_run(tmp_path, f"teacher.checkpoint={path}")
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(RunError, match="do not fit"):
+        load_weights(torch.nn.Linear(3, 3), path)
+
+
+def test_a_trained_teacher_can_be_given_to_another_run(tmp_path: Path) -> None:
+    first = tiny_run(tmp_path)
+    (weights,) = tmp_path.rglob("teacher.safetensors")
+    second = tiny_run(tmp_path, f"teacher.checkpoint={weights}", "seed=5")
+    assert second["teacher"]["nll"] == first["teacher"]["nll"]
+    assert second["rounds"][0]["nll"] != first["rounds"][0]["nll"]
+
+
+def test_the_fingerprint_follows_weights_and_images(tmp_path: Path) -> None:
+    data = DataModule(assemble(tiny_config(tmp_path)).data)
+    model = torch.nn.Linear(2, 2)
+    one = fingerprint(model, data)
+    assert fingerprint(model, data) == one
+    data.images[0, 0, 0, 0] += 1
+    two = fingerprint(model, data)
+    with torch.no_grad():
+        model.bias[0] += 1e-6
+    assert len({one, two, fingerprint(model, data)}) == 3
+
+
+def test_training_that_diverges_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not finite"):
+        tiny_run(tmp_path, "trainer.optimizer.lr=1e30", "trainer.gradient_clip=null", "trainer.max_epochs=3")
