@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,11 @@ class ProgressiveEnsemble(nn.Module):
         """The number of students of the largest prefix whose summed `costs` (one a student) stay within `budget`.
 
         Raises:
-            ValueError: where not even the first student does.
+            ValueError: where not even the first student does, or there are not as many costs as students.
         """
-        total = torch.tensor([float(cost) for cost in costs]).cumsum(0)
-        count = int((total <= budget).sum())
+        if len(costs) != len(self):
+            raise ValueError(f"{len(costs)} costs for {len(self)} students")
+        count = sum(total <= budget for total in accumulate(costs))
         if count == 0:
             raise ValueError(f"a budget of {budget:g} does not pay for the first student, which costs {costs[0]:g}")
         return count
@@ -139,9 +141,14 @@ class ProgressiveEnsemble(nn.Module):
         directory = Path(directory)
         if not (directory / "ensemble.json").exists():
             directory = directory / "students"
-        description = read_json(directory / "ensemble.json")
-        mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
-        return cls.from_students(directory, [(a, c) for a, c in description["scales"]], mean, std)
+        path = directory / "ensemble.json"
+        description = read_json(path)
+        try:
+            mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
+            scales = [(float(a), float(c)) for a, c in description["scales"]]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise RunError(f"{path}: does not describe an ensemble ({error!r})") from error
+        return cls.from_students(directory, scales, mean, std)
 
     def save_description(self, directory: Path) -> None:
         """Write `ensemble.json` beside the students: what `load` needs besides them."""
@@ -171,8 +178,9 @@ def save_student(
         "num_classes": num_classes,
         "options": dict(options),
     }
-    atomic_write(stem.with_suffix(".safetensors"), lambda temporary: save_file(state, temporary))
-    write_json(stem.with_suffix(".json"), description)
+    weights, text = _student_files(stem)
+    atomic_write(weights, lambda temporary: save_file(state, temporary))
+    write_json(text, description)
 
 
 def load_student(stem: Path) -> nn.Module:
@@ -181,11 +189,22 @@ def load_student(stem: Path) -> nn.Module:
     Raises:
         RunError: where a file is missing or damaged, or the weights do not fit.
     """
-    description = read_json(stem.with_suffix(".json"))
-    build = get_object(description["model"])
-    model: nn.Module = build(tuple(description["image_shape"]), description["num_classes"], **description["options"])
+    weights, path = _student_files(stem)
+    description = read_json(path)
     try:
-        model.load_state_dict(load_file(stem.with_suffix(".safetensors")))
+        build = get_object(description["model"])
+        model: nn.Module = build(
+            tuple(description["image_shape"]), description["num_classes"], **description["options"]
+        )
+    except Exception as error:  # whatever the import of the model or its constructor raises
+        raise RunError(f"{path}: does not describe a student ({error!r})") from error
+    try:
+        model.load_state_dict(load_file(weights))
     except Exception as error:  # safetensors raises its own errors for a damaged file
-        raise RunError(f"{stem.with_suffix('.safetensors')}: cannot be loaded ({error})") from error
+        raise RunError(f"{weights}: cannot be loaded ({error})") from error
     return model.eval()
+
+
+def _student_files(stem: Path) -> tuple[Path, Path]:
+    """Weights and description; not by `with_suffix`, which would cut a stem at its last point."""
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")

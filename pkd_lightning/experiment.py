@@ -61,6 +61,8 @@ def assemble(config: DictConfig) -> Experiment:
         faults += [f"student.{fault}" for fault in student.faults(rounds if isinstance(rounds, int) else 1)]
     if not isinstance(config.seed, int) or config.seed < 0:
         faults.append(f"seed={config.seed!r}: must be a whole number of at least 0")
+    if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
+        faults.append(f"threads={config.threads!r}: must be null or a whole number of at least 1")
     if faults:
         raise ConfigError(faults)
     return Experiment(data, teacher, student, boosting, trainer)  # type: ignore[arg-type]

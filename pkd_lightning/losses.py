@@ -1,5 +1,7 @@
 """Losses as pure functions of tensors. Logits are (batch, classes), labels (batch,)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,8 +31,8 @@ def barrier(s: Tensor, edge: float = 0.95) -> Tensor:
     The continuation agrees in value and slope, so an outlier beyond the barrier has a finite loss and a gradient that
     pushes it back.
     """
-    inside = torch.log1p(s.clamp(min=-edge))
-    return inside + (s + edge).clamp(max=0) / (1 - edge)
+    beyond = math.log1p(-edge) + (s + edge) / (1 - edge)
+    return torch.where(s > -edge, torch.log1p(s.clamp(min=-edge)), beyond)
 
 
 def residual_barrier_loss(residual: Tensor, raise_student: Tensor, bound: float, gamma: float = 1.0) -> Tensor:

@@ -8,6 +8,7 @@ import sys
 import time
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 def run(config: DictConfig) -> dict[str, object]:
     """Run, resume, or just show the experiment of a composed configuration; returns results.json."""
     experiment = assemble(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     directory = RunDirectory(config)
     if directory.finished:
         logger.info("finished before: %s", directory.path)

@@ -15,8 +15,16 @@ from pkd_lightning.checkpoint import atomic_write, write_json
 from pkd_lightning.errors import RunError
 
 # keys that change where or how a run is shown, not what it computes
-VOLATILE = ("run_root", "logger", "data.root", "trainer.progress", "teacher.trainer.progress", "trainer.num_workers",
-            "teacher.trainer.num_workers")  # fmt: skip
+VOLATILE = (
+    "run_root",
+    "threads",
+    "logger",
+    "data.root",
+    "trainer.progress",
+    "trainer.num_workers",
+    "teacher.trainer.progress",
+    "teacher.trainer.num_workers",
+)
 
 
 def config_hash(config: DictConfig) -> str:

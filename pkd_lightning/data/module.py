@@ -118,7 +118,7 @@ class DataModule:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images (batch, C, H, W) to float32 of mean 0 and standard deviation 1 over the training rows."""
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
+        return images.to(torch.float32, copy=True).div_(255).sub_(self.mean).div_(self.std)
 
     def training_loader(self, batch_size: int, seed: int, stage: str, num_workers: int = 0) -> DataLoader[Batch]:
         """Shuffled, augmented training batches; the order is a function of (seed, stage, epoch)."""
@@ -190,7 +190,7 @@ def split_rows(data: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor, Tens
     """
     pool = torch.randperm(len(data.labels), generator=generator(config.split_seed, "split"))[: config.limit]
     if config.split == "paper":
-        # floor, with a guard against 0.7 * 70000 = 48999.99...
+        # floor, with a guard against products like 60000 * (1 - 0.34) = 39599.99...
         n_training = int(len(pool) * (1 - config.test_fraction) + 1e-6)
         training, test = pool[:n_training], pool[n_training:]
     else:

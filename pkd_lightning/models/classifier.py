@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from pkd_lightning.config import unknown_keys
+from pkd_lightning.config import Faults, unknown_keys
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
@@ -52,49 +52,58 @@ class MambaClassifierConfig:
     pixel_channels: PixelChannels = "one"
     patch_size: int = 4
     patch_stride: int | None = None
-    norm: Norm = "rms"
+    norm: Norm = "none"
     residual: bool = True
     direction: Direction = "forward"
     head: Head = "flatten"
 
     def faults(self, image_shape: ImageShape | None = None) -> list[str]:
         """Every reason why this model cannot be built; those that depend on the image only where its shape is given."""
-        found = []
+        faults = Faults(self)
         for name in ("n_blocks", "d_model", "d_state", "d_conv", "expand", "patch_size"):
-            if not _is_int(getattr(self, name), 1):
-                found.append(f"{name}={getattr(self, name)!r}: must be a whole number of at least 1")
-        if not _is_int(self.d_state_step, 0):
-            found.append(f"d_state_step={self.d_state_step!r}: must be a whole number of at least 0")
+            faults.whole(name, 1)
+        faults.whole("d_state_step", 0)
         for name in ("dt_rank", "seq_len", "patch_stride"):
-            value = getattr(self, name)
-            if value is not None and not _is_int(value, 1):
-                found.append(f"{name}={value!r}: must be null or a whole number of at least 1")
+            faults.whole(name, 1, optional=True)
         hints = get_type_hints(type(self))
         for name in ("tokeniser", "pixel_channels", "norm", "direction", "head"):
-            allowed = get_args(hints[name])
-            if getattr(self, name) not in allowed:
-                found.append(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
-        if not isinstance(self.residual, bool):
-            found.append(f"residual={self.residual!r}: must be true or false")
-        if found:
-            return found
-        return self._token_faults(image_shape)
+            faults.choice(name, get_args(hints[name]))
+        faults.flag("residual")
+        at_fault = {fault.split("=")[0] for fault in faults.found}
+        if self.d_model == 1 and self.norm in ("rms", "layer"):
+            faults.found.append(
+                f"norm={self.norm!r}: over the one channel of d_model=1 it keeps at most a token's sign; use none"
+            )
+        if self.tokeniser == "pixels" and not at_fault & {"seq_len", "pixel_channels"}:
+            faults.found += self._pixel_faults(image_shape)
+        if self.tokeniser == "patches" and not at_fault & {"patch_size", "patch_stride"}:
+            faults.found += self._patch_faults(image_shape)
+        return faults.found
 
-    def _token_faults(self, image_shape: ImageShape | None) -> list[str]:
+    def _pixel_faults(self, image_shape: ImageShape | None) -> list[str]:
+        if self.patch_stride is not None:
+            return [f"patch_stride={self.patch_stride}: the pixels tokeniser has no patches"]
+        if self.seq_len is None:
+            return ["seq_len=None: the pixels tokeniser needs a number of tokens"]
+        if image_shape is None:
+            return []
+        grid = pooled_grid(image_shape, self.seq_len, self.pixel_channels)
+        if grid is None:
+            lengths = possible_lengths(image_shape, self.pixel_channels)
+            nearest = sorted(sorted(lengths, key=lambda length: abs(length - self.seq_len))[:4])  # type: ignore[operator]
+            return [
+                f"seq_len={self.seq_len}: does not divide a {image_shape[1]}x{image_shape[2]} image into equal blocks;"
+                f" nearest lengths that do: {', '.join(map(str, nearest))}"
+            ]
+        if self.head == "grid" and min(grid) < GRID:
+            return [f"head='grid': {grid[0]}x{grid[1]} tokens are fewer than {GRID}x{GRID}"]
+        return []
+
+    def _patch_faults(self, image_shape: ImageShape | None) -> list[str]:
         found = []
-        if self.tokeniser == "pixels":
-            if self.seq_len is None:
-                found.append("seq_len=null: the pixels tokeniser needs a number of tokens")
-            elif image_shape is not None and pooled_grid(image_shape, self.seq_len, self.pixel_channels) is None:
-                nearest = sorted(
-                    possible_lengths(image_shape, self.pixel_channels), key=lambda n: (abs(n - (self.seq_len or 0)), n)
-                )[:4]
-                found.append(
-                    f"seq_len={self.seq_len}: does not divide a {image_shape[1]}x{image_shape[2]} image into equal"
-                    f" blocks; nearest lengths that do: {', '.join(map(str, sorted(nearest)))}"
-                )
-            return found
         stride = self.patch_stride or self.patch_size
+        if self.seq_len is not None:
+            found.append(f"seq_len={self.seq_len}: with patches the length follows from patch_size and patch_stride")
         if stride > self.patch_size:
             found.append(f"patch_stride={stride}: larger than patch_size={self.patch_size}, pixels would be skipped")
         if image_shape is not None:
@@ -102,12 +111,8 @@ class MambaClassifierConfig:
             if self.patch_size > side:
                 found.append(f"patch_size={self.patch_size}: larger than the {image_shape[1]}x{image_shape[2]} image")
             elif self.head == "grid" and (side - self.patch_size) // stride + 1 < GRID:
-                found.append(f"head=grid: fewer than {GRID}x{GRID} patches")
+                found.append(f"head='grid': fewer than {GRID}x{GRID} patches")
         return found
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class MambaLayer(nn.Module):
@@ -172,10 +177,9 @@ class MambaClassifier(nn.Module):
     @staticmethod
     def faults(options: dict[str, object], image_shape: ImageShape | None = None) -> list[str]:
         """Every fault of `options`, unknown names included; see `MambaClassifierConfig.faults`."""
-        unknown = unknown_keys(options, [field.name for field in fields(MambaClassifierConfig)])
-        if unknown:
-            return unknown
-        return MambaClassifierConfig(**options).faults(image_shape)  # type: ignore[arg-type]
+        names = [field.name for field in fields(MambaClassifierConfig)]
+        known = {name: value for name, value in options.items() if name in names}
+        return unknown_keys(options, names) + MambaClassifierConfig(**known).faults(image_shape)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, height, width) to logits (batch, num_classes)."""

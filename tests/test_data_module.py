@@ -1,0 +1,282 @@
+"""The split, the batches with their sample indices, and the order, on images whose pixels say which sample they are."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from pkd_lightning.data.images import ImageSet
+from pkd_lightning.data.module import DataConfig, DataModule
+from pkd_lightning.errors import ConfigError
+
+CLASSES = 7
+
+
+def numbered(root: str | None = None, samples: int = 100, train_size: int | None = None) -> ImageSet:
+    """Sample n has n in its four pixels, in base 256, and n % CLASSES as its label."""
+    n = torch.arange(samples)
+    images = torch.stack([n // 256**k % 256 for k in range(4)], dim=1).to(torch.uint8).reshape(samples, 1, 2, 2)
+    return ImageSet("numbered", images, n % CLASSES, CLASSES, samples * 6 // 7 if train_size is None else train_size)
+
+
+def numbers(images: Tensor) -> Tensor:
+    """Which sample each uint8 image is."""
+    return (images.flatten(1).long() * 256 ** torch.arange(4)).sum(1)
+
+
+def module(samples: int = 100, train_size: int | None = None, **options: object) -> DataModule:
+    return DataModule(DataConfig(source=partial(numbered, samples=samples, train_size=train_size), **options))
+
+
+def parts(data: DataModule) -> list[Tensor]:
+    """The source's sample numbers of training, validation and test."""
+    return [numbers(data.images[rows.start : rows.stop]) for rows in (data.training, data.validation, data.test)]
+
+
+def batches(data: DataModule, epoch: int = 0, seed: int = 0, stage: str = "teacher", workers: int = 0, size: int = 16):
+    loader = data.training_loader(size, seed, stage, workers)
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def order(*args: object, **kwargs: object) -> list[int]:
+    return torch.cat([batch.index for batch in batches(*args, **kwargs)]).tolist()
+
+
+def add_noise(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images + torch.randint(1, 200, images.shape, generator=generator).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------- split
+
+
+@pytest.mark.parametrize(
+    ("samples", "pool", "test"), [(70_000, 49_000, 21_000), (60_000, 42_000, 18_000), (10, 7, 3), (1797, 1257, 540)]
+)
+def test_the_papers_split_sizes(samples, pool, test):
+    data = module(samples)
+    training, validation, tested = data.sizes
+    assert (training + validation, tested) == (pool, test)
+    assert abs(validation - pool / 10) <= 1
+    assert (len(data.training), len(data.validation), len(data.test)) == data.sizes
+    everything = torch.cat(parts(data))
+    assert torch.equal(everything.sort().values, torch.arange(samples))  # disjoint and complete
+    assert torch.equal(data.labels, everything % CLASSES)
+
+
+@pytest.mark.parametrize("percent", range(1, 100, 3))
+def test_a_split_in_whole_percents_is_exact(percent):
+    # where 10000 * (1 - 0.34) is 6599.999999999999
+    assert module(10_000, test_fraction=percent / 100).sizes[2] == 100 * percent
+
+
+@pytest.mark.parametrize("split", ["paper", "official"])
+def test_parts_are_drawn_at_random_as_a_function_of_the_split_seed_alone(split):
+    results = []
+    for global_seed, split_seed in [(0, 0), (1, 0), (0, 1)]:
+        torch.manual_seed(global_seed)
+        results.append(parts(module(700, split=split, split_seed=split_seed)))
+    first, same, other = results
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert set(first[1].tolist()) != set(other[1].tolist())
+    if split == "paper":
+        assert set(first[2].tolist()) != set(other[2].tolist())
+    for part in first[:2]:  # not a block of the source's samples, which may be sorted by class
+        assert len(set((part % CLASSES).tolist())) == CLASSES
+        assert part.max() - part.min() > 500
+
+
+def test_the_runs_seed_moves_no_sample_between_the_parts():
+    data = module(100)
+    assert set(order(data, seed=0)) == set(order(data, seed=1)) == set(data.training)
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_the_official_split_keeps_the_test_part_of_the_source(limit):
+    data = module(100, train_size=80, split="official", validation_fraction=0.25, limit=limit)
+    training, validation, test = parts(data)
+    assert torch.cat([training, validation]).max() < 80
+    assert test.min() >= 80
+    if limit is None:
+        assert data.sizes == (60, 20, 20)
+        assert test.sort().values.tolist() == list(range(80, 100))
+    else:
+        assert sum(data.sizes) == limit
+
+
+def test_limit_takes_a_random_subset():
+    data = module(1000, limit=100)
+    chosen = torch.cat(parts(data))
+    assert data.sizes == (63, 7, 30)
+    assert len(chosen.unique()) == 100
+    assert chosen.max() > 500
+    assert len(module(50, limit=10_000).labels) == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({"limit": 1}, "training, validation"),
+        ({"samples": 5, "validation_fraction": 0.01}, "validation"),
+        ({"samples": 10, "validation_fraction": 0.99}, "training"),
+        ({"samples": 10, "train_size": 10, "split": "official"}, "test"),
+        ({"samples": 10, "train_size": 0, "split": "official"}, "training, validation"),
+        ({"samples": 10, "test_fraction": 0.999}, "training, validation"),
+    ],
+)
+def test_a_part_without_samples_is_a_configuration_error(options, missing):
+    with pytest.raises(ConfigError, match=f"no sample is left for {missing}$"):
+        module(**options)
+
+
+def test_every_bad_value_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        DataConfig(numbered, split="papr", test_fraction=1.0, validation_fraction=0, split_seed=-1, limit=0)
+    names = [fault.split("=")[0] for fault in caught.value.faults]
+    assert sorted(names) == ["limit", "split", "split_seed", "test_fraction", "validation_fraction"]
+    assert "Did you mean 'paper'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("test_fraction", math.nan),
+        ("test_fraction", 0.0),
+        ("test_fraction", "0.3"),
+        ("validation_fraction", 1),
+        ("split_seed", 0.5),
+        ("split_seed", True),
+        ("limit", 1.5),
+        ("split", None),
+    ],
+)
+def test_one_bad_value(name, value):
+    with pytest.raises(ConfigError, match=f"^the configuration has 1 fault.*\n  - {name}="):
+        DataConfig(numbered, **{name: value})
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+def test_batches_carry_the_row_the_image_and_the_label_of_each_sample():
+    data = module(300)
+    seen = batches(data)
+    assert [len(batch.index) for batch in seen] == [16] * (len(data.training) // 16) + [len(data.training) % 16]
+    assert len(data.training_loader(16, 0, "teacher")) == len(seen)
+    for batch in seen:
+        index, images, labels = batch
+        assert index is batch.index
+        assert (index.dtype, images.dtype, labels.dtype) == (torch.int64, torch.float32, torch.int64)
+        pixels = (images * data.std + data.mean) * 255
+        assert torch.equal(numbers(pixels.round()), numbers(data.images[index]))
+        assert torch.equal(labels, numbers(pixels.round()) % CLASSES)
+
+
+@pytest.mark.parametrize("part", ["training", "validation", "test"])
+def test_plain_loaders_go_through_their_rows_in_order(part):
+    data = module(100, augment=add_noise)
+    rows = getattr(data, part)
+    seen = list(data.loader(rows, 16))
+    assert torch.cat([batch.index for batch in seen]).tolist() == list(rows)
+    images = torch.cat([batch.images for batch in seen])
+    assert torch.equal(images, data.normalise(data.images[rows.start : rows.stop]))  # never augmented
+
+
+def test_each_epoch_is_another_permutation_of_the_training_rows():
+    data = module(300)
+    orders = [order(data, epoch) for epoch in range(3)]
+    for one in orders:
+        assert sorted(one) == list(data.training)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert list(data.training) not in orders
+
+
+def test_the_order_is_a_function_of_seed_stage_and_epoch_alone():
+    data = module(300)
+    torch.manual_seed(0)
+    base = order(data, epoch=2, seed=1, stage="round-01")
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert order(module(300), epoch=2, seed=1, stage="round-01") == base
+    assert order(data, epoch=2, seed=1, stage="round-01", size=7) == base
+    others = [order(data, epoch=3, seed=1, stage="round-01"), order(data, epoch=2, seed=2, stage="round-01")]
+    others.append(order(data, epoch=2, seed=1, stage="round-02"))
+    assert base not in others
+    # an epoch does not depend on the ones before it: a resumed run continues with the order it would have had
+    loader = data.training_loader(16, 1, "round-01")
+    for epoch in (0, 1, 2):
+        loader.sampler.set_epoch(epoch)
+        last = torch.cat([batch.index for batch in loader]).tolist()
+    assert last == base
+
+
+def test_workers_deliver_the_same_batches():
+    data = module(100, augment=add_noise)
+    loader = data.training_loader(16, 3, "teacher", num_workers=2)
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        ours, theirs = list(loader), batches(data, epoch, seed=3)
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# ---------------------------------------------------------------------------------- normalisation, augmentation
+
+
+def colours(root: str | None = None) -> ImageSet:
+    """Three channels of different statistics; the second is constant in the training part and everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (200, 3, 4, 4), generator=generator)
+    images[:, 1] = 77
+    images[:, 2] = images[:, 2] // 4 + 100
+    return ImageSet("colours", images.to(torch.uint8), torch.arange(200) % 2, 2, 100)
+
+
+def test_training_pixels_have_mean_zero_and_deviation_one():
+    data = DataModule(DataConfig(colours))
+    assert data.image_shape == (3, 4, 4)
+    pixels = torch.cat([batch.images for batch in batches(data)]).double().transpose(0, 1).flatten(1)
+    assert pixels.mean(1)[[0, 2]].abs().max() < 1e-6
+    assert (pixels.std(1, correction=0)[[0, 2]] - 1).abs().max() < 1e-6
+    # of the training rows, not of all: these differ in a sample this small
+    everything = data.normalise(data.images).double().transpose(0, 1).flatten(1)
+    assert everything.mean(1)[[0, 2]].abs().min() > 1e-4
+    direct = data.images[: data.sizes[0]].double().transpose(0, 1).flatten(1) / 255
+    torch.testing.assert_close(data.mean.flatten().double(), direct.mean(1), rtol=1e-6, atol=0)
+
+
+def test_a_constant_channel_stays_finite_and_small():
+    data = DataModule(DataConfig(colours))
+    images = data.normalise(data.images)
+    assert images.isfinite().all()
+    assert images[:, 1].abs().max() < 1
+
+
+def test_augmentation_is_in_the_training_loader_only_and_reproducible():
+    plain, noisy = module(100), module(100, augment=add_noise)
+    stored = noisy.images.clone()
+    first, again, later, other = (
+        batches(noisy), batches(noisy), batches(noisy, epoch=1), batches(noisy, stage="round-00")
+    )  # fmt: skip
+    assert order(noisy) == order(plain)  # augmentation does not change the order
+    for one, other_time in zip(first, again, strict=True):
+        assert torch.equal(one.images, other_time.images)
+    for one, clean in zip(first, batches(plain), strict=True):
+        assert (one.images != clean.images).all()
+    assert torch.equal(noisy.images, stored)
+    assert torch.equal(noisy.mean, plain.mean)  # the statistics are those of the images as they are
+
+    def noise(seen: list) -> Tensor:
+        """What was added to each sample, in the order of the batches."""
+        index = torch.cat([batch.index for batch in seen])
+        pixels = ((torch.cat([batch.images for batch in seen]) * noisy.std + noisy.mean) * 255).round().long()
+        return ((pixels - stored[index].long()) % 256).flatten(1)
+
+    draws = [noise(seen) for seen in (first, later, other)]
+    assert all((draw > 0).all() for draw in draws)
+    for one, another in [(0, 1), (0, 2), (1, 2)]:  # a new draw for each epoch and stage,
+        assert not torch.equal(draws[one][:16], draws[another][:16])
+    assert not torch.equal(draws[0][:16], draws[0][16:32])  # and for each step

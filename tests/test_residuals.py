@@ -1,0 +1,257 @@
+"""The residual matrices against the update of METHOD 2.2 done directly, and the bound that B-DISTIL proves for it."""
+
+import math
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pkd_lightning.boosting import residuals
+from pkd_lightning.boosting.residuals import ResidualMatrices, condition_holds, theoretical_eta
+
+Rounds = list[tuple[np.ndarray, float]]
+
+
+def multiply_directly(samples: int, classes: int, rounds: Rounds) -> tuple[np.ndarray, np.ndarray]:
+    """K+ and K-, multiplied and normalised every round in float64."""
+    plus = np.full((samples, classes), 1 / (2 * samples))
+    minus = plus.copy()
+    for residual, eta in rounds:
+        plus = plus * np.exp(-eta * residual)
+        minus = minus * np.exp(eta * residual)
+        total = (plus + minus).sum(axis=0)
+        plus, minus = plus / total, minus / total
+    return plus, minus
+
+
+def after(samples: int, classes: int, rounds: Rounds) -> ResidualMatrices:
+    matrices = ResidualMatrices(samples, classes)
+    for residual, eta in rounds:
+        matrices.update(torch.from_numpy(residual).float(), eta)
+    return matrices
+
+
+def dyadic(shape: tuple[int, int], seed: int, size: float = 4.0) -> np.ndarray:
+    """Random residuals of at most `size`, multiples of 1/64: sums of them and their float32 forms are exact."""
+    steps = int(64 * size)
+    return np.random.default_rng(seed).integers(-steps, steps + 1, shape) / 64
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    samples=st.integers(1, 9),
+    classes=st.integers(1, 4),
+    etas=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), max_size=5),
+    seed=st.integers(0, 10**6),
+)
+@example(samples=1, classes=1, etas=[1.0, 0.5], seed=0)
+def test_matrices_and_edges_equal_the_direct_update(samples, classes, etas, seed):
+    shape = (samples, classes)
+    rounds = [(dyadic(shape, seed + t), eta) for t, eta in enumerate(etas)]
+    matrices = after(samples, classes, rounds)
+    plus, minus = multiply_directly(samples, classes, rounds)
+    np.testing.assert_allclose(matrices.k_plus().numpy(), plus, rtol=1e-12)
+    np.testing.assert_allclose(matrices.k_minus().numpy(), minus, rtol=1e-12)
+    candidate = dyadic(shape, seed - 1 if seed else 99)
+    edges = matrices.edges(torch.from_numpy(candidate).float())
+    np.testing.assert_allclose(edges.numpy(), ((plus - minus) * candidate).sum(axis=0), rtol=1e-11, atol=1e-13)
+
+
+def test_ordinary_residuals_stay_within_float32_of_the_direct_update():
+    rng = np.random.default_rng(0)
+    rounds = [(rng.normal(scale=3, size=(50, 10)), 0.3) for _ in range(7)]
+    plus, minus = multiply_directly(50, 10, rounds)
+    matrices = after(50, 10, rounds)
+    np.testing.assert_allclose(matrices.k_plus().numpy(), plus, rtol=1e-5)
+    np.testing.assert_allclose(matrices.k_minus().numpy(), minus, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_columns_of_both_matrices_sum_to_one(rounds):
+    matrices = after(20, 6, [(dyadic((20, 6), t), 0.5) for t in range(rounds)])
+    total = matrices.k_plus() + matrices.k_minus()
+    np.testing.assert_allclose(total.sum(0).numpy(), 1, rtol=1e-13)
+    rows = slice(3, 9)
+    assert torch.equal(matrices.k_plus(rows), matrices.k_plus()[rows])
+    assert torch.equal(matrices.k_minus(rows), matrices.k_minus()[rows])
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_steps_too_large_for_the_direct_update(rounds):
+    samples, classes = 6, 3
+    steps = [(dyadic((samples, classes), seed=t, size=8.0), 500.0) for t in range(rounds)]
+    with np.errstate(all="ignore"):
+        plus, minus = multiply_directly(samples, classes, steps)
+    assert not np.isfinite(plus + minus).all()  # or this test would show nothing
+
+    with localcontext() as context:
+        context.prec = 40
+        sums = [
+            [sum(Decimal(eta) * Decimal(residual[i, j]) for residual, eta in steps) for j in range(classes)]
+            for i in range(samples)
+        ]
+        normalisers = [sum(row[j].exp() + (-row[j]).exp() for row in sums) for j in range(classes)]
+        exact_plus = np.array([[float((-x).exp() / z) for x, z in zip(row, normalisers, strict=True)] for row in sums])
+        exact_minus = np.array([[float(x.exp() / z) for x, z in zip(row, normalisers, strict=True)] for row in sums])
+    matrices = after(samples, classes, steps)
+    np.testing.assert_allclose(matrices.k_plus().numpy(), exact_plus, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(matrices.k_minus().numpy(), exact_minus, rtol=1e-9, atol=1e-300)
+    total = (matrices.k_plus() + matrices.k_minus()).sum(0)
+    np.testing.assert_allclose(total.numpy(), 1, rtol=1e-9)
+    candidate = dyadic((samples, classes), seed=50)
+    expected = ((exact_plus - exact_minus) * candidate).sum(axis=0)
+    np.testing.assert_allclose(matrices.edges(torch.from_numpy(candidate).float()).numpy(), expected, rtol=1e-9)
+
+
+def test_before_the_first_update_all_weights_are_equal_and_every_edge_is_exactly_zero():
+    matrices = ResidualMatrices(30, 4)
+    np.testing.assert_allclose(matrices.k_plus().numpy(), 1 / 60, rtol=1e-13)
+    np.testing.assert_allclose(matrices.k_minus().numpy(), 1 / 60, rtol=1e-13)
+    edges = matrices.edges(1e6 * torch.randn(30, 4, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(edges, torch.zeros(4, dtype=torch.float64))
+    assert not condition_holds(edges)
+    assert not matrices.raise_student().any()  # K+ is not greater than K-
+
+
+def test_k_plus_grows_where_the_ensemble_is_below_the_teacher():
+    teacher = dyadic((12, 3), seed=0)
+    students = [dyadic((12, 3), seed=1 + t) for t in range(3)]
+    matrices = after(12, 3, [(student - teacher, 0.25) for student in students])
+    below = np.mean(students, axis=0) < teacher
+    above = np.mean(students, axis=0) > teacher
+    assert below.any()
+    assert above.any()
+    plus, minus = matrices.k_plus().numpy(), matrices.k_minus().numpy()
+    assert np.array_equal(plus > minus, below)
+    assert np.array_equal(minus > plus, above)
+    assert np.array_equal(matrices.raise_student().numpy(), below)
+    # the further below, the larger the weight within a class
+    gap = np.mean(students, axis=0) - teacher
+    for j in range(3):
+        assert (np.diff(plus[np.argsort(gap[:, j]), j]) <= 0).all()
+
+
+def test_an_edge_is_positive_for_a_student_that_corrects_and_negative_for_one_that_repeats():
+    first = torch.from_numpy(dyadic((12, 3), seed=3)).float()
+    matrices = ResidualMatrices(12, 3)
+    matrices.update(first, 0.25)
+    assert (matrices.edges(-first) > 0).all()  # METHOD 2.3: above the teacher where the first was below
+    assert (matrices.edges(first) < 0).all()
+    assert condition_holds(matrices.edges(-first))
+
+
+def test_eta_zero_changes_nothing():
+    matrices = after(8, 3, [(dyadic((8, 3), 0), 0.5)])
+    before = matrices.k_plus()
+    matrices.update(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), 0.0)
+    assert torch.equal(matrices.k_plus(), before)
+
+
+def test_one_sample_is_a_logistic_curve():
+    matrices = after(1, 2, [(np.array([[1.5, -0.25]]), 2.0)])
+    np.testing.assert_allclose(matrices.k_plus().numpy(), [[1 / (1 + math.exp(6)), 1 / (1 + math.exp(-1))]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_residual_or_step_is_refused_and_changes_nothing(bad):
+    matrices = after(5, 3, [(dyadic((5, 3), 0), 0.5)])
+    before = matrices.S.clone()
+    residual = torch.ones(5, 3)
+    with pytest.raises(ValueError, match="finite"):
+        matrices.update(residual, bad)
+    residual[4, 2] = bad
+    with pytest.raises(ValueError, match="finite"):
+        matrices.update(residual, 0.5)
+    assert torch.equal(matrices.S, before)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    rounds = [(dyadic((10, 3), t), 0.5) for t in range(3)]
+    candidate = torch.from_numpy(dyadic((10, 3), 9)).float()
+    whole = after(10, 3, rounds)
+    expected = (whole.k_plus(), whole.k_minus(), whole.edges(candidate))
+    monkeypatch.setattr(residuals, "CHUNK", 4)
+    chunked = after(10, 3, rounds)
+    for ours, theirs in zip((chunked.k_plus(), chunked.k_minus(), chunked.edges(candidate)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("edges", "fraction", "margin", "holds"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 1.0, 0.0, True),
+        ([0.1, 0.2, 0.3, 0.0], 1.0, 0.0, False),  # above the margin, not at it
+        ([0.1, 0.2, 0.3, -1.0], 0.75, 0.0, True),
+        ([0.1, 0.2, -1.0, -1.0], 0.75, 0.0, False),
+        ([0.1, 0.2, 0.3, 0.4], 0.5, 0.25, True),
+        ([0.1, 0.2, 0.3, 0.4], 0.75, 0.25, False),
+        ([-0.1, -0.2], 1.0, -0.5, True),
+        ([-1.0], 0.0, 0.0, True),
+        ([1.0], 1.0, 0.0, True),
+        ([1.0, math.nan], 1.0, 0.0, False),
+    ],
+)
+def test_condition(edges, fraction, margin, holds):
+    assert condition_holds(torch.tensor(edges, dtype=torch.float64), fraction, margin) is holds
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [10, 100],  # 7/100 * 100 is 7.000000000000001
+)
+def test_a_fraction_that_is_met_exactly_is_met(classes):
+    for met in range(classes + 1):
+        edges = torch.ones(classes).index_fill(0, torch.arange(met, classes), -1.0)
+        assert condition_holds(edges, met / classes)
+        if met < classes:
+            assert not condition_holds(edges, (met + 1) / classes)
+
+
+@pytest.fixture
+def one_thread():
+    """Thousands of small operations: on a loaded machine two threads take ten to a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def max_mean_error(samples: int, rounds: int, sign: int = 1, classes: int = 3, bound: float = 3.0) -> float:
+    """Play METHOD 2.2's game on a class symmetric about g; sign=-1 turns the update round."""
+    generator = torch.Generator().manual_seed(samples + rounds)
+    eta = theoretical_eta(samples, rounds, bound)
+    matrices = ResidualMatrices(samples, classes)
+    total = torch.zeros(samples, classes)
+    for t in range(rounds):
+        residual = bound * (2.0 * torch.randint(2, (samples, classes), generator=generator) - 1)
+        edges = matrices.edges(residual)
+        residual = torch.where(edges < 0, -residual, residual)  # the class holds both, so the condition can be met
+        assert t == 0 or (edges != 0).all()
+        total += residual
+        matrices.update(sign * residual, eta)
+    return float((total / rounds).abs().max())
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("samples", "rounds"), [(200, 50), (200, 800), (2000, 3200)])
+def test_the_mean_ensemble_approaches_the_teacher_as_fast_as_proved(samples, rounds):
+    bound = 3.0
+    assert max_mean_error(samples, rounds, bound=bound) <= 2 * bound * math.sqrt(math.log(2 * samples) / rounds)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rounds", [50, 800])
+def test_with_the_update_turned_round_it_does_not(rounds):
+    bound = 3.0
+    assert max_mean_error(200, rounds, sign=-1, bound=bound) > 2 * bound * math.sqrt(math.log(400) / rounds)
+
+
+def test_the_step_is_scaled_by_the_bound():
+    # larger logits change the unit of the game, not its course
+    small, large = (max_mean_error(50, 40, bound=bound) for bound in (1.0, 32.0))
+    assert large == pytest.approx(32 * small, rel=1e-5)
+    assert theoretical_eta(50, 40, 32.0) == pytest.approx(theoretical_eta(50, 40, 1.0) / 32)
+    assert theoretical_eta(50, 160, 1.0) == pytest.approx(theoretical_eta(50, 40, 1.0) / 2)
