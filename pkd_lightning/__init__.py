@@ -3,7 +3,7 @@
 import os
 
 # Before torch loads its OpenMP runtime: threads that wait by spinning stall each other when another process shares the
-# cores. Fits of tiny models, with thousands of short parallel regions, took up to ten times as long.
+# cores, and fits of tiny models consist of thousands of short parallel regions.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pkd_lightning._torchvision import define_missing_operators

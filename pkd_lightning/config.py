@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
+import torch
+
 from pkd_lightning.errors import ConfigError
 
 T = TypeVar("T")
@@ -13,6 +15,8 @@ T = TypeVar("T")
 Require = Literal["auto", "condition", "improvement"]
 OnFailure = Literal["expand", "accept"]
 Split = Literal["paper", "official"]
+Accelerator = Literal["auto", "cpu", "gpu"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -102,6 +106,13 @@ class Faults:
         if not isinstance(getattr(self.owner, name), bool):
             self.found.append(f"{name}={getattr(self.owner, name)!r}: must be true or false")
 
+    def works(self, name: str, call: Callable[[], object]) -> None:
+        """`call`, which uses `name`, must not raise."""
+        try:
+            call()
+        except Exception as error:  # whatever the user's function raises is the fault
+            self.found.append(f"{name}: fails ({type(error).__name__}: {error})")
+
     def raise_if_any(self) -> None:
         """Raise one `ConfigError` with everything found."""
         if self.found:
@@ -119,8 +130,8 @@ class TrainerConfig:
         patience: epochs without a better validation loss before a fit stops; None never stops it early.
         batch_size: samples per step.
         gradient_clip: largest gradient norm; None does not clip.
-        accelerator: as for `lightning.Trainer`.
-        precision: as for `lightning.Trainer`.
+        accelerator: `cpu`, `gpu`, or `auto`: a GPU where mamba_ssm's CUDA scan can run on it, else the CPU.
+        precision: `32-true`, `bf16-mixed` or `16-mixed`.
         num_workers: loader processes; 0 loads in the training process, fastest for data in memory.
         progress: show a progress bar per fit.
     """
@@ -131,8 +142,8 @@ class TrainerConfig:
     patience: int | None = 5
     batch_size: int = 32
     gradient_clip: float | None = 1.0
-    accelerator: str = "auto"
-    precision: str | int = "32-true"
+    accelerator: Accelerator = "auto"
+    precision: Precision = "32-true"
     num_workers: int = 0
     progress: bool = True
 
@@ -143,8 +154,23 @@ class TrainerConfig:
         faults.whole("batch_size", 1)
         faults.whole("num_workers", 0)
         faults.number("gradient_clip", 0, optional=True, exclusive=True)
+        faults.choice("accelerator", get_args(Accelerator))
+        faults.choice("precision", get_args(Precision))
         faults.flag("progress")
+        # tried out, because only they know their options
+        faults.works("optimizer", lambda: self.optimizer([torch.nn.Parameter(torch.zeros(1))]))
+        faults.works("schedule", lambda: [float(self.schedule(progress)) for progress in (0.0, 0.5, 1.0)])
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            faults.found.append("accelerator='gpu': torch sees no GPU")
         faults.raise_if_any()
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are fitted and asked."""
+        from pkd_lightning.models.scan import cuda
+
+        on_gpu = self.accelerator == "gpu" or (self.accelerator == "auto" and cuda.available())
+        return torch.device("cuda" if on_gpu else "cpu")
 
 
 @dataclass(frozen=True)

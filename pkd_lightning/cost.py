@@ -12,9 +12,8 @@ from fvcore.nn.flop_count import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.mamba import Mamba
-
-ImageShape = tuple[int, int, int]
 
 logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
 

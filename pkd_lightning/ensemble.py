@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pkd_lightning.boosting.combine import Scales, prefix_weights
 from pkd_lightning.checkpoint import atomic_write, read_json, write_json
 from pkd_lightning.errors import RunError
-
-ImageShape = tuple[int, int, int]
+from pkd_lightning.models.building import ImageShape, build_classifier
 
 
 class ProgressiveEnsemble(nn.Module):
@@ -167,9 +166,9 @@ def save_student(
         model: the student.
         stem: file name without ending.
         path: import path of its class.
-        options: its keyword arguments.
-        image_shape: first argument of its class.
-        num_classes: second argument of its class.
+        options: the keyword arguments it was built with.
+        image_shape: (channels, height, width) it was built for.
+        num_classes: number of classes it was built for.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     description = {
@@ -192,10 +191,8 @@ def load_student(stem: Path) -> nn.Module:
     weights, path = _student_files(stem)
     description = read_json(path)
     try:
-        build = get_object(description["model"])
-        model: nn.Module = build(
-            tuple(description["image_shape"]), description["num_classes"], **description["options"]
-        )
+        make, (channels, height, width) = get_object(description["model"]), description["image_shape"]
+        model = build_classifier(make, description["options"], (channels, height, width), description["num_classes"])
     except Exception as error:  # whatever the import of the model or its constructor raises
         raise RunError(f"{path}: does not describe a student ({error!r})") from error
     try:

@@ -38,7 +38,11 @@ def quality(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> di
 
 
 def evaluate(
-    teacher: Teacher, ensemble: ProgressiveEnsemble, data: DataModule, records: Sequence[Mapping[str, Any]]
+    teacher: Teacher,
+    ensemble: ProgressiveEnsemble,
+    data: DataModule,
+    records: Sequence[Mapping[str, Any]],
+    device: torch.device,
 ) -> dict[str, Any]:
     """Read the test part once and report the teacher, every round and the ensemble.
 
@@ -47,13 +51,15 @@ def evaluate(
         ensemble: the students.
         data: its test rows are read here and nowhere else in a run.
         records: what the loop recorded of each round.
+        device: where the models are asked; latency is measured on the CPU.
 
     Returns:
         The parts `teacher`, `rounds` and `ensemble` of results.json.
     """
     labels = data.labels[data.test.start : data.test.stop]
     image = data.normalise(data.images[data.test.start : data.test.start + 1])
-    teacher_logits = predict(teacher.model, data, data.test)
+    teacher_logits = predict(teacher.model, data, data.test, device)
+    teacher.model.cpu()
     teacher_cost = measure(teacher.model, data.image_shape)
     teacher_row = {
         **quality(teacher_logits, labels),
@@ -66,7 +72,8 @@ def evaluate(
     prefix_logits = torch.zeros_like(teacher_logits)
     prefix: dict[str, float] = {}
     for t, (member, (a, c), record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
-        logits = predict(member, data, data.test)
+        logits = predict(member, data, data.test, device)
+        member.cpu()
         prefix_logits = a * prefix_logits + c * logits
         prefix = quality(prefix_logits, labels, teacher_logits)
         prefix["latency_ms"] = latency_ms(partial(ensemble, members=t + 1), image)
@@ -92,10 +99,11 @@ def collect_results(
     teacher: Teacher,
     ensemble: ProgressiveEnsemble,
     state: BoostingState,
+    device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
     """The whole of results.json, whose version is `schema`. `seconds`: wall time of this process's part."""
-    measured = evaluate(teacher, ensemble, data, state.records)
+    measured = evaluate(teacher, ensemble, data, state.records, device)
     measured["teacher"]["config"] = OmegaConf.to_container(config.teacher.model, resolve=True)
     rounds = [record["seconds"] for record in state.records]
     return {

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hydra.errors import HydraException
@@ -12,8 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, build, collect
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.models.building import check_output
 from pkd_lightning.models.ladder import Ladder
-from pkd_lightning.teacher import TeacherConfig, check_output
+from pkd_lightning.teacher import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,15 @@ class Experiment:
             ConfigError: listing every fault.
         """
         faults = [f"student.{fault}" for fault in self.student.faults(self.boosting.rounds, data.image_shape)]
-        model = collect(faults, "teacher.model", lambda: self.teacher.build(data.image_shape, data.num_classes))
-        if model is not None:
-            collect_plain(faults, lambda: check_output(model, data))
+        images = data.normalise(data.images[[0, 0]])
+        for index in range(0 if faults else len(self.student)):
+            build = partial(self.student.build, index, data.image_shape, data.num_classes)
+            collect(faults, f"student.rungs[{index}]", lambda b=build: check_output(b(), images, data.num_classes))  # type: ignore[misc]
+        collect(
+            faults,
+            "teacher.model",
+            lambda: check_output(self.teacher.build(data.image_shape, data.num_classes), images, data.num_classes),
+        )
         if faults:
             raise ConfigError(faults)
 
@@ -84,12 +92,12 @@ def _boosting(config: DictConfig) -> BoostingConfig:
     faults: list[str] = []
     given = options(config)
     weak = collect(faults, "weak_learner", lambda: build(WeakLearnerConfig, given.pop("weak_learner", {})))
-    boosting = collect(
-        faults, "", lambda: build(BoostingConfig, {**given, "weak_learner": weak or WeakLearnerConfig()})
-    )
+    try:
+        boosting = build(BoostingConfig, {**given, "weak_learner": weak or WeakLearnerConfig()})
+    except ConfigError as error:
+        raise ConfigError(faults + error.faults) from error
     if faults:
-        raise ConfigError([fault.removeprefix(".") for fault in faults])
-    assert boosting is not None
+        raise ConfigError(faults)
     return boosting
 
 
@@ -126,17 +134,9 @@ def _instantiate(config: DictConfig) -> Any:
     except HydraException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error
-        raise ConfigError([str(error).splitlines()[0]]) from error
+        raise ConfigError([" ".join(str(error).splitlines()[:2])]) from error  # the second line is the cause
     except OmegaConfBaseException as error:
         raise ConfigError([str(error).splitlines()[0]]) from error
-
-
-def collect_plain(faults: list[str], check: Any) -> None:
-    """Call `check`, adding the faults of a `ConfigError` as they are."""
-    try:
-        check()
-    except ConfigError as error:
-        faults.extend(error.faults)
 
 
 def plain(config: DictConfig) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -226,9 +228,9 @@ def fit(
         watchers.append(FitProgress(stage.description or stage.name))
     trainer = L.Trainer(  # a fresh one every time: a used Trainer fits 0 steps
         max_epochs=settings.max_epochs,
-        accelerator=settings.accelerator,
+        accelerator="gpu" if settings.device.type == "cuda" else "cpu",
         devices=1,
-        precision=settings.precision,  # type: ignore[arg-type]
+        precision=settings.precision,
         gradient_clip_val=settings.gradient_clip,
         logger=list(loggers) or False,
         callbacks=watchers,
@@ -236,32 +238,35 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,
         log_every_n_steps=1_000_000,  # losses are logged once an epoch
     )
     start = time.perf_counter()
-    trainer.fit(
-        module,
-        data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers),
-        data.loader(data.validation, max(settings.batch_size, 256)),
-    )
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(
+            module,
+            data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers),
+            data.loader(data.validation, max(settings.batch_size, 256)),
+        )
+    except SIGTERMException as stop:  # a SystemExit of code 0: make, CI and schedulers would see success
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        raise SystemExit(128 + signal.SIGINT) from stop
     if best.state is None:
         raise RunError(
             f"{stage.name}: the loss was not finite in any epoch; lower trainer.optimizer.lr (or trainer.gradient_clip)"
         )
     best.restore(module)
-    module.cpu()
     return FitResult(trainer.current_epoch, best.epoch, best.loss, time.perf_counter() - start)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: DataModule, rows: range, batch_size: int = 512) -> Tensor:
-    """Logits of `model` in evaluation mode on `rows` of the data, in order: (rows, classes) float32 on the CPU."""
+def predict(model: nn.Module, data: DataModule, rows: range, device: torch.device, batch_size: int = 512) -> Tensor:
+    """Logits of `model` in evaluation mode on `rows` of the data, in order: (rows, classes) float32 on the CPU.
+
+    The model is asked on `device` and stays there.
+    """
     training = model.training
-    model.eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model.to(device).eval()
     logits = torch.cat([model(batch.images.to(device)).float().cpu() for batch in data.loader(rows, batch_size)])
     model.train(training)
     return logits

@@ -27,6 +27,18 @@ SUMMARY = ("accuracy", "prefix_accuracy", "prefix_agreement", "prefix_nll", "pre
            "macs_total")  # fmt: skip
 
 
+def summary_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a tracker shows of a round of results.json, each class's edge included."""
+    edges = {f"edge/class_{j}": edge for j, edge in enumerate(row["edges"]["per_class"])}
+    return {
+        **{name: row[name] for name in SUMMARY},
+        "class": row["class_index"] + 1,
+        "attempts": row["attempts"],
+        "edges_satisfied": row["edges"]["satisfied"],
+        **edges,
+    }
+
+
 class NoTracker:
     """Tracks nothing; metrics.jsonl and results.json are written all the same."""
 
@@ -80,10 +92,10 @@ class WandbTracker:
         """One W&B run `summary`: a step a round, and the ensemble's and the teacher's figures."""
         with self._run("summary") as run:
             run.define_metric("students")
-            for name in SUMMARY:  # exact names: overlapping globs resolve at random
+            for name in summary_of(results["rounds"][0]):  # exact names: overlapping globs resolve at random
                 run.define_metric(name, step_metric="students")
             for row in results["rounds"]:
-                run.log({"students": row["round"] + 1, **{name: row[name] for name in SUMMARY}})
+                run.log({"students": row["round"] + 1, **summary_of(row)})
             for part in ("teacher", "ensemble"):
                 for name, value in results[part].items():
                     if isinstance(value, (int, float)):
@@ -132,4 +144,4 @@ class TensorBoardTracker:
         """The rounds' figures, a step a student."""
         with self.stage("summary") as loggers:
             for row in results["rounds"]:
-                loggers[0].log_metrics({name: row[name] for name in SUMMARY}, step=row["round"] + 1)
+                loggers[0].log_metrics(summary_of(row), step=row["round"] + 1)

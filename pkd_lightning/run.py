@@ -27,30 +27,31 @@ from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.teacher import prepare_teacher
 
 logger = logging.getLogger(__name__)
+TORCH_THREADS = torch.get_num_threads()  # before any run sets them
 
 
 def run(config: DictConfig) -> dict[str, object]:
     """Run, resume, or just show the experiment of a composed configuration; returns results.json."""
     experiment = assemble(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or TORCH_THREADS)
     directory = RunDirectory(config)
     if directory.finished:
         logger.info("finished before: %s", directory.path)
     else:
+        start = time.perf_counter()
+        data = DataModule(experiment.data)
+        experiment.check(data)
         with directory.open(config):
-            start = time.perf_counter()
-            data = DataModule(experiment.data)
-            experiment.check(data)
             tracker = instantiate(config.logger)(directory.path, group=directory.path.name, config=plain(config))
             stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl")
             teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", stage, tracker)
             loop = BoostingLoop(
-                experiment.boosting, experiment.student, experiment.trainer, data, teacher.logits,
+                experiment.boosting, experiment.student, experiment.trainer, data, teacher,
                 directory.path, config.seed, tracker,
             )  # fmt: skip
             ensemble = loop.run()
-            results = collect_results(config, data, teacher, ensemble, loop.state, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            results = collect_results(config, data, teacher, ensemble, loop.state, experiment.trainer.device, seconds)
             directory.save_results(results)
             write_report(directory.path)
             tracker.summarise(results)
@@ -63,13 +64,19 @@ def run(config: DictConfig) -> dict[str, object]:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _job(config: DictConfig) -> float | None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[terminal], force=True)
+    logging.getLogger("pkd_lightning").setLevel(logging.DEBUG)  # for run.log
     try:
         rounds = run(config)["rounds"]
     except PKDError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra runs the other jobs, then reports this one
         sys.exit(f"error: {error}")
+    except SystemExit:
+        print("stopped; the same command goes on from the last finished round", file=sys.stderr)
+        raise
     return max(0.0, rounds[-1]["prefix_validation_accuracy"]) if rounds else None  # type: ignore[index]
 
 

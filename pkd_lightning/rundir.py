@@ -19,7 +19,6 @@ VOLATILE = (
     "run_root",
     "threads",
     "logger",
-    "data.root",
     "trainer.progress",
     "trainer.num_workers",
     "teacher.trainer.progress",
@@ -28,8 +27,14 @@ VOLATILE = (
 
 
 def config_hash(config: DictConfig) -> str:
-    """12 hexadecimal digits of the resolved configuration without its volatile keys."""
+    """12 hexadecimal digits of the resolved configuration without its volatile keys.
+
+    Of a teacher's checkpoint the content counts, not the path.
+    """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    checkpoint = plain["teacher"]["checkpoint"]
+    if checkpoint is not None:
+        plain["teacher"]["checkpoint"] = hashlib.blake2b(Path(checkpoint).read_bytes(), digest_size=16).hexdigest()
     for key in VOLATILE:
         *parents, leaf = key.split(".")
         node: Any = plain
@@ -76,16 +81,18 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a")
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be created ({error.strerror}); choose another run_root") from error
-        with (self.path / ".lock").open("a") as lock:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror}); choose another run_root") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise RunError(f"{self.path}: another process is running this experiment; wait for it") from error
             text = OmegaConf.to_yaml(config, resolve=True)
             atomic_write(self.path / "config.yaml", lambda path: path.write_text(text))
             handler = logging.FileHandler(self.path / "run.log")
+            handler.setLevel(logging.DEBUG)  # the edges of each class, besides what the terminal shows
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logging.getLogger().addHandler(handler)
             try:

@@ -1,7 +1,6 @@
 """The teacher: trained here or loaded, frozen, its logits computed once."""
 
 import hashlib
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
+from pkd_lightning.models.building import ImageShape, build_classifier
 from pkd_lightning.seeding import seeded
 
 logger = logging.getLogger(__name__)
@@ -39,16 +39,18 @@ class TeacherConfig:
     trainer: TrainerConfig
     checkpoint: str | None = None
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """The untrained model. `image_shape` and `num_classes` are passed where its signature names them."""
-        target = getattr(self.model, "func", self.model)
-        named = inspect.signature(target).parameters
-        offered = {"image_shape": image_shape, "num_classes": num_classes}
-        given = getattr(self.model, "keywords", {})
-        model = self.model(**{name: value for name, value in offered.items() if name in named and name not in given})
-        if not isinstance(model, nn.Module):
-            raise ConfigError([f"teacher.model: {target!r} gave a {type(model).__name__}, not a torch module"])
-        return model
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+            raise ConfigError([f"checkpoint={self.checkpoint!r}: no such file"])
+
+    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+        """The untrained model.
+
+        Raises:
+            ConfigError: where it cannot be built.
+        """
+        make, given = getattr(self.model, "func", self.model), getattr(self.model, "keywords", {})
+        return build_classifier(make, given, image_shape, num_classes)
 
 
 class TeacherModule(FitModule):
@@ -67,11 +69,13 @@ class Teacher:
     Attributes:
         model: the classifier, in evaluation mode, without gradients.
         logits: (training + validation rows, L) float32, by sample index.
+        fingerprint: hash of its weights and of the images the logits are of.
         seconds: wall time of its training.
     """
 
     model: nn.Module
     logits: Tensor
+    fingerprint: str
     seconds: float
 
 
@@ -88,17 +92,20 @@ def prepare_teacher(
         tracker: where the fit's curves go.
 
     Raises:
-        ConfigError: where the model does not give (batch, classes) logits.
         RunError: where a checkpoint cannot be read or does not fit the model.
     """
     with seeded(stage.seed, stage.name, "init"):
         model = config.build(data.image_shape, data.num_classes)
-    check_output(model, data)
     weights, done = directory / "teacher.safetensors", directory / "teacher.json"
     seconds = 0.0
     if config.checkpoint is not None:
         load_weights(model, Path(config.checkpoint))
         logger.info("teacher loaded from %s", config.checkpoint)
+        if data.config.split == "paper":
+            logger.warning(
+                "if it was trained elsewhere on the data set's own training part, it has seen images that"
+                " split=paper tests on; data.split=official keeps them apart"
+            )
     elif done.exists():
         load_weights(model, weights)
         seconds = float(read_json(done)["seconds"])
@@ -112,28 +119,9 @@ def prepare_teacher(
         write_json(done, {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds})
         logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
     model.eval().requires_grad_(False)
-    return Teacher(model, cached_logits(model, data, directory / "logits.safetensors"), seconds)
-
-
-def check_output(model: nn.Module, data: DataModule) -> None:
-    """Run two images through `model` and check that it gives a row of `num_classes` logits for each.
-
-    Raises:
-        ConfigError: where it does not.
-    """
-    expected = (2, data.num_classes)
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        try:
-            found = tuple(model(data.normalise(data.images[[0, 0]])).shape)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ConfigError(
-                [f"teacher.model: cannot read images of shape {data.image_shape} ({str(error).splitlines()[0]})"]
-            ) from error
-    model.train(training)
-    if found != expected:
-        raise ConfigError([f"teacher.model: gives shape {found} for two images of {data.name}, not {expected}"])
+    key = fingerprint(model, data)
+    logits = cached_logits(model, data, directory / "logits.safetensors", key, config.trainer.device)
+    return Teacher(model, logits, key, seconds)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -158,14 +146,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise RunError(f"{path}: the weights do not fit the model. {error}") from error
 
 
-def cached_logits(model: nn.Module, data: DataModule, path: Path) -> Tensor:
-    """Logits of `model` on the training and validation rows, computed once for these weights and these images."""
-    key = fingerprint(model, data)
+def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:
+    """Logits of `model` on the training and validation rows, computed once for the fingerprint `key`."""
     if path.exists():
         stored = load_file(path)
         if key in stored:
             return stored[key]
-    logits = predict(model, data, range(data.validation.stop))
+    logits = predict(model, data, range(data.validation.stop), device)
     if not logits.isfinite().all():
         raise RunError("the teacher's logits are not all finite; it cannot be distilled")
     path.parent.mkdir(parents=True, exist_ok=True)

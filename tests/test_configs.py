@@ -1,5 +1,6 @@
 """Every YAML under conf/ composes and runs; impossible values fail before any training, all faults at once."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from pkd_lightning.cli import CONF, load_config, suggestions
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
-from tests.support import QUICK, tiny_config, tiny_run
+from tests.support import ACCEPT, QUICK, tiny_config, tiny_run
 
 OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in Path(CONF).glob("*/*.yaml"))
 # images of the right shape in place of a download; and where an option needs other images than the digits
@@ -22,13 +23,18 @@ FAKE = {
     "idx": ("data.source._target_=tests.support.patterns", "data.root=."),
     "digits": (),
 }  # fmt: skip
-NEEDS = {"student/paper_mnist": "mnist", "teacher/paper_mnist": "mnist", "teacher/resnet18": "cifar10"}
+NEEDS = {
+    "student/paper_mnist": "mnist",
+    "student/patches_medium": "cifar10",
+    "teacher/paper_mnist": "mnist",
+    "teacher/resnet18": "cifar10",
+}
 
 
 def overrides_of(option: str) -> list[str]:
     group, name = option.split("/")
     if group == "experiment":
-        data = str(load_config(f"experiment={name}").name).split("_")[0]
+        data = name.split("_")[0]
         return [f"experiment={name}", *FAKE[data]]
     data = name if group == "data" else NEEDS.get(option, "digits")
     choices = [f"data={data}"] if group == "data" else [f"{group}={name}", f"data={data}"]
@@ -40,6 +46,7 @@ def test_every_yaml_runs(option: str, tmp_path: Path) -> None:
     quick = [flag for flag in QUICK if not (option.startswith("logger/") and flag == "logger=none")]
     # 24 samples: 16 for training, which is one batch
     sizes = ["data.limit=26", "data.test_fraction=0.2", "data.validation_fraction=0.2", "boosting.rounds=2"]
+    sizes.append("boosting.weak_learner.on_failure=accept")  # one batch improves little
     results = run(load_config(*quick, *sizes, f"run_root={tmp_path}", *overrides_of(option)))
     assert results["sizes"]["train"] <= 16
     assert len(results["rounds"]) == 2
@@ -49,7 +56,7 @@ def test_every_yaml_runs(option: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["published", "additive", "anchored", "independent"])
 @pytest.mark.parametrize("combine", ["mean", "sum", "learned"])
 def test_every_objective_with_every_combination(objective: str, combine: str, tmp_path: Path) -> None:
-    results = tiny_run(tmp_path, f"boosting.objective={objective}", f"boosting.combine={combine}")
+    results = tiny_run(tmp_path, f"boosting.objective={objective}", f"boosting.combine={combine}", ACCEPT)
     assert len(results["rounds"]) == 3
     a, c = results["rounds"][2]["scales"]
     expected = {"mean": (2 / 3, 1 / 3), "sum": (1.0, 1.0)}.get(combine)
@@ -119,7 +126,7 @@ def test_a_length_that_does_not_divide_the_image_fails_before_training(tmp_path:
     [
         ("boosting.rouns=3", "boosting.rounds"),
         ("trainer.max_epoch=3", "trainer.max_epochs"),
-        ("dat.limit=3", "data.limit"),
+        ("data.limt=3", "data.limit"),
         ("rounds=3", "rounds"),
     ],
 )
@@ -143,3 +150,48 @@ def test_trainer_overrides_reach_the_teacher_unless_it_has_its_own() -> None:
     own = assemble(load_config("trainer.optimizer.lr=0.5", "teacher.trainer.optimizer.lr=0.1"))
     assert own.teacher.trainer.optimizer(parameter).defaults["lr"] == 0.1
     assert own.trainer.optimizer(parameter).defaults["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.optimizer.lr=-1"], "trainer.optimizer: fails"),
+        (["+trainer.optimizer.lrr=1"], "lrr"),
+        (["trainer.schedule.warmup=1.0"], "trainer.schedule: fails"),
+        (["trainer.precision=bf16-tru"], "trainer.precision='bf16-tru'"),
+        (["trainer.accelerator=tpu"], "trainer.accelerator='tpu'"),
+        (["+student.repat=true"], "repat"),
+        (["student.rungs=3"], "student"),
+        (["threads=0"], "threads=0"),
+    ],
+)
+def test_faults_that_only_the_parts_know(overrides: list[str], said: str) -> None:
+    faults = faults_of(*overrides)
+    assert any(said in fault for fault in faults), faults
+
+
+class NoLogits(torch.nn.Module):
+    """A student of the user's with a fault: the wrong number of outputs."""
+
+    def __init__(self, num_classes: int, hidden: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, hidden)
+        del num_classes
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(images.flatten(1))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("rung", "said"), [("{hidden: 5}", "gives shape (2, 5)"), ("{hiden: 3}", "cannot be built"), ("{hidden: 3}", None)]
+)
+def test_a_students_class_is_tried_before_the_teacher_is_trained(rung: str, said: str | None, tmp_path: Path) -> None:
+    own = ["student.model=tests.test_configs.NoLogits", "student.common=null", f"student.rungs=[{rung}]"]
+    config = tiny_config(tmp_path, *own, "boosting.rounds=1")
+    if said is None:
+        assert len(run(config)["rounds"]) == 1  # `image_shape` is not named, so it is not passed
+        return
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        run(config)
+    assert not list(tmp_path.iterdir())

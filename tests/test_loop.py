@@ -185,7 +185,7 @@ def test_residuals_follow_the_accepted_students(tmp_path: Path) -> None:
     expected, mixed, bound = torch.zeros_like(state["S"]), torch.zeros_like(teacher), 0.0
     n = len(data.training)
     for member, row in zip(ensemble.members, results["rounds"], strict=True):
-        logits = predict(member, data, range(data.validation.stop))
+        logits = predict(member, data, range(data.validation.stop), torch.device("cpu"))
         bound = max(bound, float((logits - teacher)[:n].abs().max()))
         assert row["bound"] == pytest.approx(bound, rel=1e-5)
         expected += row["eta"] * (logits - teacher)[:n]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.errors import RunError
 from pkd_lightning.rundir import RunDirectory
-from tests.support import tiny_config, tiny_run
+from tests.support import ACCEPT, tiny_config, tiny_run
 
 SAME = ("accuracy", "prefix_accuracy", "prefix_nll", "edges", "scales", "accepted_by", "validation_loss", "epochs")
 
@@ -30,8 +30,8 @@ def outcome(results: dict[str, Any]) -> Any:
 def test_stopped_between_rounds_resumes_to_the_uninterrupted_result(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = f"boosting.objective={objective}"
-    whole = tiny_run(tmp_path / "whole", chosen)
+    chosen = (f"boosting.objective={objective}", ACCEPT)
+    whole = tiny_run(tmp_path / "whole", *chosen)
 
     advance = BoostingLoop.advance
 
@@ -43,10 +43,10 @@ def test_stopped_between_rounds_resumes_to_the_uninterrupted_result(
     with monkeypatch.context() as patch:
         patch.setattr(BoostingLoop, "advance", advance_twice)
         with pytest.raises(Stopped):
-            tiny_run(tmp_path / "parts", chosen)
+            tiny_run(tmp_path / "parts", *chosen)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("0[01].safetensors")}
     assert len(before) == 2
-    resumed = tiny_run(tmp_path / "parts", chosen)
+    resumed = tiny_run(tmp_path / "parts", *chosen)
 
     assert outcome(resumed) == outcome(whole)
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "parts").rglob("0[01].safetensors")}
@@ -86,11 +86,11 @@ def test_a_finished_run_is_shown_and_not_repeated(
 
 
 def test_what_does_not_change_the_result_finds_the_same_directory(tmp_path: Path) -> None:
-    same = [("trainer.progress=true",), ("logger=tensorboard",), ("data.root=elsewhere",)]
+    same = [("trainer.progress=true",), ("logger=tensorboard",), ("threads=2",)]
     base = RunDirectory(tiny_config(tmp_path)).path
     for overrides in same:
         assert RunDirectory(tiny_config(tmp_path, *overrides)).path == base
-    for override in ("seed=1", "boosting.alpha=0.4", "trainer.max_epochs=2", "data.limit=100"):
+    for override in ("data.root=elsewhere", "seed=1", "boosting.alpha=0.4", "trainer.max_epochs=2", "data.limit=100"):
         assert RunDirectory(tiny_config(tmp_path, override)).path != base
 
 
@@ -103,6 +103,23 @@ def test_started_twice_the_second_process_stops_with_a_clear_error(tmp_path: Pat
         with pytest.raises(RunError, match="another process"):
             tiny_run(tmp_path)
     assert tiny_run(tmp_path)["stop_reason"]
+
+
+def test_another_teacher_under_the_same_students_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pkd_lightning.run.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
+        with pytest.raises(Stopped):
+            tiny_run(tmp_path)
+    (weights,) = tmp_path.rglob("teacher.safetensors")
+    changed = {name: value + 0.01 for name, value in load_file(weights).items()}
+    save_file(changed, weights)
+    with pytest.raises(RunError, match="another teacher"):
+        tiny_run(tmp_path)
+
+
+def test_two_data_sets_do_not_share_a_run(tmp_path: Path) -> None:
+    one, two = (tiny_config(tmp_path, f"data.root={root}") for root in ("a", "b"))
+    assert RunDirectory(one).path != RunDirectory(two).path
 
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,22 @@ def test_nothing_private_is_imported_from_lightning() -> None:
     assert len(sources) > 30
     assert not [path.name for path in sources if private.search(path.read_text())]
     assert private.search("from lightning.pytorch.loops import _Loop")  # the pattern finds what it is meant to
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_so_by_its_exit_code(number: int, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pkd_lightning.run", *TINY, "trainer.max_epochs=100000", "trainer.patience=null"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(600):
+            time.sleep(0.1)
+            if any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")):
+                break
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert "the same command goes on" in said

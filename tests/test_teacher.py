@@ -42,7 +42,7 @@ def test_a_torchvision_resnet_from_a_checkpoint_teaches(form: str, tmp_path: Pat
     data = DataModule(assemble(config).data)
     resnet.eval()
     (stored,) = tmp_path.rglob("logits.safetensors")
-    logits = cached_logits(resnet, data, stored)
+    logits = cached_logits(resnet, data, stored, fingerprint(resnet, data), torch.device("cpu"))
     with torch.no_grad():
         direct = resnet(data.normalise(data.images[data.validation.start : data.validation.start + 4]))
     torch.testing.assert_close(logits[data.validation.start : data.validation.start + 4], direct, rtol=1e-3, atol=1e-3)
@@ -56,12 +56,16 @@ def test_a_teacher_that_does_not_fit_the_images_is_refused_before_training(tmp_p
         run(load_config(*RGB, "data.source.classes=4", f"run_root={tmp_path}"))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_a_damaged_or_missing_checkpoint_is_named(content: bytes | None, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        assemble(tiny_config(tmp_path, "teacher.checkpoint=elsewhere.ckpt"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
     for suffix in ("ckpt", "safetensors"):
         path = tmp_path / f"teacher.{suffix}"
-        if content is not None:
-            path.write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(RunError, match=f"teacher.{suffix}"):
             tiny_run(tmp_path, f"teacher.checkpoint={path}")
 

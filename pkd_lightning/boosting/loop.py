@@ -31,12 +31,13 @@ from pkd_lightning.loggers import Tracker
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.seeding import seeded
+from pkd_lightning.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 
 class BoostingLoop:
-    """Distils a teacher, known by its logits, into an ensemble of students (Mamba-PKD, arXiv 2503.01727).
+    """Distils a teacher into an ensemble of students (Mamba-PKD, arXiv 2503.01727).
 
     The vocabulary is that of Lightning's loops. Each candidate is one LightningModule fitted by one fresh Trainer.
 
@@ -45,7 +46,7 @@ class BoostingLoop:
         ladder: the model classes.
         trainer: how each candidate is fitted.
         data: the data module.
-        teacher_logits: (training + validation rows, L) g, by sample index.
+        teacher: the teacher; only its logits are read.
         directory: the run directory; `boosting.ckpt` and `students/` are kept there, and a loop restored from them.
         seed: the run's seed.
         tracker: where the fits' curves go.
@@ -57,16 +58,18 @@ class BoostingLoop:
         ladder: Ladder,
         trainer: TrainerConfig,
         data: DataModule,
-        teacher_logits: torch.Tensor,
+        teacher: Teacher,
         directory: Path,
         seed: int,
         tracker: Tracker,
     ) -> None:
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
-        self.teacher_logits, self.directory, self.seed, self.tracker = teacher_logits, directory, seed, tracker
+        self.teacher_logits, self.directory, self.seed, self.tracker = teacher.logits, directory, seed, tracker
         self.objective = resolve(config.objective, objectives, objectives.Objective)
         self.combination = resolve(config.combine, combine, combine.Combination)
-        self.state = BoostingState.fresh(len(data.training), len(data.validation), data.num_classes)
+        self.state = BoostingState.fresh(
+            len(data.training), len(data.validation), data.num_classes, teacher.fingerprint
+        )
 
     def run(self) -> ProgressiveEnsemble:
         """Add students until done; continues where a run before stopped."""
@@ -134,7 +137,7 @@ class BoostingLoop:
         if check.held is not None:
             module.load_state_dict(check.held)
 
-        logits = predict(model, data, range(data.validation.stop))
+        logits = predict(model, data, range(data.validation.stop), self.trainer.device)
         n = len(data.training)
         edges = state.residuals.edges(logits[:n] - self.teacher_logits[:n])
         scales = module.scales
@@ -144,6 +147,15 @@ class BoostingLoop:
             )
         loss, previous = self.validation_loss(logits, scales), self.validation_loss(logits, (1.0, 0.0))
         accepted_by = judge(state.round, edges, loss, previous, require, self.config.weak_learner)
+        per_class = " ".join(f"{edge:.3g}" for edge in edges.tolist())
+        logger.debug("%s: edges of the classes: %s", description, per_class)
+        if accepted_by is None:
+            logger.info(
+                "%s: not accepted by %s; edges above %g in %d of %d classes, validation loss of the ensemble %.4g,"
+                " without it %.4g",
+                description, require, self.config.weak_learner.margin,
+                int((edges > self.config.weak_learner.margin).sum()), len(edges), loss, previous,
+            )  # fmt: skip
         return Candidate(model, scales, logits, edges, loss, result, accepted_by)
 
     def validation_loss(self, logits: torch.Tensor, scales: combine.Scales) -> float:

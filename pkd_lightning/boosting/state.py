@@ -25,6 +25,7 @@ class BoostingState:
         scales: (a_t, c_t) of each student.
         records: what each round reports.
         stop_reason: why the loop is done, or None while it is not.
+        teacher: fingerprint of the teacher and of the images it was asked on.
     """
 
     residuals: ResidualMatrices
@@ -36,14 +37,16 @@ class BoostingState:
     scales: list[Scales] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     stop_reason: str | None = None
+    teacher: str = ""
 
     @classmethod
-    def fresh(cls, training: int, validation: int, classes: int) -> "BoostingState":
+    def fresh(cls, training: int, validation: int, classes: int, teacher: str) -> "BoostingState":
         """The state before the first round."""
         return cls(
             ResidualMatrices(training, classes),
             ResidualMatrices(validation, classes),
             torch.zeros(training + validation, classes),
+            teacher=teacher,
         )
 
     def raise_student(self) -> Tensor:
@@ -62,14 +65,17 @@ class BoostingState:
             "scales": [list(pair) for pair in self.scales],
             "records": self.records,
             "stop_reason": self.stop_reason,
+            "teacher": self.teacher,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
         Raises:
-            ValueError: where the shapes are those of other data.
+            ValueError: where it belongs to another teacher or other data.
         """
+        if state["teacher"] != self.teacher:
+            raise ValueError("its students were distilled from another teacher, or on other images")
         for name, current in (
             ("S", self.residuals.S),
             ("validation_S", self.validation_residuals.S),

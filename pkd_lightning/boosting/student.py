@@ -1,6 +1,5 @@
 """The LightningModule of one candidate student."""
 
-import math
 from typing import Any
 
 import torch
@@ -59,35 +58,33 @@ class StudentModule(FitModule):
     ) -> None:
         super().__init__(model, trainer)
         self.config, self.objective, self.targets = config, objective, targets
-        a, c = combination.initial(targets.round)
-        # logarithms, so that learned scales stay positive; round 0 has no ensemble to scale
-        trainable = combination.learned and objective.sees_ensemble and targets.round > 0
-        self.log_scales = nn.Parameter(torch.tensor([math.log(a or 1.0), math.log(c)]), requires_grad=trainable)
+        initial = torch.tensor(combination.initial(targets.round) if targets.round > 0 else (0.0, 1.0))
+        self.learns_scales = combination.learned and objective.sees_ensemble and targets.round > 0
+        # learned scales as logarithms, which keeps them positive
+        self.scale_values = nn.Parameter(initial.log() if self.learns_scales else initial, self.learns_scales)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The student's parameters, and the scales where they are learned; decay would pull those towards 1."""
         groups = super().parameter_groups()
-        if self.log_scales.requires_grad:
-            groups.append({"params": [self.log_scales], "weight_decay": 0.0})
+        if self.learns_scales:
+            groups.append({"params": [self.scale_values], "weight_decay": 0.0})
         return groups
 
     @property
     def scales(self) -> Scales:
         """(a_t, c_t)."""
-        if self.targets.round == 0:
-            return 0.0, 1.0
-        a, c = self.log_scales.detach().exp().tolist()
+        a, c = self._scales().tolist()
         return a, c
+
+    def _scales(self) -> Tensor:
+        return self.scale_values.exp() if self.learns_scales else self.scale_values
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The round's loss, and the logits of the ensemble with the student."""
         index, targets = batch.index, self.targets
         student = self.model(batch.images)
-        if targets.round == 0:
-            ensemble = student
-        else:
-            a, c = self.log_scales.exp()
-            ensemble = a * targets.ensemble[index] + c * student
+        a, c = self._scales()
+        ensemble = a * targets.ensemble[index] + c * student
         view = RoundBatch(
             student, ensemble, targets.teacher[index], batch.labels, targets.raise_student[index], targets.bound
         )

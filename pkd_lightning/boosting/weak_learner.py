@@ -64,7 +64,7 @@ class WeakLearnerCheck(L.Callback):
         if (trainer.current_epoch + 1) % self.config.check_every:
             return
         assert isinstance(pl_module, StudentModule)
-        logits = predict(pl_module.model, self.data, self.data.training)
+        logits = predict(pl_module.model, self.data, self.data.training, pl_module.device)
         edges = self.residuals.edges(logits - self.teacher[: len(logits)])
         if condition_holds(edges, self.config.fraction, self.config.margin):
             self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
@@ -138,9 +138,8 @@ def fit_scales(
 ) -> Scales:
     """(a, c) > 0 that minimise the distillation loss of a * F + c * f on the given rows, from `initial` on.
 
-    An objective that sees the ensemble learns its scales with the student, but they lag behind: over three seeds of the
-    digits, solving for them at the end of a round lowered the validation loss of prefix 2 from 0.14 to 0.12, of prefix
-    3 from 0.10 to 0.08. Of the others' students it is the only way to learn them.
+    An objective that sees the ensemble learns its scales with the student, but they lag behind the student in its few
+    steps; for the other objectives this is the only way to learn them.
     """
     log_scales = torch.tensor(initial).log().requires_grad_()
     optimizer = torch.optim.LBFGS([log_scales], max_iter=50, line_search_fn="strong_wolfe")

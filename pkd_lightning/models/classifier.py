@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from pkd_lightning.config import Faults, unknown_keys
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
 from pkd_lightning.models.tokens import PatchTokens, PixelTokens, pooled_grid, possible_lengths
 
-ImageShape = tuple[int, int, int]
 GRID = 2  # the `grid` head averages the tokens over a GRID x GRID raster
 
 

@@ -8,15 +8,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from pkd_lightning.errors import ConfigError
-
-ImageShape = tuple[int, int, int]
+from pkd_lightning.models.building import ImageShape, build_classifier
 
 
 class Ladder:
     """Model classes in the order in which they are tried.
 
     Args:
-        model: import path of the student's class, called as model(image_shape, num_classes, **rung).
+        model: import path of the student's class, called with the rung's options, and with `image_shape` and
+            `num_classes` where its signature names them.
         rungs: options of each class, smallest first.
         common: options all classes share; a rung's own win.
         repeat: whether a class may give several students. Without, each accepted student uses its rung up.
@@ -44,8 +44,7 @@ class Ladder:
 
     def build(self, index: int, image_shape: ImageShape, num_classes: int) -> nn.Module:
         """A new student of class `index` (from 0), randomly initialised."""
-        student: nn.Module = self.model(image_shape, num_classes, **self.rungs[index])
-        return student
+        return build_classifier(self.model, self.rungs[index], image_shape, num_classes)
 
     def faults(self, rounds: int, image_shape: ImageShape | None = None) -> list[str]:
         """Every reason why `rounds` students cannot be built; those that depend on the image only with its shape."""

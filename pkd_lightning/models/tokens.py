@@ -3,9 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.options import PixelChannels
-
-ImageShape = tuple[int, int, int]
 
 
 def _divisors(n: int) -> list[int]:
