@@ -1,8 +1,8 @@
 """From a composed configuration to the parts of an experiment, with every fault of it found at once."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, build, collect
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.loggers import Tracker
 from pkd_lightning.models.building import check_output
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.teacher import TeacherConfig
@@ -139,7 +140,15 @@ def _instantiate(config: DictConfig) -> Any:
         raise ConfigError([str(error).splitlines()[0]]) from error
 
 
-def plain(config: DictConfig) -> Mapping[str, Any]:
-    """The resolved configuration as a dict."""
-    resolved: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    return resolved
+def open_tracker(config: DictConfig, directory: Path) -> Tracker:
+    """The tracker of a run in `directory`, whose stages are grouped by the directory's name.
+
+    Raises:
+        ConfigError: where `config.logger` has options the tracker does not know.
+    """
+    make = _instantiate(config.logger)
+    try:
+        tracker: Tracker = make(directory, group=directory.name, config=OmegaConf.to_container(config, resolve=True))
+    except TypeError as error:
+        raise ConfigError([f"logger: {error}"]) from error
+    return tracker

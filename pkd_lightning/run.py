@@ -4,6 +4,7 @@ python -m pkd_lightning.run experiment=digits [overrides]
 """
 
 import logging
+import signal
 import sys
 import time
 
@@ -11,7 +12,6 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from pkd_lightning.boosting.loop import BoostingLoop
@@ -20,7 +20,7 @@ from pkd_lightning.cli import CONF, explain_overrides
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import PKDError
 from pkd_lightning.evaluate import collect_results
-from pkd_lightning.experiment import assemble, plain
+from pkd_lightning.experiment import assemble, open_tracker
 from pkd_lightning.fitting import Stage
 from pkd_lightning.report import print_table, write_report
 from pkd_lightning.rundir import RunDirectory
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> dict[str, object]:
         data = DataModule(experiment.data)
         experiment.check(data)
         with directory.open(config):
-            tracker = instantiate(config.logger)(directory.path, group=directory.path.name, config=plain(config))
+            tracker = open_tracker(config, directory.path)
             stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl")
             teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", stage, tracker)
             loop = BoostingLoop(
@@ -57,8 +57,8 @@ def run(config: DictConfig) -> dict[str, object]:
             tracker.summarise(results)
             directory.finish()
     results = read_json(directory.results)
-    print_table(results)
     print(f"report: {directory.path / 'report.html'}")
+    print_table(results)
     return results  # type: ignore[no-any-return]
 
 
@@ -74,9 +74,9 @@ def _job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra runs the other jobs, then reports this one
         sys.exit(f"error: {error}")
-    except SystemExit:
+    except (SystemExit, KeyboardInterrupt) as stop:
         print("stopped; the same command goes on from the last finished round", file=sys.stderr)
-        raise
+        sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
     return max(0.0, rounds[-1]["prefix_validation_accuracy"]) if rounds else None  # type: ignore[index]
 
 

@@ -249,17 +249,20 @@ def test_table_takes_markup_in_data_literally():
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_only_the_condition_counts_as_the_condition(tmp_path):
+def test_the_condition_is_met_where_every_edge_is_positive_and_nowhere_else(tmp_path):
     results = make_results()
-    for entry in results["rounds"][1:]:  # every edge positive, yet accepted for another reason
-        entry["edges"] |= {"satisfied": 10, "min": 0.1}
-    results["rounds"][2]["accepted_by"] = "relaxed_condition"
-    text = visible(write_report(make_run(tmp_path / "a", results)))
+    second, third = results["rounds"][1:]
+    second["accepted_by"], third["accepted_by"] = "best_candidate", "relaxed_condition"
+    text = visible(write_report(make_run(tmp_path / "none", results)))
     assert "0 of 2 students after the first met the weak-learning condition for every class." in text
-    assert "best candidate, not the condition" in text
+    assert "best candidate, nothing required was met" in text
     assert "relaxed condition only" in text
-    results["rounds"][1]["accepted_by"] = "condition"
-    assert "1 of 2 students" in visible(write_report(make_run(tmp_path / "b", results)))
+    # every edge positive, though accepted for another reason
+    second["accepted_by"] = "improvement"
+    second["edges"] |= {"satisfied": 10, "min": 0.1}
+    assert "1 of 2 students" in visible(write_report(make_run(tmp_path / "one", results)))
+    third["edges"] |= {"satisfied": 9}
+    assert "1 of 2 students" in visible(write_report(make_run(tmp_path / "nine", results)))
 
 
 @pytest.mark.usefixtures("no_figures")

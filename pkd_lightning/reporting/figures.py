@@ -21,13 +21,13 @@ COST_PANELS = (
 )
 EDGE_STYLES = {
     "first_round": (style.GREY, "X", "first student: zero by definition"),
-    "condition": (style.BLUE, "o", "accepted: condition met"),
-    "relaxed_condition": (style.ORANGE, "s", "accepted: relaxed condition"),
-    "improvement": (style.PURPLE, "^", "accepted: improvement, not the condition"),
-    "best_candidate": (style.VERMILLION, "v", "accepted: best candidate, not the condition"),
+    "condition": (style.BLUE, "o", "accepted by the condition"),
+    "relaxed_condition": (style.ORANGE, "s", "accepted by the relaxed condition"),
+    "improvement": (style.PURPLE, "^", "accepted by improvement"),
+    "best_candidate": (style.VERMILLION, "v", "accepted as best candidate"),
     "contradiction": (style.INK, "D", "recorded as condition, not every edge positive"),
 }
-OTHER_EDGE_STYLE = (style.INK, "D", "accepted otherwise, not by the condition")
+OTHER_EDGE_STYLE = (style.INK, "D", "accepted otherwise")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Studies: what was asked, run, measured and concluded, one folder each."""

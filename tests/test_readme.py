@@ -1,0 +1,84 @@
+"""The documents are true of the tree: commands compose, snippets run, files exist, tables are those of the results."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from experiments.tables import documents, fill
+from pkd_lightning.cli import load_config
+from pkd_lightning.experiment import assemble
+from tests.support import tiny_run
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").glob("*/README.md"))]
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every run in the README's shell blocks."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
+    runs = [shlex.split(line, comments=True) for line in lines if "pkd_lightning.run" in line]
+    return [words[words.index("pkd_lightning.run") + 1 :] for words in runs]
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) >= 7
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_every_command_composes_to_a_valid_experiment(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the first choice of each multirun value; the user's own ladder is the README's YAML
+    (tmp_path / "student").mkdir()
+    (ladder,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "student" / "mine.yaml").write_text(ladder)
+    overrides = [word.split(",")[0] for word in arguments if not word.startswith("--") and word != "DIR"]
+    searchpath = [f"hydra.searchpath=[file://{tmp_path}]"] if "--config-dir" in arguments else []
+    monkeypatch.setattr(Path, "is_file", lambda self: True)  # HASH and the like stand for the user's files
+    experiment = assemble(load_config(*searchpath, *overrides))
+    assert experiment.student.rungs
+
+
+def test_the_python_snippet_runs(tmp_path: Path) -> None:
+    import torch
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    tiny_run(tmp_path)
+    (done,) = tmp_path.rglob("DONE")
+    names = {"images": torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)}
+    exec(snippet.replace("runs/digits/HASH", str(done.parent)), names)
+    assert names["logits"].shape == (4, 3)
+    assert names["used"].max() <= 3
+
+
+def test_linked_and_named_files_exist() -> None:
+    for document in MARKDOWN:
+        text = document.read_text()
+        links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+        assert [target for target in links if not (document.parent / target).exists()] == []
+        named = re.findall(r"`((?:conf|pkd_lightning|experiments|tests)/[\w/.-]+\w)`", text)
+        assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"run", "test", "bench", "sweep", "test-slow", "help"} <= targets
+    for document in MARKDOWN:
+        assert set(re.findall(r"`?\bmake ([a-z-]+)`?", document.read_text().split("```yaml")[0])) <= targets
+
+
+def test_the_sweep_of_the_readme_is_that_of_the_makefile() -> None:
+    recipe = (ROOT / "Makefile").read_text().replace("\\\n", "")
+    (arguments,) = [words for words in commands() if "--multirun" in words]
+    assert all(word in recipe for word in arguments)
+
+
+def test_tables_are_those_of_the_results() -> None:
+    assert documents()
+    for document in documents():
+        text = document.read_text()
+        assert fill(text) == text, f"run: python -m experiments.tables ({document.name} is out of date)"
+    assert README.count("<!-- table:") == README.count("<!-- end of table -->") == 2
