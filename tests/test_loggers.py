@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ def wandb_runs(directory: Path) -> dict[str, dict[str, object]]:
     runs = {}
     for file in directory.rglob("run-*.wandb"):
         done = subprocess.run(
-            ["wandb", "leet", "inspect", "--json", str(file)], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         runs[file.name] = {"records": records, "text": done.stdout}
