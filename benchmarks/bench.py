@@ -102,8 +102,8 @@ def steps(rounds: int) -> list[dict[str, Any]]:
             optimizer.step()
 
         row = summary(interleaved({name: step}, rounds)[name])
-        minutes = row["median_ms"] * 49_000 / BATCH / 60_000
-        rows.append({"what": f"training step {name}, batch {BATCH} ({minutes:.1f} min per 49,000 images)", **row})
+        seconds = row["median_ms"] * 49_000 / BATCH / 1000
+        rows.append({"what": f"training step {name}, batch {BATCH} ({seconds:.0f} s per 49,000 images)", **row})
     return rows
 
 
