@@ -527,7 +527,7 @@ def test_comparison_groups_runs_that_differ_only_by_seed(tmp_path):
         results = make_results(seed=seed)
         results["ensemble"]["accuracy"] = results["rounds"][2]["prefix_accuracy"] = 0.90 + 0.01 * seed
         results["teacher"]["accuracy"] = 0.90
-        config = f"epochs: 3\nseed: {seed}\nrun_dir: /somewhere/{seed}\nlogger:\n  name: run{seed}\n"
+        config = f"epochs: 3\nseed: {seed}\nthreads: {seed + 1}\nrun_root: runs/{seed}\nlogger:\n  name: run{seed}\n"
         runs.append(make_run(tmp_path / f"seed{seed}", results, config=config))
     runs.append(make_run(tmp_path / "longer", config="epochs: 9\nseed: 0\n"))
     runs.append(make_run(tmp_path / "sum", make_results(combine="sum")))

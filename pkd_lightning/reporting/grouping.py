@@ -12,11 +12,11 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from pkd_lightning.reporting.load import RunRecord
 from pkd_lightning.reporting.values import number, prefix_cost
+from pkd_lightning.rundir import VOLATILE
 
-# Parts of a configuration that change neither data, models nor training.
-VOLATILE_SECTIONS = ("hydra", "logger", "launcher", "paths")
-VOLATILE_ENDINGS = ("_dir", "_path", "_root")
-VOLATILE_KEYS = ("seed", "root", "group", "id")
+# What may differ between runs of one setting: besides the keys that are not in a run's hash, its seed and the place of
+# the data, whose name must agree anyway.
+IGNORED = (*VOLATILE, "seed", "data.root")
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,10 @@ def _settings(run: RunRecord, notes: list[str]) -> dict[str, str]:
 def _flat(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if not _volatile((*path, str(key))):
+            if ".".join((*path, str(key))) not in IGNORED:
                 yield from _flat(inner, (*path, str(key)))
     else:
         yield ".".join(path), repr(value)
-
-
-def _volatile(path: tuple[str, ...]) -> bool:
-    last = path[-1]
-    return path[0] in VOLATILE_SECTIONS or last in VOLATILE_KEYS or last.endswith(VOLATILE_ENDINGS)
 
 
 def _difference(own: dict[str, str], rivals: Sequence[dict[str, str]]) -> str:

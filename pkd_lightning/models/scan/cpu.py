@@ -2,7 +2,7 @@
 
 The kernels are plain loops over the state that LLVM vectorises by itself. Three things make that happen:
 B and C as (batch, length, d_state) with the state contiguous; 2**x as an inlined polynomial, with log2(e) folded
-into A (`np.exp` in the loop is 4-14x slower); and `noalias`, without which LLVM gives up on the number of
+into A (a call of `np.exp` in the loop would not vectorise); and `noalias`, without which LLVM gives up on the number of
 overlap checks between the arrays. No threads are started, so fork, DataLoader workers and concurrent Python
 threads are safe (the kernels release the GIL).
 """
