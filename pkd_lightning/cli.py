@@ -1,5 +1,6 @@
 """The command line around Hydra: where the configuration lies, and what a misspelt override may have meant."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,18 @@ def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
         return compose("config", overrides=list(overrides))
 
 
+def log_to_terminal() -> None:
+    """Messages from INFO on as bare lines on stdout; DEBUG of this package only reaches a run's run.log."""
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[terminal], force=True)
+    logging.getLogger("pkd_lightning").setLevel(logging.DEBUG)
+
+
 @contextmanager
 def explain_overrides() -> Iterator[None]:
     """After Hydra has rejected an override, name the key it may have meant."""
+    sys.path.insert(0, "")  # `pkd` finds modules in the current directory, as `python -m` does
     try:
         yield
     except SystemExit as stop:

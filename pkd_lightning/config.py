@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
@@ -11,6 +12,7 @@ import torch
 from pkd_lightning.errors import ConfigError
 
 T = TypeVar("T")
+KEY = re.compile(r"[\w.\[\]]+[=:]")
 
 Require = Literal["auto", "condition", "improvement"]
 OnFailure = Literal["expand", "accept"]
@@ -50,7 +52,8 @@ def collect(faults: list[str], prefix: str, make: Callable[[], T]) -> T | None:
     try:
         return make()
     except ConfigError as error:
-        faults.extend(f"{prefix}.{fault}" for fault in error.faults)
+        # a fault begins with the key it is about, or it is about `prefix` itself
+        faults.extend(f"{prefix}{'.' if KEY.match(fault) else ': '}{fault}" for fault in error.faults)
         return None
 
 
@@ -274,6 +277,6 @@ def resolve(name: str, module: Any, kind: type[T]) -> T:
             raise ConfigError([f"{name!r}: cannot be imported ({error})"]) from error
         if isinstance(found, kind):
             return found
-        raise ConfigError([f"{name!r}: is not a {kind.__name__}"])
+        raise ConfigError([f"{name!r} gives a {type(found).__name__}, not of type {kind.__name__}"])
     options = ", ".join(offered)
     raise ConfigError([f"{name!r}: must be one of {options}, or an import path.{suggest(str(name), offered)}"])

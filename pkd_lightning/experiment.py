@@ -1,16 +1,23 @@
 """From a composed configuration to the parts of an experiment, with every fault of it found at once."""
 
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, build, collect
+from pkd_lightning.boosting import combine, objectives
+from pkd_lightning.boosting.objectives import RoundBatch
+from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, build, collect, resolve
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
@@ -30,7 +37,7 @@ class Experiment:
     trainer: TrainerConfig
 
     def check(self, data: DataModule) -> None:
-        """Check what depends on the images: that the teacher and every rung can be built for them.
+        """Try what depends on the images: augmentation, the teacher, every rung, the round loss and the combination.
 
         Raises:
             ConfigError: listing every fault.
@@ -45,8 +52,45 @@ class Experiment:
             "teacher.model",
             lambda: check_output(self.teacher.build(data.image_shape, data.num_classes), images, data.num_classes),
         )
+        if self.data.augment is not None:
+            collect(faults, "data", lambda: self._try_augmentation(data))
+        collect(faults, "boosting", lambda: self._try_round(data.num_classes))
         if faults:
             raise ConfigError(faults)
+
+    def _try_augmentation(self, data: DataModule) -> None:
+        raw = data.images[[0, 0]]
+        found: Any = None
+        with reported("augment"):
+            assert self.data.augment is not None
+            found = self.data.augment(raw.clone(), torch.Generator().manual_seed(0))
+        if getattr(found, "shape", None) != raw.shape:
+            raise ConfigError([f"augment: gives no tensor of the images' shape {tuple(raw.shape)}"])
+
+    def _try_round(self, num_classes: int) -> None:
+        logits = torch.zeros(3, 2, num_classes, requires_grad=True)
+        raise_student = torch.ones(2, num_classes, dtype=torch.bool)
+        batch = RoundBatch(
+            logits[0], logits[1], logits[2].detach(), torch.zeros(2, dtype=torch.int64), raise_student, 1.0
+        )
+        loss: Any = None
+        with reported("objective"):
+            loss = resolve(self.boosting.objective, objectives, objectives.Objective).loss(batch, self.boosting)
+        if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+            raise ConfigError(["objective: its loss is not a scalar tensor"])
+        with reported("combine"):
+            a, c = resolve(self.boosting.combine, combine, combine.Combination).initial(1)
+            if not (a > 0 and c > 0 and math.isfinite(a + c)):
+                raise ValueError(f"initial(1) gives ({a}, {c}), not two positive numbers")
+
+
+@contextmanager
+def reported(key: str) -> Iterator[None]:
+    """Turn whatever the user's code at `key` raises into a fault."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError([f"{key}: fails ({type(error).__name__}: {error})"]) from error
 
 
 def assemble(config: DictConfig) -> Experiment:
@@ -70,6 +114,8 @@ def assemble(config: DictConfig) -> Experiment:
         faults += [f"student.{fault}" for fault in student.faults(rounds if isinstance(rounds, int) else 1)]
     if not isinstance(config.seed, int) or config.seed < 0:
         faults.append(f"seed={config.seed!r}: must be a whole number of at least 0")
+    if not re.fullmatch(r"\w[\w.-]*", str(config.name)):
+        faults.append(f"name={config.name!r}: must be a folder's name of letters, digits, '_', '-' and '.'")
     if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
         faults.append(f"threads={config.threads!r}: must be null or a whole number of at least 1")
     if faults:

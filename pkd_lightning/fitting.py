@@ -34,7 +34,7 @@ class FitModule(L.LightningModule):
     """A model with its loss, optimiser and schedule.
 
     Losses are summed as tensors and read once an epoch: reading or logging one every step costs more than a tiny model.
-    Subclasses give `losses(batch, stage)` and may add parameters of their own.
+    Subclasses give `losses(batch)` and may add parameters of their own.
     """
 
     def __init__(self, model: nn.Module, trainer: TrainerConfig) -> None:
@@ -181,13 +181,11 @@ class FitResult:
     Attributes:
         epochs: epochs trained.
         best_epoch: epoch (from 0) of the weights kept.
-        validation_loss: their loss on the validation rows.
         seconds: wall time.
     """
 
     epochs: int
     best_epoch: int
-    validation_loss: float
     seconds: float
 
 
@@ -253,10 +251,11 @@ def fit(
         raise SystemExit(128 + signal.SIGINT) from stop
     if best.state is None:
         raise RunError(
-            f"{stage.name}: the loss was not finite in any epoch; lower trainer.optimizer.lr (or trainer.gradient_clip)"
+            f"{stage.name}: the loss was not finite in any epoch; lower"
+            f" {'teacher.' if stage.name == 'teacher' else ''}trainer.optimizer.lr or gradient_clip"
         )
     best.restore(module)
-    return FitResult(trainer.current_epoch, best.epoch, best.loss, time.perf_counter() - start)
+    return FitResult(trainer.current_epoch, best.epoch, time.perf_counter() - start)
 
 
 @torch.no_grad()

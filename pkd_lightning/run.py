@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.checkpoint import read_json
-from pkd_lightning.cli import CONF, explain_overrides
+from pkd_lightning.cli import CONF, explain_overrides, log_to_terminal
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import PKDError
 from pkd_lightning.evaluate import collect_results
@@ -64,10 +64,7 @@ def run(config: DictConfig) -> dict[str, object]:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _job(config: DictConfig) -> float | None:
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.setLevel(logging.INFO)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[terminal], force=True)
-    logging.getLogger("pkd_lightning").setLevel(logging.DEBUG)  # for run.log
+    log_to_terminal()
     try:
         rounds = run(config)["rounds"]
     except PKDError as error:

@@ -69,7 +69,7 @@ class Teacher:
     Attributes:
         model: the classifier, in evaluation mode, without gradients.
         logits: (training + validation rows, L) float32, by sample index.
-        fingerprint: hash of its weights and of the images the logits are of.
+        fingerprint: hash of its weights and of the data.
         seconds: wall time of its training.
     """
 
@@ -92,7 +92,8 @@ def prepare_teacher(
         tracker: where the fit's curves go.
 
     Raises:
-        RunError: where a checkpoint cannot be read or does not fit the model.
+        RunError: where a checkpoint cannot be read or does not fit the model, or a teacher found was trained on other
+            data.
     """
     with seeded(stage.seed, stage.name, "init"):
         model = config.build(data.image_shape, data.num_classes)
@@ -107,8 +108,13 @@ def prepare_teacher(
                 " split=paper tests on; data.split=official keeps them apart"
             )
     elif done.exists():
+        record = read_json(done)
+        if record["data"] != data.fingerprint:
+            raise RunError(
+                f"{directory}: its teacher was trained on other data; change `name`, or delete the directory"
+            )
         load_weights(model, weights)
-        seconds = float(read_json(done)["seconds"])
+        seconds = float(record["seconds"])
         logger.info("teacher found, trained before")
     else:
         module = TeacherModule(model, config.trainer)
@@ -116,7 +122,8 @@ def prepare_teacher(
             result = fit(module, data, stage, loggers)
         seconds = result.seconds
         atomic_write(weights, lambda path: save_file(_contiguous(model.state_dict()), path))
-        write_json(done, {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds})
+        record = {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds}
+        write_json(done, {**record, "data": data.fingerprint})
         logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)
@@ -137,13 +144,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own errors for a damaged file
         raise RunError(f"{path}: cannot be read as weights ({error})") from error
+    if not isinstance(state, Mapping):
+        raise RunError(f"{path}: holds a {type(state).__name__}, not weights by name")
     state = state.get("state_dict", state)
     if all(name.startswith("model.") for name in state):
         state = {name.removeprefix("model."): value for name, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise RunError(f"{path}: the weights do not fit the model. {error}") from error
+        raise RunError(f"{path}: the weights do not fit the model. {str(error)[:600]}") from error
 
 
 def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:
@@ -161,12 +170,12 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
 
 
 def fingerprint(model: nn.Module, data: DataModule) -> str:
-    """A hash of the weights and of the images the logits are computed on."""
+    """A hash of the weights and of the data the teacher was asked on."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().double().numpy().tobytes())
-    digest.update(data.images[: data.validation.stop].numpy().tobytes())
+    digest.update(data.fingerprint.encode())
     return digest.hexdigest()
 
 

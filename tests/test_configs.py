@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.cli import CONF, load_config, suggestions
+from pkd_lightning.config import BoostingConfig
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
@@ -28,6 +30,7 @@ NEEDS = {
     "student/patches_medium": "cifar10",
     "teacher/paper_mnist": "mnist",
     "teacher/resnet18": "cifar10",
+    "teacher/mamba_medium": "cifar10",
 }
 
 
@@ -195,3 +198,38 @@ def test_a_students_class_is_tried_before_the_teacher_is_trained(rung: str, said
     with pytest.raises(ConfigError, match=re.escape(said)):
         run(config)
     assert not list(tmp_path.iterdir())
+
+
+def sum_of_rows(batch: objectives.RoundBatch, config: BoostingConfig) -> torch.Tensor:
+    return batch.student.sum(1)
+
+
+not_a_scalar = objectives.Objective(sum_of_rows, "improvement", sees_ensemble=False)
+negative = combine.Combination(lambda round_: (-1.0, 1.0))
+
+
+def cropped(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return images[..., 1:]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["boosting.objective=tests.test_configs.not_a_scalar"], "not a scalar"),
+        (["boosting.combine=tests.test_configs.negative"], "not two positive numbers"),
+        (["+data.augment={_target_: tests.test_configs.cropped, _partial_: true}"], "the images' shape"),
+        (["+data.augment={_target_: pkd_lightning.data.augment.shift, _partial_: true, pixel: 1}"], "pixel"),
+    ],
+)
+def test_the_users_functions_are_tried_before_the_teacher_is_trained(
+    overrides: list[str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        run(tiny_config(tmp_path, *(flag.lstrip("+") for flag in overrides)))
+    assert said in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../escape", "''", "a/b", ".hidden"])
+def test_a_name_is_a_folders_name(name: str) -> None:
+    assert any("name=" in fault for fault in faults_of(f"name={name}"))

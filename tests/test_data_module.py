@@ -1,6 +1,7 @@
 """The split, the batches with their sample indices, and the order, on images whose pixels say which sample they are."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import DataConfig, DataModule
-from pkd_lightning.errors import ConfigError
+from pkd_lightning.errors import ConfigError, DataError
 
 CLASSES = 7
 
@@ -280,3 +281,24 @@ def test_augmentation_is_in_the_training_loader_only_and_reproducible():
     for one, another in [(0, 1), (0, 2), (1, 2)]:  # a new draw for each epoch and stage,
         assert not torch.equal(draws[one][:16], draws[another][:16])
     assert not torch.equal(draws[0][:16], draws[0][16:32])  # and for each step
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"images": torch.zeros(4, 1, 2, 2)}, "torch.float32"),
+        ({"images": torch.zeros(4, 2, 2, dtype=torch.uint8)}, "(4, 2, 2)"),
+        ({"labels": torch.tensor([0, 1, 2, 0])}, "labels go from 0 to 2, not within 0 to 1"),
+        ({"labels": torch.tensor([0, 1, 0])}, "one per image"),
+        ({"labels": torch.zeros(4, dtype=torch.int64), "num_classes": 1}, "at least 2"),
+        ({"train_size": 5}, "train_size=5"),
+    ],
+)
+def test_an_image_set_of_another_form_is_refused(change, said):
+    good = {
+        "name": "mine", "images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8), "labels": torch.tensor([0, 1, 0, 1]),
+        "num_classes": 2, "train_size": 3,
+    }  # fmt: skip
+    ImageSet(**good)
+    with pytest.raises(DataError, match=re.escape(said)):
+        ImageSet(**{**good, **change})

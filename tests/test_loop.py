@@ -54,7 +54,7 @@ def candidate(loss: float, accepted_by: Any = None) -> Candidate:
         torch.zeros(1, 1),
         torch.zeros(1),
         loss,
-        FitResult(1, 0, loss, 0.0),
+        FitResult(1, 0, 0.0),
         accepted_by,
     )
 

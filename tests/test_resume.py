@@ -1,5 +1,6 @@
 """A run interrupted between stages continues to the same result; a finished one is only shown."""
 
+import dataclasses
 import fcntl
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.data.images import ImageSet
 from pkd_lightning.errors import RunError
 from pkd_lightning.rundir import RunDirectory
 from tests.support import ACCEPT, tiny_config, tiny_run
@@ -115,6 +117,23 @@ def test_another_teacher_under_the_same_students_is_refused(tmp_path: Path, monk
     save_file(changed, weights)
     with pytest.raises(RunError, match="another teacher"):
         tiny_run(tmp_path)
+
+
+def test_other_data_under_the_same_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import support
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BoostingLoop, "run", lambda self: (_ for _ in ()).throw(Stopped()))
+        with pytest.raises(Stopped):
+            tiny_run(tmp_path)
+    original = support.patterns
+    monkeypatch.setattr(support, "patterns", lambda root=None: relabelled(original(root)))
+    with pytest.raises(RunError, match="other data"):
+        tiny_run(tmp_path)
+
+
+def relabelled(data: ImageSet) -> ImageSet:
+    return dataclasses.replace(data, labels=(data.labels + 1) % data.num_classes)
 
 
 def test_two_data_sets_do_not_share_a_run(tmp_path: Path) -> None:

@@ -90,11 +90,13 @@ def test_the_fingerprint_follows_weights_and_images(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     one = fingerprint(model, data)
     assert fingerprint(model, data) == one
-    data.images[0, 0, 0, 0] += 1
-    two = fingerprint(model, data)
+    other_image, other_label = (DataModule(assemble(tiny_config(tmp_path)).data) for _ in range(2))
+    other_image.images[0, 0, 0, 0] += 1
+    other_label.labels[0] = (other_label.labels[0] + 1) % 3
+    two, three = fingerprint(model, other_image), fingerprint(model, other_label)
     with torch.no_grad():
         model.bias[0] += 1e-6
-    assert len({one, two, fingerprint(model, data)}) == 3
+    assert len({one, two, three, fingerprint(model, data)}) == 4
 
 
 def test_training_that_diverges_says_so(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class BoostingLoop:
         ladder: the model classes.
         trainer: how each candidate is fitted.
         data: the data module.
-        teacher: the teacher; only its logits are read.
+        teacher: the teacher; its logits are read, and on resume its fingerprint.
         directory: the run directory; `boosting.ckpt` and `students/` are kept there, and a loop restored from them.
         seed: the run's seed.
         tracker: where the fits' curves go.

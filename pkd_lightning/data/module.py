@@ -1,5 +1,7 @@
 """The in-memory data module: split, batches with sample indices, order as a pure function of seed, stage and epoch."""
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
@@ -87,13 +89,26 @@ class DataModule:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        data = config.source(root=config.root)
+        try:
+            data = config.source(root=config.root)
+        except TypeError as error:
+            raise ConfigError([f"data.source: cannot be called with root={config.root!r} ({error})"]) from error
         self.name, self.num_classes = data.name, data.num_classes
         train, validation, test = split_rows(data, config)
         order = torch.cat([train, validation, test])
         self.images, self.labels = data.images[order], data.labels[order]
         self.sizes = (len(train), len(validation), len(test))
         self.mean, self.std = _channel_statistics(self.images[: self.sizes[0]])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the images and labels of the training and validation rows, in their order."""
+        rows = slice(0, self.validation.stop)
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.images[rows], self.labels[rows]):
+            digest.update(part.numpy().tobytes())
+        digest.update(str(self.sizes).encode())
+        return digest.hexdigest()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
