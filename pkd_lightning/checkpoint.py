@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import nn
+
 from pkd_lightning.errors import RunError
 
 
@@ -24,6 +27,13 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's state dict as safetensors, whole or not at all."""
+    # contiguous: safetensors refuses views
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    atomic_write(path, lambda temporary: save_file(state, temporary))
 
 
 def write_json(path: Path, value: Any) -> None:

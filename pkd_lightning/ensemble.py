@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.combine import Scales, prefix_weights
-from pkd_lightning.checkpoint import atomic_write, read_json, write_json
+from pkd_lightning.checkpoint import read_json, save_weights, write_json
 from pkd_lightning.errors import RunError
 from pkd_lightning.models.building import ImageShape, build_classifier
 
@@ -170,7 +170,6 @@ def save_student(
         image_shape: (channels, height, width) it was built for.
         num_classes: number of classes it was built for.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     description = {
         "model": path,
         "image_shape": list(image_shape),
@@ -178,7 +177,7 @@ def save_student(
         "options": dict(options),
     }
     weights, text = _student_files(stem)
-    atomic_write(weights, lambda temporary: save_file(state, temporary))
+    save_weights(model, weights)
     write_json(text, description)
 
 

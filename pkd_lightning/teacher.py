@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pkd_lightning.checkpoint import atomic_write, read_json, write_json
+from pkd_lightning.checkpoint import atomic_write, read_json, save_weights, write_json
 from pkd_lightning.config import TrainerConfig
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
@@ -121,7 +121,7 @@ def prepare_teacher(
         with seeded(stage.seed, stage.name, "fit"), tracker.stage(stage.name) as loggers:
             result = fit(module, data, stage, loggers)
         seconds = result.seconds
-        atomic_write(weights, lambda path: save_file(_contiguous(model.state_dict()), path))
+        save_weights(model, weights)
         record = {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds}
         write_json(done, {**record, "data": data.fingerprint})
         logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
@@ -177,7 +177,3 @@ def fingerprint(model: nn.Module, data: DataModule) -> str:
         digest.update(value.detach().cpu().double().numpy().tobytes())
     digest.update(data.fingerprint.encode())
     return digest.hexdigest()
-
-
-def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
