@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.mamba import Mamba
+from pkd_lightning.models.scan import scan_macs
 
 logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
 
@@ -74,24 +75,19 @@ def with_opaque_mixers(model: nn.Module) -> tuple[nn.Module, list[tuple[Mamba, i
 
     for module in opaque.modules():
         if isinstance(module, Mamba):
+            module.fused = False
             setattr(module, "mix", make(module))  # noqa: B010  # mypy rejects assigning a method
     return opaque, calls
 
 
 def mix_macs(mixer: Mamba, length: int) -> int:
-    """Multiply-accumulates of `Mamba.mix` on one sequence of `length` tokens.
-
-    Of the scan, for each step and inner channel: delta * u, the skip and the gate (3), and for each state delta * A,
-    delta * u * B, the state update and the product with C (4). Exponentials and other elementwise functions are not
-    multiply-accumulates and are not counted.
-    """
+    """Multiply-accumulates of `Mamba.mix` on one sequence of `length` tokens."""
     d_inner, d_state = mixer.d_inner, mixer.d_state
     convolution = d_inner * mixer.d_conv
     x_proj = d_inner * (mixer.dt_rank + 2 * d_state)
     dt_proj = mixer.dt_rank * d_inner
-    scan = d_inner * (3 + 4 * d_state)
     out_proj = d_inner * mixer.d_model
-    return length * (convolution + x_proj + dt_proj + scan + out_proj)
+    return length * (convolution + x_proj + dt_proj + out_proj) + scan_macs(1, length, d_inner, d_state)
 
 
 @torch.inference_mode()

@@ -1,12 +1,25 @@
 """The Mamba-1 block (Gu & Dao, arXiv 2312.00752, section 3.4), weights interchangeable with `mamba_ssm.Mamba`."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pkd_lightning.models.scan import selective_scan
+from pkd_lightning.models.scan import fused_block, selective_scan, selective_scan_step
+
+
+class MambaState(NamedTuple):
+    """Between two steps of a block.
+
+    Attributes:
+        window: (batch, d_inner, d_conv - 1), the inputs of the convolution so far.
+        h: (batch, d_inner, d_state), the state of the scan.
+    """
+
+    window: Tensor
+    h: Tensor
 
 
 class Mamba(nn.Module):
@@ -22,7 +35,12 @@ class Mamba(nn.Module):
         dt_rank: rank of the step-size projection; None for ceil(d_model / 16).
         dt_min: smallest initial step size.
         dt_max: largest initial step size.
+
+    Attributes:
+        fused: compute small blocks in one pass on the CPU; False keeps `in_proj` and `mix` apart.
     """
+
+    fused = True
 
     def __init__(
         self,
@@ -57,7 +75,39 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (batch, length, d_model) to (batch, length, d_model)."""
+        if self.fused:
+            conv, dt, weights = self.conv1d, self.dt_proj, (self.A_log, self.D, self.out_proj.weight)
+            projections = (self.in_proj.weight, conv.weight, conv.bias, self.x_proj.weight, dt.weight, dt.bias)
+            mixed = fused_block(tokens, *projections, *weights)  # type: ignore[arg-type]
+            if mixed is not None:
+                return mixed
         return self.mix(self.in_proj(tokens))
+
+    def step(self, token: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """One step of the block as a recurrence: over a sequence's tokens it gives what `forward` gives.
+
+        Args:
+            token: (batch, d_model).
+            state: what the step before returned, None at first.
+
+        Returns:
+            The output (batch, d_model) and the new state.
+        """
+        if state is None:
+            window = token.new_zeros(len(token), self.d_inner, self.d_conv - 1)
+            state = MambaState(window, token.new_zeros(len(token), self.d_inner, self.d_state))
+        x, z = self.in_proj(token).chunk(2, dim=-1)
+        window = torch.cat([state.window, x[..., None]], dim=-1)
+        assert self.conv1d.bias is not None
+        x = F.silu((window * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, h = selective_scan_step(
+            *(state.h, x, F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log), B, C, self.D),
+            z=z,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+        )
+        return self.out_proj(y), MambaState(window[..., 1:], h)
 
     def mix(self, xz: Tensor) -> Tensor:
         """Everything after `in_proj`: convolution, projections, scan, gate and `out_proj`.

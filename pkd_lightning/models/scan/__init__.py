@@ -8,15 +8,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.nn import Parameter
 
 from pkd_lightning.models.scan import cuda
-from pkd_lightning.models.scan.reference import selective_scan_reference
+from pkd_lightning.models.scan.reference import scan_macs, selective_scan_reference, selective_scan_step
 
-__all__ = ["BACKENDS", "selective_scan", "selective_scan_reference"]
+__all__ = ["BACKENDS", "fused_block", "scan_macs", "selective_scan", "selective_scan_reference", "selective_scan_step"]
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "cpu", "cuda")  # each the module that holds selective_scan_<name>
+FUSED_INNER = 32  # inner channels up to which a fused block is faster; twice as many where the batch fills its lanes
+SINGLE = {torch.float32, torch.bfloat16, torch.float16}  # computed in float32
+BACKENDS = ("reference", "cpu", "cuda", "doubling")  # each the module that holds selective_scan_<name>
 
 
 def selective_scan(
@@ -47,9 +51,9 @@ def selective_scan(
         delta_bias: (d_inner,) added to delta, or None.
         delta_softplus: apply softplus to delta after the bias.
         return_last_state: also return the state after the last step (the cuda backend has no gradient through it).
-        backend: "reference", "cpu" or "cuda"; by default the environment variable PKD_SCAN_BACKEND, and without it
-            by the device of u: cpu on the CPU; on a GPU cuda where mamba_ssm can be imported, else the reference.
-            float64 always goes to the reference, the only one with that precision.
+        backend: "reference", "cpu", "cuda" or "doubling"; by default the environment variable PKD_SCAN_BACKEND, and
+            without it by the device of u: cpu on the CPU; on a GPU cuda where mamba_ssm can be imported and takes so
+            many states, else doubling. float64 goes to the reference unless doubling is asked for: the others lack it.
 
     Returns:
         (batch, d_inner, length) in u's dtype; with `return_last_state` also (batch, d_inner, d_state).
@@ -58,28 +62,69 @@ def selective_scan(
         ValueError: the backend is not one of the names above.
         RuntimeError: cuda is asked for by name and not available.
     """
-    double = any(x is not None and x.dtype == torch.float64 for x in (u, delta, A, B, C, D, z, delta_bias))
-    scan = _load("reference" if double else _choose(backend, u.device.type))
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    name, traced = _choose(backend, u.device.type, A.shape[-1]), _traced(*tensors)
+    if any(x is not None and x.dtype == torch.float64 for x in tensors) and name != "doubling":
+        name = "doubling" if traced else "reference"  # torch.compile of the reference's loop gives wrong results
+    if is_tracing() and name == "cpu":
+        name = "reference"
+    if traced and name == "cpu":
+        from pkd_lightning.models.scan.library import selective_scan_operator as scan
+    else:
+        scan = _load(name)
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
-def _choose(backend: str | None, device: str) -> str:
+def _choose(backend: str | None, device: str, states: int) -> str:
     name = os.environ.get("PKD_SCAN_BACKEND", "") if backend is None else backend
     if name in BACKENDS:
         return name
     if name or backend is not None:
         origin = "PKD_SCAN_BACKEND" if backend is None else "backend"
         raise ValueError(f"{origin} is {name!r}, allowed are {', '.join(BACKENDS)}")
-    if device == "cpu" or (device == "cuda" and cuda.available()):
-        return device
-    _warn_slow(device)
-    return "reference"
+    if device == "cpu":
+        return "cpu"
+    if device == "cuda" and cuda.available():
+        if states <= cuda.MOST_STATES:
+            return "cuda"
+        _say(f"mamba-ssm's scan takes at most {cuda.MOST_STATES} states: those with more run in plain PyTorch, slower")
+    else:
+        cure = "pip install pkd-lightning[cuda]" if device == "cuda" else "there are no kernels for this device"
+        _say(f"the selective scan on {device} runs in plain PyTorch, slower than kernels would ({cure})")
+    return "doubling"
 
 
-@functools.cache  # one log line per device type
-def _warn_slow(device: str) -> None:
-    cure = "mamba-ssm is missing: pip install pkd-lightning[cuda]" if device == "cuda" else "no kernels for this device"
-    log.warning("the selective scan on %s runs the reference, many times slower than it could (%s)", device, cure)
+def fused_block(tokens: Tensor, *weights: Tensor) -> Tensor | None:
+    """A whole Mamba block in one pass where that is the fastest way, else None.
+
+    On the CPU blocks of few channels are fused, on CUDA those that mamba_ssm and causal_conv1d have kernels for.
+    Arguments and result: see `mamba_block_cpu`.
+    """
+    device = tokens.device.type
+    kinds = {x.dtype for x in (tokens, *weights)}
+    if _traced(tokens, *weights) or is_tracing() or not kinds <= SINGLE:
+        return None
+    (d_inner, d_state), d_conv = weights[6].shape, weights[1].shape[-1]
+    backend = _choose(None, device, d_state)
+    if backend == device == "cuda" and cuda.fits_block(d_state, d_conv):
+        return cuda.mamba_block_cuda(tokens, *weights)
+    if backend == device == "cpu" and d_inner <= (FUSED_INNER if tokens.shape[0] < 16 else 2 * FUSED_INNER):
+        block: Callable[..., Tensor] = importlib.import_module(f"{__name__}.block").mamba_block_cpu
+        if kinds == {torch.float32}:
+            return block(tokens, *weights)
+        return block(*(x.float() for x in (tokens, *weights))).to(tokens.dtype)
+    return None
+
+
+def _traced(*tensors: Tensor | None) -> bool:
+    """Whether torch only looks at what is computed: kernels that read memory would find none."""
+    plain = (Tensor, Parameter)
+    return torch.compiler.is_compiling() or any(x is not None and type(x) not in plain for x in tensors)
+
+
+@functools.cache  # once
+def _say(message: str) -> None:
+    log.warning("%s", message)
 
 
 @functools.cache

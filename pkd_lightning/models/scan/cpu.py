@@ -1,327 +1,629 @@
 """The selective scan on the CPU: one fused pass forward and one backward, in float32, compiled by numba.
 
-The kernels are plain loops over the state that LLVM vectorises by itself. Three things make that happen:
-B and C as (batch, length, d_state) with the state contiguous; 2**x as an inlined polynomial, with log2(e) folded
-into A (a call of `np.exp` in the loop would not vectorise); and `noalias`, without which LLVM gives up on the number of
-overlap checks between the arrays. No threads are started, so fork, DataLoader workers and concurrent Python
-threads are safe (the kernels release the GIL).
+The 16 lanes of a vector (see `lanes`) are 16 channels of a sequence, or 16 sequences of the batch where there are few
+channels. The sequence is walked in chunks whose intermediates stay in the cache; the backward pass starts each chunk
+from its saved first state. A (batch, length, d_inner, d_state) tensor never exists.
 """
 
 # Kernels are not Python to a type checker: numba gives them their types.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-overload, call-arg, var-annotated"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, var-annotated"
 
-import functools
-import logging
-import math
-import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit, types
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
-from numba.extending import intrinsic
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from pkd_lightning.models.scan.lanes import (
+    INLINE,
+    LN2,
+    LOG2E,
+    ONE,
+    WIDTH,
+    ZERO,
+    first,
+    floats,
+    fma,
+    kernel,
+    load,
+    load_first,
+    prefetch,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    store_first,
+    total,
+    total_of_each,
+    transpose,
+)
+from pkd_lightning.models.scan.parallel import share, threads_for
+from pkd_lightning.models.scan.states import CHUNK, ROW, STATE_ROW, SUMMED, fill, fold, scan_pair, scan_pair_backward
 
+BLOCK = 160  # states whose B and C of a chunk are in the cache at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK = 64  # steps between saved states; the backward pass recomputes the states in between
-
-f32 = np.float32
-ONE = f32(1.0)
-LOG2E = f32(math.log2(math.e))
-LN2 = f32(math.log(2.0))
 
 
-class _NoAlias(CompilerBase):
-    """Tell LLVM that the kernels' arrays do not overlap."""
+class Sizes(NamedTuple):
+    """Of a scan, and how it is laid out on lanes.
 
-    def define_pipelines(self) -> list[Any]:
-        self.state.flags.noalias = True
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
-
-
-# No nnan or ninf: NaN and inf must propagate. reassoc only in the kernels, for the vectorised sums.
-# error_model: a division by zero gives inf, without the branch that would stop the vectoriser.
-_SCALAR = {"forceinline": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
-_KERNEL = {
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"contract", "nsz", "reassoc"},
-    "pipeline_class": _NoAlias,
-}
-
-
-@intrinsic
-def _rint(typingctx: Any, x: Any) -> Any:
-    """Round to nearest as one vector instruction (np.rint does not vectorise here)."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.call(builder.module.declare_intrinsic("llvm.rint", [ir.FloatType()]), args)
-
-    return types.float32(types.float32), codegen
-
-
-@intrinsic
-def _pow2_integer(typingctx: Any, r: Any) -> Any:
-    """2**r for an integral float r in [-127, 128], by writing the exponent bits: 0 at -127 and inf at 128."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        i32 = ir.IntType(32)
-        exponent = builder.add(builder.fptosi(args[0], i32), ir.Constant(i32, 127))
-        return builder.bitcast(builder.shl(exponent, ir.Constant(i32, 23)), ir.FloatType())
-
-    return types.float32(types.float32), codegen
-
-
-@njit(**_SCALAR)
-def _exp2(x):
-    """2**x to 1e-7 relative; 0 below -126.5 (no denormals), inf above 127.5, NaN for NaN."""
-    x = f32(-127.0) if x < f32(-127.0) else x  # written so that a NaN passes both comparisons
-    x = f32(128.0) if x > f32(128.0) else x
-    r = _rint(x)
-    y = x - r
-    # Minimax on [-0.5, 0.5] with the constant term exactly 1: otherwise the error compounds over the steps.
-    p = f32(0.0001559467816132662)
-    p = p * y + f32(0.0013406643902351759)
-    p = p * y + f32(0.009617692972993062)
-    p = p * y + f32(0.05550310551013797)
-    p = p * y + f32(0.24022652782887738)
-    p = p * y + f32(0.6931471472149680279)
-    return (p * y + ONE) * _pow2_integer(r)
-
-
-@njit(**_SCALAR)
-def _sigmoid(x):
-    return ONE / (ONE + _exp2(-LOG2E * x))
-
-
-@njit(**_SCALAR)
-def _softplus(x):
-    """max(x, 0) + log(1 + e) with e = exp(-|x|), by log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3."""
-    e = _exp2(-LOG2E * abs(x))
-    s = e / (f32(2.0) + e)
-    s2 = s * s
-    p = f32(1 / 13)  # the series of atanh, cut where the next term is 1.4e-8
-    p = p * s2 + f32(1 / 11)
-    p = p * s2 + f32(1 / 9)
-    p = p * s2 + f32(1 / 7)
-    p = p * s2 + f32(1 / 5)
-    p = p * s2 + f32(1 / 3)
-    return (x if x > f32(0.0) else f32(0.0)) + f32(2.0) * s * (p * s2 + ONE)
-
-
-@njit(**_SCALAR)
-def _step_sizes(delta, bias, softplus, dt):
-    for t in range(dt.size):
-        dt[t] = delta[t] + bias
-    if softplus:
-        for t in range(dt.size):
-            dt[t] = _softplus(dt[t])
-
-
-_f1, _f2, _f3, _f4 = (types.Array(types.float32, n, "C") for n in (1, 2, 3, 4))
-_compile_seconds = 0.0
-
-
-@functools.cache
-def _warn_uncached() -> None:
-    log.warning("the CPU scan is compiled anew in each process: numba has no writable cache (see NUMBA_CACHE_DIR)")
-
-
-def _kernel(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
-    """Compile now for these argument types, or load from numba's cache where there is one to write to."""
-
-    def compile_(function: Callable[..., None]) -> Any:
-        global _compile_seconds
-        start = time.perf_counter()
-        signature = types.void(*arguments)
-        try:
-            compiled = njit(signature, cache=True, **_KERNEL)(function)
-        except (RuntimeError, OSError) as error:  # OSError: a full or read-only disk
-            if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
-                raise
-            _warn_uncached()
-            compiled = njit(signature, **_KERNEL)(function)
-        if not compiled.stats.cache_hits:
-            _compile_seconds += time.perf_counter() - start
-        return compiled
-
-    return compile_
-
-
-# u, delta, A * log2(e), B, C, D, z, delta_bias, and their gradients (per batch element for A, D and the bias)
-_INPUTS = types.Tuple((_f3, _f3, _f2, _f3, _f3, _f1, _f3, _f1))
-_GRADS = types.Tuple((_f3, _f3, _f3, _f3, _f3, _f2, _f3, _f2))
-
-
-@_kernel(_INPUTS, types.boolean, _f3, _f3, _f3, _f4, _f1)
-def _forward(inputs, softplus, out, y, h, saved, dt):
-    """Write out, h (the last state), and where they are not empty y (before the gate) and saved (chunk starts).
-
-    B, C: (batch, length, d_state); h: (batch, d_inner, d_state), zero; saved: (batch, d_inner, chunks, d_state);
-    dt: (length,) scratch. D and z are empty where there is none.
+    Attributes:
+        over_channels: a lane is a channel, else a sequence.
+        outer: sequences, or groups of 16 sequences: worked on independently.
+        groups: groups of 16 channels, or channels.
+        even: states rounded up to an even number.
     """
-    u, delta, A_log2e, B, C, D, z, delta_bias = inputs
-    batch, channels, length = u.shape
-    states = A_log2e.shape[1]
-    for b in range(batch):
-        for d in range(channels):
-            _step_sizes(delta[b, d], delta_bias[d], softplus, dt)
-            for t in range(length):
-                if saved.size and t % CHUNK == 0:
-                    for n in range(states):
-                        saved[b, d, t // CHUNK, n] = h[b, d, n]
-                dt_u = dt[t] * u[b, d, t]
-                total = f32(0.0)
-                for n in range(states):
-                    h_n = _exp2(dt[t] * A_log2e[d, n]) * h[b, d, n] + dt_u * B[b, t, n]
-                    h[b, d, n] = h_n
-                    total += h_n * C[b, t, n]
-                out[b, d, t] = total
-            if D.size:
-                for t in range(length):
-                    out[b, d, t] += D[d] * u[b, d, t]
-            if y.size:
-                for t in range(length):
-                    y[b, d, t] = out[b, d, t]
-            if z.size:
-                for t in range(length):
-                    out[b, d, t] *= z[b, d, t] * _sigmoid(z[b, d, t])
+
+    batch: int
+    channels: int
+    length: int
+    states: int
+    over_channels: int
+    outer: int
+    groups: int
+    even: int
+    chunks: int
+    softplus: int
 
 
-@_kernel(_INPUTS, types.boolean, _f3, _f4, _f3, _f3, _GRADS, types.Tuple((_f1, _f1, _f2, _f2)))
-def _backward(inputs, softplus, y, saved, grad_out, grad_h, grads, scratch):
-    """Write the gradients of `_forward`; those of A, B and C are added to and must come in as zero.
+class Memory(NamedTuple):
+    """Addresses of the tensors a pass reads and writes, 0 where there is none, and their strides.
 
-    grad_h: (batch, d_inner, d_state), in the gradient of the last state; overwritten by the gradient carried back.
-    Scratch: dt, dy (length,); hs (CHUNK + 1, d_state) the states of a chunk; decay (CHUNK, d_state).
+    B and C are (batch, length, d_state) and their gradients contiguous; last_state and dlast are contiguous
+    (batch, d_inner, d_state). saved: the states before each chunk, (outer, chunks, groups, even, 16).
     """
-    u, delta, A_log2e, B, C, D, z, delta_bias = inputs
-    du, ddelta, dA, dB, dC, dD, dz, dbias = grads
-    dt, dy, hs, decay = scratch
-    batch, channels, length = u.shape
-    states = A_log2e.shape[1]
-    for b in range(batch):
-        for d in range(channels):
-            _step_sizes(delta[b, d], delta_bias[d], softplus, dt)
-            for t in range(length):
-                dy[t] = grad_out[b, d, t]
-            if z.size:
-                for t in range(length):
-                    gate = _sigmoid(z[b, d, t])
-                    dz[b, d, t] = dy[t] * y[b, d, t] * gate * (ONE + z[b, d, t] * (ONE - gate))
-                    dy[t] *= z[b, d, t] * gate
-            for start in range((length - 1) // CHUNK * CHUNK, -1, -CHUNK):
-                stop = min(start + CHUNK, length)
-                for n in range(states):
-                    hs[0, n] = saved[b, d, start // CHUNK, n]
-                for t in range(start, stop):
-                    dt_u = dt[t] * u[b, d, t]
-                    for n in range(states):
-                        decay[t - start, n] = _exp2(dt[t] * A_log2e[d, n])
-                        hs[t - start + 1, n] = decay[t - start, n] * hs[t - start, n] + dt_u * B[b, t, n]
-                for t in range(stop - 1, start - 1, -1):
-                    dt_u = dt[t] * u[b, d, t]
-                    grad_dt_u = f32(0.0)
-                    grad_dt = f32(0.0)
-                    for n in range(states):
-                        grad = grad_h[b, d, n] + dy[t] * C[b, t, n]  # of h_t
-                        dC[b, t, n] += dy[t] * hs[t - start + 1, n]
-                        dB[b, t, n] += dt_u * grad
-                        grad_dt_u += grad * B[b, t, n]
-                        grad *= decay[t - start, n]
-                        grad_h[b, d, n] = grad
-                        grad *= hs[t - start, n]  # of delta_t * A
-                        dA[b, d, n] += dt[t] * grad
-                        grad_dt += A_log2e[d, n] * grad
-                    du[b, d, t] = grad_dt_u * dt[t]
-                    ddelta[b, d, t] = grad_dt_u * u[b, d, t] + LN2 * grad_dt
-            if D.size:
-                for t in range(length):
-                    du[b, d, t] += D[d] * dy[t]
-                    dD[b, d] += dy[t] * u[b, d, t]
-            for t in range(length):
-                if softplus:
-                    ddelta[b, d, t] *= _sigmoid(delta[b, d, t] + delta_bias[d])
-                dbias[b, d] += ddelta[b, d, t]
+
+    u: int
+    delta: int
+    A: int
+    B: int
+    C: int
+    D: int
+    z: int
+    delta_bias: int
+    out: int  # its gradient in the backward pass
+    last_state: int  # its gradient in the backward pass
+    saved: int
+    u_strides: tuple[int, int, int]
+    delta_strides: tuple[int, int, int]
+    B_strides: tuple[int, int, int]
+    C_strides: tuple[int, int, int]
+    z_strides: tuple[int, int, int]
+    out_strides: tuple[int, int, int]
+
+
+class Gradients(NamedTuple):
+    """Addresses of the gradients and their strides; those of A, D and the bias are summed over the pieces of a call."""
+
+    u: int
+    delta: int
+    A: int
+    B: int
+    C: int
+    D: int
+    z: int
+    delta_bias: int
+    u_strides: tuple[int, int, int]
+    delta_strides: tuple[int, int, int]
+    z_strides: tuple[int, int, int]
+
+
+_STRIDES = types.UniTuple(types.int64, 3)
+_SIZES = types.NamedUniTuple(types.int64, len(Sizes._fields), Sizes)
+_MEMORY = types.NamedTuple((types.int64,) * 11 + (_STRIDES,) * 6, Memory)
+_GRADIENTS = types.NamedTuple((types.int64,) * 8 + (_STRIDES,) * 3, Gradients)
+
+
+@njit(**INLINE)
+def _place(s, strides, outer, group, start):
+    """Of a group's chunk in a (batch, d_inner, length) array: first element, stride from lane to lane, and lanes."""
+    if s.over_channels:
+        first = outer * strides[0] + group * WIDTH * strides[1]
+        return first + start * strides[2], strides[1], min(WIDTH, s.channels - group * WIDTH)
+    first = outer * WIDTH * strides[0] + group * strides[1]
+    return first + start * strides[2], strides[0], min(WIDTH, s.batch - outer * WIDTH)
+
+
+@njit(**INLINE)
+def _read(s, array, strides, outer, group, start, steps, to, row):
+    """One group's chunk of a (batch, d_inner, length) array of any strides to one row of vectors."""
+    at, stride, lanes = _place(s, strides, outer, group, start)
+    if strides[2] == 1:
+        transpose(array, at, stride, lanes, steps, to, row, WIDTH, steps, WIDTH)
+    elif stride == 1:
+        for t in range(steps):
+            store(to, row + t * WIDTH, load_first(array, at + t * strides[2], lanes))
+    else:
+        for t in range(steps):
+            for lane in range(WIDTH):
+                value = array[at + lane * stride + t * strides[2]] if lane < lanes else ZERO
+                to[row + t * WIDTH + lane] = value
+
+
+@njit(**INLINE)
+def _write(s, source, row, array, strides, outer, group, start, steps):
+    """The reverse of `_read`."""
+    at, stride, lanes = _place(s, strides, outer, group, start)
+    if strides[2] == 1:
+        transpose(source, row, WIDTH, steps, WIDTH, array, at, stride, lanes, steps)
+    elif stride == 1:
+        for t in range(steps):
+            store_first(array, at + t * strides[2], load(source, row + t * WIDTH), lanes)
+    else:
+        for t in range(steps):
+            for lane in range(lanes):
+                array[at + lane * stride + t * strides[2]] = source[row + t * WIDTH + lane]
+
+
+@njit(**INLINE)
+def _read_states(s, array, strides, outer, start, steps, first, count, to):
+    """B or C, strides of (batch, length, d_state), of the states [first, first + count): a row of vectors a state."""
+    if s.over_channels:
+        at = outer * strides[0] + start * strides[1] + first * strides[2]
+        for n in range(count):
+            inside = first + n < s.states
+            for t in range(steps):
+                value = array[at + t * strides[1] + n * strides[2]] if inside else ZERO
+                store(to, n * STATE_ROW + t * WIDTH, splat(value))
+    else:
+        lanes = min(WIDTH, s.batch - outer * WIDTH)
+        at = outer * WIDTH * strides[0] + start * strides[1] + first * strides[2]
+        for t in range(steps):
+            for n in range(0, count, WIDTH):
+                columns = min(WIDTH, s.states - first - n)
+                begin = at + t * strides[1] + n
+                for lane in range(lanes):  # the rows lie far apart, the processor would not foresee them
+                    prefetch(array, begin + lane * strides[0] + 2 * strides[1])
+                transpose(
+                    array, begin, strides[0], lanes, columns, to, n * STATE_ROW + t * WIDTH, STATE_ROW, WIDTH, WIDTH
+                )
+
+
+@njit(**INLINE)
+def _write_states(s, source, array, outer, start, steps, first, count):
+    """The gradient of B or C of the states [first, first + count) to a contiguous (batch, length, d_state) array."""
+    for n in range(0, count, WIDTH):
+        columns = min(WIDTH, s.states - first - n)
+        for t in range(steps):
+            at = (start + t) * s.states + first + n
+            row = n * STATE_ROW + t * WIDTH
+            if s.over_channels:
+                store_first(array, outer * s.length * s.states + at, total_of_each(source, row, STATE_ROW), columns)
+            else:
+                lanes = min(WIDTH, s.batch - outer * WIDTH)
+                at += outer * WIDTH * s.length * s.states
+                stride = s.length * s.states
+                transpose(source, row, STATE_ROW, WIDTH, WIDTH, array, at, stride, lanes, columns)
+
+
+@njit(**INLINE)
+def _per_channel(s, values, stride, to, at, to_stride, count, factor):
+    """Spread `count` values of each channel (channel c's begin at c * stride) to one vector a value and group."""
+    for group in range(s.groups):
+        for n in range(count):
+            for lane in range(WIDTH):
+                c = group * WIDTH + lane if s.over_channels else group
+                inside = c < s.channels and n < stride
+                to[at + (group * to_stride + n) * WIDTH + lane] = factor * values[c * stride + n] if inside else ZERO
+
+
+@njit(**INLINE)
+def _sum_per_channel(s, source, from_stride, values, stride):
+    """The reverse of `_per_channel` for gradients: over the batch they are summed."""
+    for group in range(s.groups):
+        for n in range(stride):
+            at = (group * from_stride + n) * WIDTH
+            if s.over_channels:
+                for lane in range(min(WIDTH, s.channels - group * WIDTH)):
+                    values[(group * WIDTH + lane) * stride + n] = source[at + lane]
+            else:
+                values[group * stride + n] = total(load(source, at))
+
+
+@njit(**INLINE)
+def _split(s, space):
+    """The parts of the workspace that both passes use: a, skip and bias a vector each, then rows of the groups."""
+    state = s.groups * s.even * WIDTH
+    block = (min(BLOCK, s.even) + WIDTH) * STATE_ROW
+    rows = s.groups * ROW
+    a = space[:state]
+    h = space[state : 2 * state]
+    at = 2 * state
+    skip = space[at : at + s.groups * WIDTH]
+    bias = space[at + s.groups * WIDTH : at + 2 * s.groups * WIDTH]
+    at += 2 * s.groups * WIDTH
+    B = space[at : at + block]
+    C = space[at + block : at + 2 * block]
+    at += 2 * block
+    u = space[at : at + rows]
+    dt = space[at + rows : at + 2 * rows]
+    du = space[at + 2 * rows : at + 3 * rows]
+    y = space[at + 3 * rows : at + 4 * rows]
+    part = space[at + 4 * rows : at + 5 * rows]
+    at += 5 * rows
+    z = space[at : at + ROW]
+    return (a, h, skip, bias, B, C, u, dt, du, y, part, z), space[at + ROW :]
+
+
+@njit(**INLINE)
+def _prepare(s, u_in, u_strides, delta_in, delta_strides, outer, start, steps, bias, u, dt, du, y, part):
+    """Step sizes and inputs of a chunk; y and part set to zero."""
+    for group in range(s.groups):
+        row = group * ROW
+        _read(s, u_in, u_strides, outer, group, start, steps, u, row)
+        _read(s, delta_in, delta_strides, outer, group, start, steps, dt, row)
+        bias_g = load(bias, group * WIDTH)
+        _, _, lanes = _place(s, u_strides, outer, group, start)
+        for t in range(row, row + steps * WIDTH, WIDTH):
+            dt_t = load(dt, t) + bias_g
+            if s.softplus:
+                dt_t = softplus(dt_t)
+            dt_t = first(dt_t, lanes)  # in unused lanes the states stay 0 whatever A is
+            store(dt, t, dt_t)
+            store(du, t, dt_t * load(u, t))
+            store(y, t, splat(ZERO))
+            store(part, t, splat(ZERO))
+
+
+@njit(**INLINE)
+def _parameters(s, m, a, skip, bias):
+    _per_channel(s, floats(m.A), s.states, a, 0, s.even, s.even, LOG2E)
+    if m.delta_bias:
+        _per_channel(s, floats(m.delta_bias), 1, bias, 0, 1, 1, ONE)
+    else:
+        fill(bias, 0, s.groups, ZERO)
+    if m.D:
+        _per_channel(s, floats(m.D), 1, skip, 0, 1, 1, ONE)
+
+
+@kernel(_SIZES, _MEMORY, types.int64, types.int64, types.int64)
+def _forward(s, m, begin, end, workspace):
+    """Write out, and where asked for last_state and saved, for the outer pieces [begin, end)."""
+    space = floats(workspace)
+    u_in, delta_in, B_in, C_in, z_in, out = (
+        *(floats(m.u), floats(m.delta), floats(m.B), floats(m.C), floats(m.z), floats(m.out)),
+    )
+    last_state, saved = floats(m.last_state), floats(m.saved)
+    (a, h, skip, bias, B, C, u, dt, du, y, part, z), _ = _split(s, space)
+    state = s.groups * s.even * WIDTH
+    _parameters(s, m, a, skip, bias)
+    for outer in range(begin, end):
+        fill(h, 0, s.groups * s.even, ZERO)
+        for chunk in range(s.chunks):
+            start = chunk * CHUNK
+            steps = min(CHUNK, s.length - start)
+            if m.saved:
+                at = (outer * s.chunks + chunk) * state
+                for i in range(0, state, WIDTH):
+                    store(saved, at + i, load(h, i))
+            _prepare(s, u_in, m.u_strides, delta_in, m.delta_strides, outer, start, steps, bias, u, dt, du, y, part)
+            for block in range(0, s.even, BLOCK):
+                count = min(BLOCK, s.even - block)
+                _read_states(s, B_in, m.B_strides, outer, start, steps, block, count, B)
+                _read_states(s, C_in, m.C_strides, outer, start, steps, block, count, C)
+                for group in range(s.groups):
+                    for n in range(0, count, 2):
+                        at = (group * s.even + block + n) * WIDTH
+                        both = block + n + 1 < s.states
+                        a0, a1 = load(a, at), load(a, at + WIDTH)
+                        h0, h1 = load(h, at), load(h, at + WIDTH)
+                        h0, h1 = scan_pair(steps, both, dt, du, part, group * ROW, B, C, n * STATE_ROW, a0, a1, h0, h1)
+                        store(h, at, h0)
+                        store(h, at + WIDTH, h1)
+                        if (n + 2) % SUMMED == 0 or n + 2 == count:
+                            fold(part, y, group * ROW, CHUNK)
+            for group in range(s.groups):
+                row = group * ROW
+                if m.D:
+                    D_g = load(skip, group * WIDTH)
+                    for t in range(row, row + steps * WIDTH, WIDTH):
+                        store(y, t, fma(D_g, load(u, t), load(y, t)))
+                if m.z:
+                    _read(s, z_in, m.z_strides, outer, group, start, steps, z, 0)
+                    for t in range(0, steps * WIDTH, WIDTH):
+                        z_t = load(z, t)
+                        store(y, row + t, load(y, row + t) * z_t * sigmoid(z_t))
+                _write(s, y, row, out, m.out_strides, outer, group, start, steps)
+        if m.last_state:
+            for group in range(s.groups):
+                for lane in range(WIDTH):
+                    c = group * WIDTH + lane if s.over_channels else group
+                    b = outer if s.over_channels else outer * WIDTH + lane
+                    if b < s.batch and c < s.channels:
+                        for n in range(s.states):
+                            value = h[(group * s.even + n) * WIDTH + lane]
+                            last_state[(b * s.channels + c) * s.states + n] = value
+
+
+@kernel(_SIZES, _MEMORY, _GRADIENTS, types.int64, types.int64, types.int64)
+def _backward(s, m, grads, begin, end, workspace):
+    """Write the gradients of `_forward` for the outer pieces [begin, end)."""
+    space = floats(workspace)
+    u_in, delta_in, B_in, C_in, z_in = floats(m.u), floats(m.delta), floats(m.B), floats(m.C), floats(m.z)
+    grad_out, grad_last, saved = floats(m.out), floats(m.last_state), floats(m.saved)
+    du_out, ddelta_out, dz_out = floats(grads.u), floats(grads.delta), floats(grads.z)
+    dB_out, dC_out = floats(grads.B), floats(grads.C)
+    (a, _, skip, bias, B, C, u, dt, du, y, part, z), rest = _split(s, space)
+    state = s.groups * s.even * WIDTH
+    block = (min(BLOCK, s.even) + WIDTH) * STATE_ROW
+    rows = s.groups * ROW
+    dh = rest[:state]
+    sum_a = rest[state : 2 * state]
+    at = 2 * state
+    sum_skip = rest[at : at + s.groups * WIDTH]
+    sum_bias = rest[at + s.groups * WIDTH : at + 2 * s.groups * WIDTH]
+    at += 2 * s.groups * WIDTH
+    dB = rest[at : at + block]
+    dC = rest[at + block : at + 2 * block]
+    at += 2 * block
+    g = rest[at : at + rows]
+    dy = rest[at + rows : at + 2 * rows]
+    ddt = rest[at + 2 * rows : at + 3 * rows]
+    ddu = rest[at + 3 * rows : at + 4 * rows]
+    at += 4 * rows
+    decay = rest[at : at + 2 * ROW]
+    before = rest[at + 2 * ROW : at + 4 * ROW]
+    raw = rest[at + 4 * ROW : at + 5 * ROW]
+    _parameters(s, m, a, skip, bias)
+    fill(sum_a, 0, s.groups * s.even, ZERO)
+    fill(sum_skip, 0, s.groups, ZERO)
+    fill(sum_bias, 0, s.groups, ZERO)
+    for outer in range(begin, end):
+        fill(dh, 0, s.groups * s.even, ZERO)
+        if m.last_state:
+            for group in range(s.groups):
+                for lane in range(WIDTH):
+                    c = group * WIDTH + lane if s.over_channels else group
+                    b = outer if s.over_channels else outer * WIDTH + lane
+                    if b < s.batch and c < s.channels:
+                        for n in range(s.states):
+                            value = grad_last[(b * s.channels + c) * s.states + n]
+                            dh[(group * s.even + n) * WIDTH + lane] = value
+        for chunk in range(s.chunks - 1, -1, -1):
+            start = chunk * CHUNK
+            steps = min(CHUNK, s.length - start)
+            _prepare(s, u_in, m.u_strides, delta_in, m.delta_strides, outer, start, steps, bias, u, dt, du, y, part)
+            for group in range(s.groups):
+                row = group * ROW
+                _read(s, grad_out, m.out_strides, outer, group, start, steps, g, row)
+                if m.z:
+                    _read(s, z_in, m.z_strides, outer, group, start, steps, z, 0)
+                for t in range(0, steps * WIDTH, WIDTH):
+                    dy_t = load(g, row + t)
+                    if m.z:
+                        z_t = load(z, t)
+                        dy_t = dy_t * z_t * sigmoid(z_t)
+                    store(dy, row + t, dy_t)
+                    store(ddt, row + t, splat(ZERO))
+                    store(ddu, row + t, splat(ZERO))
+            for first_state in range(0, s.even, BLOCK):
+                count = min(BLOCK, s.even - first_state)
+                _read_states(s, B_in, m.B_strides, outer, start, steps, first_state, count, B)
+                _read_states(s, C_in, m.C_strides, outer, start, steps, first_state, count, C)
+                fill(dB, 0, count * (CHUNK + 1), ZERO)
+                fill(dC, 0, count * (CHUNK + 1), ZERO)
+                for group in range(s.groups):
+                    for n in range(0, count, 2):
+                        at = (group * s.even + first_state + n) * WIDTH
+                        from_ = (outer * s.chunks + chunk) * state + at
+                        dh0, dh1, da0, da1 = scan_pair_backward(
+                            steps,
+                            first_state + n + 1 < s.states,
+                            dt,
+                            du,
+                            part,
+                            dy,
+                            ddt,
+                            ddu,
+                            group * ROW,
+                            B,
+                            C,
+                            dB,
+                            dC,
+                            n * STATE_ROW,
+                            decay,
+                            before,
+                            load(a, at),
+                            load(a, at + WIDTH),
+                            load(saved, from_),
+                            load(saved, from_ + WIDTH),
+                            load(dh, at),
+                            load(dh, at + WIDTH),
+                            load(sum_a, at),
+                            load(sum_a, at + WIDTH),
+                        )
+                        store(dh, at, dh0)
+                        store(dh, at + WIDTH, dh1)
+                        store(sum_a, at, da0)
+                        store(sum_a, at + WIDTH, da1)
+                        if (n + 2) % SUMMED == 0 or n + 2 == count:
+                            fold(part, y, group * ROW, CHUNK)
+                _write_states(s, dB, dB_out, outer, start, steps, first_state, count)
+                _write_states(s, dC, dC_out, outer, start, steps, first_state, count)
+            for group in range(s.groups):
+                row = group * ROW
+                D_g = load(skip, group * WIDTH) if m.D else splat(ZERO)
+                dD_g = load(sum_skip, group * WIDTH)
+                if m.z:
+                    _read(s, z_in, m.z_strides, outer, group, start, steps, z, 0)
+                    for t in range(0, steps * WIDTH, WIDTH):
+                        z_t = load(z, t)
+                        gate = sigmoid(z_t)
+                        y_t = fma(D_g, load(u, row + t), load(y, row + t))
+                        store(z, t, load(g, row + t) * y_t * gate * fma(z_t, ONE - gate, splat(ONE)))
+                    _write(s, z, 0, dz_out, grads.z_strides, outer, group, start, steps)
+                if s.softplus:
+                    _read(s, delta_in, m.delta_strides, outer, group, start, steps, raw, 0)
+                bias_g = load(bias, group * WIDTH)
+                dbias_g = load(sum_bias, group * WIDTH)
+                for t in range(0, steps * WIDTH, WIDTH):
+                    u_t = load(u, row + t)
+                    dy_t = load(dy, row + t)
+                    ddu_t = load(ddu, row + t)
+                    dD_g = fma(dy_t, u_t, dD_g)
+                    ddelta_t = fma(u_t, ddu_t, LN2 * load(ddt, row + t))
+                    if s.softplus:
+                        ddelta_t = ddelta_t * sigmoid(load(raw, t) + bias_g)
+                    dbias_g = dbias_g + ddelta_t
+                    store(ddt, row + t, ddelta_t)
+                    store(ddu, row + t, fma(D_g, dy_t, load(dt, row + t) * ddu_t))
+                store(sum_skip, group * WIDTH, dD_g)
+                store(sum_bias, group * WIDTH, dbias_g)
+                _write(s, ddt, row, ddelta_out, grads.delta_strides, outer, group, start, steps)
+                _write(s, ddu, row, du_out, grads.u_strides, outer, group, start, steps)
+    _sum_per_channel(s, sum_a, s.even, floats(grads.A), s.states)
+    if m.delta_bias:
+        _sum_per_channel(s, sum_bias, 1, floats(grads.delta_bias), 1)
+    if m.D:
+        _sum_per_channel(s, sum_skip, 1, floats(grads.D), 1)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _arrays(tensors: Inputs) -> tuple[np.ndarray[Any, Any], ...]:
-    """The tuple the kernels take as inputs: no bias is a zero bias, no D and no z are empty arrays."""
-    u, delta, A, B, C, D, z, delta_bias = tensors
-    D = u.new_empty(0) if D is None else D
-    z = u.new_empty(0, 0, 0) if z is None else z
-    delta_bias = u.new_zeros(u.shape[1]) if delta_bias is None else delta_bias
-    return tuple(x.detach().numpy() for x in (u, delta, A * float(LOG2E), B, C, D, z, delta_bias))
-
-
-def _run_forward(softplus: bool, tensors: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Out, last state, and with `keep` what the backward pass needs: y before the gate and the chunk starts."""
-    u, _, A, _, _, _, z, _ = tensors
+def sizes_of(tensors: Inputs, softplus: bool) -> Sizes:
+    """The sizes of a scan of these tensors, and whether a lane is a channel or a sequence."""
+    u, _, A, *_ = tensors
     (batch, channels, length), states = u.shape, A.shape[1]
+
+    # B and C are the same for all channels and cheaper to spread over them, so sequences need to fill the lanes better:
+    # channels at least three quarters as well as the batch
+    channel_groups, batch_groups = -(-channels // WIDTH), -(-batch // WIDTH)
+    over_channels = 4 * channels * batch_groups >= 3 * batch * channel_groups
+    outer, groups = (batch, channel_groups) if over_channels else (batch_groups, channels)
+    return Sizes(
+        *(batch, channels, length, states, int(over_channels), outer, groups, states + states % 2),
+        *(-(-length // CHUNK), int(softplus)),
+    )
+
+
+def saved_size(s: Sizes) -> int:
+    """Elements of `saved`."""
+    return s.outer * s.chunks * s.groups * s.even * WIDTH
+
+
+NO_STRIDES = (0, 0, 0)
+
+
+def _memory(tensors: Inputs, out: Tensor, last_state: Tensor | None, saved: Tensor | None) -> Memory:
+    strides = [x.stride() if x is not None else NO_STRIDES for x in (*tensors, out)]
+    u, delta, _, B, C, _, z, _, out_strides = strides
+    addresses = [x.data_ptr() if x is not None else 0 for x in (*tensors, out, last_state, saved)]
+    return Memory(*addresses, u, delta, B, C, z, out_strides)  # type: ignore[arg-type]
+
+
+def _workspace(s: Sizes, backward: bool) -> Tensor:
+    """Room for what `_split` and the rest of a pass lay out."""
+    state, block = s.groups * s.even, (min(BLOCK, s.even) + WIDTH) * (CHUNK + 1)
+    vectors = 2 * state + 2 * s.groups + 2 * block + (5 * s.groups + 1) * CHUNK
+    if backward:
+        vectors += 2 * state + 2 * s.groups + 2 * block + (4 * s.groups + 5) * CHUNK
+    return torch.empty(vectors * WIDTH)
+
+
+def _prepared(tensors: Inputs, s: Sizes) -> Inputs:
+    """What the kernels read: the small tensors contiguous and, over sequences, B and C contiguous in states."""
+    u, delta, A, B, C, D, z, delta_bias = tensors
+    if not s.over_channels:
+        B, C = (x if x.stride(2) == 1 else x.contiguous() for x in (B, C))
+    D, delta_bias = (x if x is None else x.contiguous() for x in (D, delta_bias))
+    return u, delta, A.contiguous(), B, C, D, z, delta_bias
+
+
+def run_forward(tensors: Inputs, s: Sizes, keep: bool, want_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Out, with `want_state` the last state, and with `keep` the states that the backward pass starts from."""
+    u = tensors[0]
     out = torch.empty_like(u)
-    h = u.new_zeros(batch, channels, states)
-    y = torch.empty_like(u) if keep and z is not None else u.new_empty(0, 0, 0)
-    saved = u.new_empty(batch, channels, math.ceil(length / CHUNK) if keep else 0, states)
-    results = (x.detach().numpy() for x in (out, y, h, saved))
-    _forward(_arrays(tensors), softplus, *results, np.empty(length, f32))
-    return out, h, y, saved
+    last_state = u.new_zeros(s.batch, s.channels, s.states) if want_state else None
+    saved = u.new_empty(saved_size(s)) if keep else None
+    if u.numel():
+        tensors = _prepared(tensors, s)
+        memory = _memory(tensors, out, last_state, saved)
+
+        def run(thread: int, first: int, last: int) -> None:
+            space = _workspace(s, backward=False)
+            _forward(s, memory, first, last, space.data_ptr())
+
+        share(run, s.outer, threads_for(s.outer, u.numel() * s.states))
+    return out, last_state, saved
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """On float32 contiguous tensors, with B and C as (batch, length, d_state)."""
+    """On float32 tensors, with B and C as (batch, length, d_state)."""
 
     @staticmethod
-    def forward(ctx: Any, softplus: bool, *tensors: Any) -> tuple[Tensor, Tensor]:
-        out, h, y, saved = _run_forward(softplus, tensors, keep=True)
-        ctx.softplus = softplus
-        ctx.save_for_backward(*tensors, y, saved)
-        return out, h
+    def forward(ctx: Any, softplus: bool, want_state: bool, *tensors: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.sizes = sizes_of(tensors, softplus)
+        out, last_state, saved = run_forward(tensors, ctx.sizes, keep=True, want_state=want_state)
+        ctx.save_for_backward(*tensors, saved)
+        return out, last_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_h: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, y, saved = ctx.saved_tensors
-        u, _, A, B, C, _, z, _ = tensors
-        (batch, channels, length), states = u.shape, A.shape[1]
-        du, ddelta, dz = torch.empty_like(u), torch.empty_like(u), u.new_empty((0, 0, 0) if z is None else z.shape)
-        dA, dB, dC = u.new_zeros(batch, channels, states), torch.zeros_like(B), torch.zeros_like(C)
-        dD, dbias = u.new_zeros(batch, channels), u.new_zeros(batch, channels)
-        dh = grad_h.clone(memory_format=torch.contiguous_format)
-        _backward(
-            *(_arrays(tensors), ctx.softplus),
-            *(x.numpy() for x in (y, saved, grad_out.contiguous(), dh)),
-            tuple(x.numpy() for x in (du, ddelta, dA, dB, dC, dD, dz, dbias)),
-            tuple(np.empty(shape, f32) for shape in (length, length, (CHUNK + 1, states), (CHUNK, states))),
-        )
-        grads = (du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, dbias.sum(0))
-        return None, *(None if x is None else grad for x, grad in zip(tensors, grads, strict=True))
+    def backward(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, saved = ctx.saved_tensors
+        return None, None, *run_backward(tuple(tensors), ctx.sizes, saved, grad_out, grad_last)
 
 
-def _check(tensors: dict[str, Tensor | None], u: Tensor, A: Tensor) -> None:
-    """The kernels read memory without bounds checks, so every shape is checked first."""
+def run_backward(
+    tensors: Inputs, s: Sizes, saved: Tensor, grad_out: Tensor | None, grad_last: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the eight tensors, None for those that are None."""
+    u, delta, A, _, _, D, z, delta_bias = tensors
+    grad_out = torch.zeros_like(u) if grad_out is None else grad_out
+    grad_last = grad_last if grad_last is None else grad_last.contiguous()
+    threads = threads_for(s.outer, u.numel() * s.states)
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dz = None if z is None else torch.empty_like(z)
+    blank = u.new_empty if u.numel() else u.new_zeros  # without channels B and C have no part in anything
+    dB, dC = blank(s.batch, s.length, s.states), blank(s.batch, s.length, s.states)
+    dA = A.new_zeros(threads, s.channels, s.states)  # a part of the sum a thread
+    dD = None if D is None else D.new_zeros(threads, s.channels)
+    dbias = None if delta_bias is None else delta_bias.new_zeros(threads, s.channels)
+    if u.numel():
+        tensors = _prepared(tensors, s)
+        memory = _memory(tensors, grad_out, grad_last, saved)
+
+        def address(x: Tensor | None, thread: int | None = None) -> int:
+            return 0 if x is None else (x if thread is None else x[thread]).data_ptr()
+
+        def run(thread: int, first: int, last: int) -> None:
+            grads = Gradients(
+                *(address(du), address(ddelta), address(dA, thread), address(dB), address(dC)),
+                *(address(dD, thread), address(dz), address(dbias, thread)),
+                *(du.stride(), ddelta.stride(), NO_STRIDES if dz is None else dz.stride()),  # type: ignore[arg-type]
+            )
+            space = _workspace(s, backward=True)
+            _backward(s, memory, grads, first, last, space.data_ptr())
+
+        share(run, s.outer, threads)
+    return (
+        *(du, ddelta, dA.sum(0), dB, dC, None if dD is None else dD.sum(0), dz),
+        None if dbias is None else dbias.sum(0),
+    )
+
+
+def check(tensors: dict[str, Tensor | None]) -> None:
+    """Raise what `selective_scan_cpu` says. The kernels read memory without bounds checks, so all is checked first."""
+    u, A = tensors["u"], tensors["A"]
+    assert u is not None
+    assert A is not None
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(f"u must be (batch, d_inner, length) and A (d_inner, d_state), got {u.shape} and {A.shape}")
     (batch, channels, length), states = u.shape, A.shape[1]
-    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("u", "delta", "z"), (batch, channels, length))
-    expected |= dict.fromkeys(("B", "C"), (batch, states, length)) | {"A": (channels, states)}
-    expected |= dict.fromkeys(("D", "delta_bias"), (channels,))
-    given = {name: x for name, x in tensors.items() if x is not None}
-    if dtypes := [f"{name} is {x.dtype}" for name, x in given.items() if x.dtype not in DTYPES]:
-        raise TypeError(f"{', '.join(dtypes)}: the CPU scan computes in float32, only the reference in float64")
-    faults = [f"{name} is on {x.device}, not the CPU" for name, x in given.items() if x.device.type != "cpu"]
-    faults += [
-        f"{name} is {tuple(x.shape)}, expected {expected[name]}"
-        for name, x in given.items()
-        if x.shape != expected[name]
-    ]
+    sequence, matrix, vector = (batch, channels, length), (batch, states, length), (channels,)
+    expected = (sequence, sequence, (channels, states), matrix, matrix, vector, sequence, vector)
+    faults = []
+    for (name, x), shape in zip(tensors.items(), expected, strict=True):
+        if x is None:
+            continue
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} is {x.dtype}: the CPU scan computes in float32, only the reference in float64")
+        if not x.is_cpu:
+            faults.append(f"{name} is on {x.device}, not the CPU")
+        if x.shape != shape:
+            faults.append(f"{name} is {tuple(x.shape)}, expected {shape}")
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -348,16 +650,13 @@ def selective_scan_cpu(
         ValueError: a tensor has the wrong shape or is not on the CPU.
     """
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    _check(tensors, u, A)
+    check(tensors)
     tensors |= {"B": B.transpose(1, 2), "C": C.transpose(1, 2)}
-    inputs: Any = tuple(None if x is None else x.float().contiguous() for x in tensors.values())
+    inputs: Any = tuple(x if x is None or x.dtype is torch.float32 else x.float() for x in tensors.values())
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        out, h = _SelectiveScan.apply(delta_softplus, *inputs)
+        out, last_state = _SelectiveScan.apply(delta_softplus, return_last_state, *inputs)
     else:
-        out, h, _, _ = _run_forward(delta_softplus, inputs, keep=False)
+        sizes = sizes_of(inputs, delta_softplus)
+        out, last_state, _ = run_forward(inputs, sizes, keep=False, want_state=return_last_state)
     out = out.to(u.dtype)
-    return (out, h) if return_last_state else out
-
-
-if _compile_seconds:
-    log.info("compiled the CPU scan kernels in %.0f s", _compile_seconds)
+    return (out, last_state) if return_last_state else out

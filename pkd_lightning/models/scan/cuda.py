@@ -5,9 +5,12 @@ import importlib
 import logging
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+MOST_STATES = 256  # what mamba_ssm's kernels are compiled for
 
 
 @functools.cache
@@ -23,6 +26,38 @@ def available() -> bool:
         log.warning("no CUDA selective scan, mamba-ssm cannot be imported: %s", error)
         return False
     return True
+
+
+@functools.cache
+def convolution_available() -> bool:
+    """Whether causal_conv1d can be imported, which mamba_ssm's fused block needs; a failed import is logged."""
+    try:
+        importlib.import_module("causal_conv1d_cuda")
+        importlib.import_module("causal_conv1d")
+    except ImportError as error:
+        log.warning("Mamba blocks on CUDA run unfused, causal-conv1d cannot be imported: %s", error)
+        return False
+    return True
+
+
+def fits_block(states: int, conv: int) -> bool:
+    """Whether mamba_ssm's fused block can be used for so many states and this width of the convolution."""
+    return available() and states <= MOST_STATES and 2 <= conv <= 4 and convolution_available()
+
+
+def mamba_block_cuda(tokens: Tensor, *weights: Tensor) -> Tensor:
+    """A whole Mamba block by mamba_ssm; arguments and result as those of `mamba_block_cpu`."""
+    from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
+
+    in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D, out_proj = weights
+    xz = F.linear(tokens, in_proj).transpose(1, 2)
+    mixed: Tensor = mamba_inner_fn(
+        *(xz, conv_weight, conv_bias, x_proj, dt_weight, out_proj, None, -torch.exp(A_log.float())),
+        D=D.float(),
+        delta_bias=dt_bias.float(),
+        delta_softplus=True,
+    )
+    return mixed
 
 
 def selective_scan_cuda(

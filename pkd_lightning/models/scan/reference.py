@@ -57,3 +57,54 @@ def selective_scan_reference(
         y = y * F.silu(z.to(compute))
     y = y.to(dtype)
     return (y, h) if return_last_state else y
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence, as mamba_ssm's `selective_state_update`: the scan of a sequence, token by token.
+
+    Args:
+        state: (batch, d_inner, d_state) after the step before; zeros at first. Left unchanged.
+        u: (batch, d_inner) input, as are delta and z.
+        delta: step sizes, before bias and softplus.
+        A: (d_inner, d_state).
+        B: (batch, d_state), as is C.
+        C: output matrix.
+        D: (d_inner,), or None.
+        z: gate, or None.
+        delta_bias: (d_inner,), or None.
+        delta_softplus: apply softplus to delta after the bias.
+
+    Returns:
+        The output (batch, d_inner) in u's dtype, and the new state.
+    """
+    dtype = u.dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    u, delta, B, C = (x.to(compute) for x in (u, delta, B, C))
+    delta = delta if delta_bias is None else delta + delta_bias.to(compute)
+    delta = F.softplus(delta) if delta_softplus else delta
+    state = torch.exp(delta[..., None] * A.to(compute)) * state + (delta * u)[..., None] * B[:, None]
+    y = (state * C[:, None]).sum(-1)
+    y = y if D is None else y + u * D.to(compute)
+    y = y if z is None else y * F.silu(z.to(compute))
+    return y.to(dtype), state
+
+
+def scan_macs(batch: int, length: int, d_inner: int, d_state: int) -> int:
+    """Multiply-accumulates of the scan.
+
+    For each step and inner channel: delta * u, the skip and the gate (3), and for each state delta * A, delta * u * B,
+    the state update and the product with C (4). Exponentials and other elementwise functions are not
+    multiply-accumulates and are not counted.
+    """
+    return batch * length * d_inner * (3 + 4 * d_state)

@@ -1,0 +1,525 @@
+"""Vectors of 16 float32 for numba kernels: a small explicit SIMD type, so that no kernel depends on LLVM's vectoriser.
+
+Inside a kernel, `load` gives a `lanes` value from an array, `+ - * /` and `fma` work on lanes and on float32 (which is
+broadcast), and `store` writes it back. LLVM maps the 16 lanes to one AVX-512, two AVX or four SSE registers.
+
+`kernel` compiles a function, or loads it from numba's cache.
+"""
+
+# Kernels are not Python to a type checker: numba gives them their types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, call-arg, var-annotated, attr-defined"
+
+import functools
+import hashlib
+import logging
+import math
+import operator
+import pickle
+import threading
+import types as python_types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+log = logging.getLogger(__name__)
+
+WIDTH = 16
+
+INLINE: dict[str, Any] = {"forceinline": True, "error_model": "numpy"}
+
+f32 = np.float32
+ZERO = f32(0.0)
+ONE = f32(1.0)
+LOG2E = f32(math.log2(math.e))
+LN2 = f32(math.log(2.0))
+
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_VECTOR, _INTEGERS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
+
+
+class Lanes(types.Type):
+    """The numba type of a vector of `WIDTH` float32."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"lanes{WIDTH}")
+
+
+lanes = Lanes()
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VECTOR)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_VECTOR, [float(value)] * WIDTH)
+
+
+def _integers(value: int) -> ir.Constant:
+    return ir.Constant(_INTEGERS, [value] * WIDTH)
+
+
+def _broadcast(builder: Any, value: Any) -> Any:
+    """`value` as a vector, if it is not one already."""
+    if value.type == _VECTOR:
+        return value
+    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _integers(0))
+
+
+def _call(builder: Any, name: str, *arguments: Any) -> Any:
+    """Call LLVM's intrinsic `name` on vectors."""
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(arguments))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32"), arguments)
+
+
+def _is_operand(kind: Any) -> bool:
+    return kind is lanes or kind == types.float32
+
+
+def _binary(symbol: Any, instruction: str) -> None:
+    """Let `symbol` work on two lanes, or lanes and a float32."""
+
+    @infer_global(symbol)
+    class _Template(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and lanes in args and all(map(_is_operand, args)):
+                return signature(lanes, *args)
+            return None
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return getattr(builder, instruction)(*(_broadcast(builder, x) for x in args))
+
+    for pair in ((lanes, lanes), (lanes, types.float32), (types.float32, lanes)):
+        lower_builtin(symbol, *pair)(lower)
+
+
+for _symbol, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _binary(_symbol, _instruction)
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the memory of array[index] to be brought into the cache; any index is allowed."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_POINTER, _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, keep, data = (ir.Constant(_INT, x) for x in (0, 3, 1))
+        builder.call(function, [_address(context, builder, sig, args), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(array, index), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, x: Any) -> Any:
+    """The float32 `x` in every lane."""
+    return lanes(types.float32), lambda context, builder, sig, args: _broadcast(builder, args[0])
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """The product of a and b plus c, rounded once."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, "fma", *(_broadcast(builder, x) for x in args))
+
+    return (lanes(a, b, c), codegen) if all(map(_is_operand, (a, b, c))) else None
+
+
+def _index(context: Any, builder: Any, sig: Any, args: Any, *positions: int) -> list[Any]:
+    """The arguments at `positions` as 64-bit integers."""
+    return [context.cast(builder, args[i], sig.args[i], types.intp) for i in positions]
+
+
+def _address(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    """Pointer to the vector that begins at element args[1] of the flat array args[0]."""
+    (index,) = _index(context, builder, sig, args, 1)
+    data = context.make_array(sig.args[0])(context, builder, args[0]).data
+    return builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], _FLOAT.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@njit(**INLINE)
+def floats(address):
+    """The float32 memory from `address` (a tensor's data_ptr()) on, as a flat array without an end.
+
+    Integers pass from Python to a kernel in a fraction of the time that arrays take.
+    """
+    return carray(_pointer(address), (1 << 40,))
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, index: Any) -> Any:
+    """array[index : index + 16] of a flat float32 array, any alignment."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_address(context, builder, sig, args), align=4)
+
+    return lanes(array, index), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write `value` to array[index : index + 16] of a flat float32 array, any alignment."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[2], _address(context, builder, sig, args), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, index, value), codegen
+
+
+def _shuffle(builder: Any, a: Any, b: Any, source: list[int]) -> Any:
+    """Lanes picked from a (0 to 15) and b (16 to 31)."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(source)), source))
+
+
+@intrinsic
+def total(typingctx: Any, x: Any) -> Any:
+    """The sum of all lanes, as a float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, width = args[0], WIDTH
+        while width > 1:
+            width //= 2
+            x = builder.fadd(
+                _shuffle(builder, x, x, list(range(width))), _shuffle(builder, x, x, list(range(width, 2 * width)))
+            )
+        return builder.extract_element(x, ir.Constant(_INT, 0))
+
+    return types.float32(lanes), codegen
+
+
+def _mask(builder: Any, count: Any) -> Any:
+    """The lanes below `count` (an i64)."""
+    count = builder.trunc(count, _INT)
+    one = builder.insert_element(ir.Constant(_INTEGERS, ir.Undefined), count, ir.Constant(_INT, 0))
+    every = builder.shuffle_vector(one, ir.Constant(_INTEGERS, ir.Undefined), _integers(0))
+    return builder.icmp_signed("<", ir.Constant(_INTEGERS, list(range(WIDTH))), every)
+
+
+_POINTER, _MASK = _VECTOR.as_pointer(), ir.VectorType(ir.IntType(1), WIDTH)
+
+
+def _masked_load(builder: Any, address: Any, mask: Any) -> Any:
+    kind = ir.FunctionType(_VECTOR, [_POINTER, _INT, _MASK, _VECTOR])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{WIDTH}f32.p0")
+    return builder.call(function, [address, ir.Constant(_INT, 4), mask, _constant(0)])
+
+
+def _masked_store(builder: Any, value: Any, address: Any, mask: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [_VECTOR, _POINTER, _INT, _MASK])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.store.v{WIDTH}f32.p0")
+    builder.call(function, [value, address, ir.Constant(_INT, 4), mask])
+
+
+@intrinsic
+def load_first(typingctx: Any, array: Any, index: Any, count: Any) -> Any:
+    """`load` of the first `count` lanes, zero in the others; memory beyond them is not touched."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        (count,) = _index(context, builder, sig, args, 2)
+        return _masked_load(builder, _address(context, builder, sig, args), _mask(builder, count))
+
+    return lanes(array, index, count), codegen
+
+
+@intrinsic
+def store_first(typingctx: Any, array: Any, index: Any, value: Any, count: Any) -> Any:
+    """`store` of the first `count` lanes."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        (count,) = _index(context, builder, sig, args, 3)
+        _masked_store(builder, args[2], _address(context, builder, sig, args), _mask(builder, count))
+        return context.get_dummy_value()
+
+    return types.void(array, index, value, count), codegen
+
+
+@intrinsic
+def first(typingctx: Any, x: Any, count: Any) -> Any:
+    """`x` in the first `count` lanes, zero in the others."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        (count,) = _index(context, builder, sig, args, 1)
+        return builder.select(_mask(builder, count), args[0], _constant(0))
+
+    return lanes(lanes, count), codegen
+
+
+@intrinsic
+def total_of_each(typingctx: Any, array: Any, index: Any, stride: Any) -> Any:
+    """The sums of the lanes of 16 vectors, `stride` elements apart, as one vector."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        index, stride = _index(context, builder, sig, args, 1, 2)
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        vectors = []
+        for row in range(WIDTH):
+            at = builder.add(index, builder.mul(stride, ir.Constant(stride.type, row)))
+            vectors.append(builder.load(builder.bitcast(builder.gep(data, [at]), _POINTER), align=4))
+        while len(vectors) > 1:  # lane i of the sum of a and b: a sum of a where bit `half` of i is 0, else of b
+            half = len(vectors) // 2
+            lower = [(lane & ~half) + (WIDTH if lane & half else 0) for lane in range(WIDTH)]
+            vectors = [
+                builder.fadd(_shuffle(builder, a, b, lower), _shuffle(builder, a, b, [lane + half for lane in lower]))
+                for a, b in zip(vectors[:half], vectors[half:], strict=True)
+            ]
+        return vectors[0]
+
+    return lanes(array, index, stride), codegen
+
+
+def _transposed(builder: Any, tile: list[Any]) -> list[Any]:
+    """The 16 columns of 16 vectors."""
+    tile, half = list(tile), WIDTH // 2
+    while half:
+        left = [(lane & ~half) + (WIDTH if lane & half else 0) for lane in range(WIDTH)]
+        for row in range(WIDTH):
+            if not row & half:
+                a, b = tile[row], tile[row + half]
+                tile[row] = _shuffle(builder, a, b, left)
+                tile[row + half] = _shuffle(builder, a, b, [lane + half for lane in left])
+        half //= 2
+    return tile
+
+
+def _rows(context: Any, builder: Any, kind: Any, array: Any, index: Any, stride: Any) -> list[Any]:
+    """Pointers to 16 vectors, `stride` elements apart."""
+    data = context.make_array(kind)(context, builder, array).data
+    indices = [builder.add(index, builder.mul(stride, stride.type(row))) for row in range(WIDTH)]
+    return [builder.bitcast(builder.gep(data, [at]), _POINTER) for at in indices]
+
+
+@intrinsic
+def _transpose_full(
+    typingctx: Any, source: Any, index: Any, stride: Any, to: Any, to_index: Any, to_stride: Any
+) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        index, stride, to_index, to_stride = _index(context, builder, sig, args, 1, 2, 4, 5)
+        rows = _rows(context, builder, sig.args[0], args[0], index, stride)
+        tile = _transposed(builder, [builder.load(row, align=4) for row in rows])
+        for column, at in zip(tile, _rows(context, builder, sig.args[3], args[3], to_index, to_stride), strict=True):
+            builder.store(column, at, align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, index, stride, to, to_index, to_stride), codegen
+
+
+@intrinsic
+def _transpose_part(
+    typingctx: Any,
+    source: Any,
+    index: Any,
+    stride: Any,
+    rows: Any,
+    columns: Any,
+    to: Any,
+    to_index: Any,
+    to_stride: Any,
+    to_rows: Any,
+    to_columns: Any,
+) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        index, stride, rows, columns = _index(context, builder, sig, args, 1, 2, 3, 4)
+        to_index, to_stride, to_rows, to_columns = _index(context, builder, sig, args, 6, 7, 8, 9)
+
+        def masks(rows: Any, columns: Any) -> list[Any]:
+            zero = rows.type(0)
+            inside = [builder.icmp_signed("<", rows.type(row), rows) for row in range(WIDTH)]
+            return [_mask(builder, builder.select(condition, columns, zero)) for condition in inside]
+
+        sources = _rows(context, builder, sig.args[0], args[0], index, stride)
+        read = [_masked_load(builder, *pair) for pair in zip(sources, masks(rows, columns), strict=True)]
+        targets = _rows(context, builder, sig.args[5], args[5], to_index, to_stride)
+        for write in zip(_transposed(builder, read), targets, masks(to_rows, to_columns), strict=True):
+            _masked_store(builder, *write)
+        return context.get_dummy_value()
+
+    declared = types.void(source, index, stride, rows, columns, to, to_index, to_stride, to_rows, to_columns)
+    return declared, codegen
+
+
+@njit(**INLINE)
+def transpose(source, index, stride, rows, columns, to, to_index, to_stride, to_rows, to_columns):
+    """Transpose a 16x16 tile: to[to_index + c * to_stride + r] = source[index + r * stride + c].
+
+    Only `rows` x `columns` of the source are read, the rest counts as zero, and only `to_rows` x `to_columns` of the
+    target are written (columns of the source are rows of the target).
+    """
+    if min(min(rows, columns), min(to_rows, to_columns)) >= WIDTH:
+        _transpose_full(source, index, stride, to, to_index, to_stride)
+    else:
+        _transpose_part(source, index, stride, rows, columns, to, to_index, to_stride, to_rows, to_columns)
+
+
+def _clamp(builder: Any, x: Any, low: float, high: float) -> Any:
+    for limit, side in ((low, "<"), (high, ">")):  # compared so that a NaN passes both
+        x = builder.select(builder.fcmp_ordered(side, x, _constant(limit)), _constant(limit), x)
+    return x
+
+
+def _power(builder: Any, r: Any, y: Any) -> Any:
+    """2**(r + y) for whole r from -127 (0) to 128 (inf) and y from -0.5 to 0.5."""
+    # Minimax with the constant term exactly 1: otherwise the error compounds over the steps.
+    p = _constant(0.0001559467816132662)
+    for coefficient in (
+        0.0013406643902351759,
+        0.009617692972993062,
+        0.05550310551013797,
+        0.24022652782887738,
+        0.6931471472149680279,
+        1.0,
+    ):
+        p = _call(builder, "fma", p, y, _constant(coefficient))
+    exponent = builder.add(builder.fptosi(r, _INTEGERS), _integers(127))
+    return builder.fmul(p, builder.bitcast(builder.shl(exponent, _integers(23)), _VECTOR))
+
+
+@intrinsic
+def exp2(typingctx: Any, x: Any) -> Any:
+    """2**x to 1.3e-7 relative from -126 to 127.5; below it falls to 0 at -127, above it is inf; NaN for NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = _clamp(builder, args[0], -127.0, 128.0)
+        r = _call(builder, "rint", x)
+        return _power(builder, r, builder.fsub(x, r))
+
+    return lanes(lanes), codegen
+
+
+@intrinsic
+def exp(typingctx: Any, x: Any) -> Any:
+    """e**x as exactly as `exp2`, which the product of x and log2(e), once rounded, would not be."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = _clamp(builder, args[0], -127 * math.log(2), 128 * math.log(2))
+        r = _call(builder, "rint", builder.fmul(x, _constant(math.log2(math.e))))
+        for part in (0.693359375, math.log(2) - 0.693359375):  # r * the first is exact
+            x = _call(builder, "fma", r, _constant(-part), x)
+        return _power(builder, r, builder.fmul(x, _constant(math.log2(math.e))))
+
+    return lanes(lanes), codegen
+
+
+@intrinsic
+def absolute(typingctx: Any, x: Any) -> Any:
+    """|x|."""
+    return lanes(lanes), lambda context, builder, sig, args: _call(builder, "fabs", args[0])
+
+
+@intrinsic
+def positive(typingctx: Any, x: Any) -> Any:
+    """max(x, 0); 0 for NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", args[0], _constant(0)), args[0], _constant(0))
+
+    return lanes(lanes), codegen
+
+
+@njit(**INLINE)
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return ONE / (exp(ZERO - x) + ONE)
+
+
+@njit(**INLINE)
+def softplus(x):
+    """max(x, 0) + log(1 + e) with e = exp(-|x|), by log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3."""
+    e = exp(ZERO - absolute(x))
+    s = e / (e + f32(2.0))
+    s2 = s * s
+    p = fma(f32(1 / 13), s2, f32(1 / 11))  # the series of atanh, cut where the next term is 1.4e-8
+    p = fma(p, s2, f32(1 / 9))
+    p = fma(p, s2, f32(1 / 7))
+    p = fma(p, s2, f32(1 / 5))
+    p = fma(p, s2, f32(1 / 3))
+    p = fma(p, s2, ONE)
+    return fma(f32(2.0) * s, p, positive(x))
+
+
+class _NoAlias(CompilerBase):
+    """Tell LLVM that the kernels' arrays do not overlap."""
+
+    def define_pipelines(self) -> list[Any]:
+        self.state.flags.noalias = True
+        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+
+_KERNEL: dict[str, Any] = {"nogil": True, "error_model": "numpy", "pipeline_class": _NoAlias}
+
+
+@functools.cache
+def _warn_uncached() -> None:
+    log.warning(
+        "the CPU kernels are compiled anew in each process: numba has no cache it can use (see NUMBA_CACHE_DIR)"
+    )
+
+
+@functools.cache
+def _say_compiling() -> None:
+    log.info("compiling the CPU kernels, which takes some seconds, once on a machine")
+
+
+# numba's cache knows when the file of a kernel changes, not when the files of what it calls do
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
+
+
+def _stamped(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` with the hash of all kernels' sources as a closure, which is part of the key in numba's cache."""
+    code = function.__code__.replace(co_freevars=("_SOURCES",))
+    closure = (python_types.CellType(_SOURCES),)
+    return python_types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+
+
+NOTICE_AFTER = 1.0  # seconds: loading takes much less
+# nowhere to write; a full or read-only disk; a damaged file
+_CACHE_FAULTS = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+
+
+def kernel(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
+    """Compile now for these argument types, or load from numba's cache where there is one to write to."""
+
+    def compile_(function: Callable[..., None]) -> Any:
+        function, declared = _stamped(function), types.void(*arguments)
+        notice = threading.Timer(NOTICE_AFTER, _say_compiling)
+        notice.daemon = True
+        notice.start()
+        try:
+            return njit(declared, cache=True, **_KERNEL)(function)
+        except _CACHE_FAULTS as error:
+            if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
+                raise
+            _warn_uncached()
+            return njit(declared, **_KERNEL)(function)
+        finally:
+            notice.cancel()
+
+    return compile_
