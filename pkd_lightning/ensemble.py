@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.boosting.combine import Scales, prefix_weights
 from pkd_lightning.checkpoint import read_json, save_weights, write_json
+from pkd_lightning.data.images import normaliser
 from pkd_lightning.errors import RunError
 from pkd_lightning.models.building import ImageShape, build_classifier
 
@@ -43,7 +44,8 @@ class ProgressiveEnsemble(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 images (batch, C, H, W) to what the students read: float32, normalised as in training."""
-        return (images.float() / 255 - self.mean) / self.std
+        scale, shift = normaliser(self.mean, self.std)
+        return images.float() * scale + shift
 
     def forward(self, images: Tensor, members: int | None = None, parallel: bool = False) -> Tensor:
         """Logits (batch, L) of the prefix of the first `members` students (None: all) on preprocessed images.

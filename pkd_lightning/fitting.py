@@ -3,10 +3,10 @@
 import json
 import logging
 import signal
-import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.optim.lr_scheduler import LambdaLR
 
 from pkd_lightning.config import TrainerConfig
+from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.progress import FitProgress
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes before every one of many fits
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data lies in memory
@@ -33,47 +35,83 @@ warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")  # lightn
 class FitModule(L.LightningModule):
     """A model with its loss, optimiser and schedule.
 
-    Losses are summed as tensors and read once an epoch: reading or logging one every step costs more than a tiny model.
+    To Lightning an epoch is one training step (see `EpochLoader`), whose optimiser steps are taken here: its hooks
+    around a step, and reading or logging a loss every step, cost more than a tiny model. So a callback's
+    `on_train_batch_*` hooks come once an epoch, and those around backward and the optimiser do not come.
     Subclasses give `losses(batch)` and may add parameters of their own.
+
+    Attributes:
+        total_steps: optimiser steps of the whole fit, over which the learning rate is scheduled; `fit` sets it.
     """
 
     def __init__(self, model: nn.Module, trainer: TrainerConfig) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.model = model
         self.settings = trainer
+        self.total_steps = 1
+        # a function, not a module: the state dict's names stay those of the model
+        self._compiled = compiled(model) if trainer.compile else None
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The model's logits, by way of torch.compile where that is configured. `losses` calls the model like this."""
+        logits: Tensor = self.model(images) if self._compiled is None else self._compiled(images)
+        return logits
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss (scalar) and the logits that accuracy is measured on (batch, classes)."""
         raise NotImplementedError
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one training batch."""
-        loss, _ = self.losses(batch)
-        self._add("train_loss", loss.detach() * len(batch.labels))
-        self._add("train_count", torch.tensor(float(len(batch.labels))))
-        return loss
+    def training_step(self, batches: Iterable[Batch], batch_idx: int) -> None:
+        """An optimiser step for each batch of an epoch."""
+        trainer, settings, device = self.trainer, self.settings, self.device
+        optimizer = trainer.optimizers[0]
+        schedule: Any = self.lr_schedulers()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        scaler = getattr(trainer.precision_plugin, "scaler", None) or torch.amp.GradScaler(device.type, enabled=False)
+        # Lightning runs all of this under autocast; backward belongs outside of it
+        mixed = settings.precision != "32-true"
+        full_precision = torch.autocast(device.type, enabled=False) if mixed else nullcontext()
+        progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress  # counts trainer.global_step
+        total, count = torch.zeros((), device=device), 0
+        for batch in batches:
+            if trainer.received_sigterm:
+                raise SIGTERMException
+            optimizer.zero_grad()
+            loss, _ = self.losses(Batch(*(part.to(device, non_blocking=True) for part in batch)))
+            with full_precision:
+                scaler.scale(loss).backward()
+            if settings.gradient_clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            progress.increment_completed()
+            total.add_(loss.detach(), alpha=len(batch.labels))  # stays on the device: read once an epoch
+            count += len(batch.labels)
+        self._sums["train_loss"], self._counts["train"] = total, count
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one validation batch to the epoch's sums."""
         loss, logits = self.losses(batch)
-        self._add("validation_loss", loss * len(batch.labels))
-        self._add("validation_correct", (logits.argmax(-1) == batch.labels).sum())
-        self._add("validation_count", torch.tensor(float(len(batch.labels))))
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name, value in (
+            ("validation_loss", loss * len(batch.labels)),
+            ("validation_accuracy", (logits.argmax(-1) == batch.labels).sum()),
+        ):
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts["validation"] = self._counts.get("validation", 0) + len(batch.labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's means. Lightning validates at the end of each training epoch, so both parts are complete."""
-        sums, self._sums = {name: float(value) for name, value in self._sums.items()}, {}
-        self.log_dict(
-            {
-                "train_loss": sums["train_loss"] / sums["train_count"],
-                "validation_loss": sums["validation_loss"] / sums["validation_count"],
-                "validation_accuracy": sums["validation_correct"] / sums["validation_count"],
-            }
-        )
+        means = {name: float(value) / self._counts[name.split("_")[0]] for name, value in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        self.log_dict(means, logger=False)
+        for tracker in self.loggers:  # by optimiser step, where Lightning counts its own
+            tracker.log_metrics({**means, "epoch": self.current_epoch}, step=self.global_step - 1)
+            tracker.save()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is optimised, in torch's form of parameter groups."""
@@ -81,10 +119,26 @@ class FitModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimiser, its learning rate scheduled per step."""
-        optimizer = self.settings.optimizer(self.parameter_groups())
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = LambdaLR(optimizer, lambda step: self.settings.schedule(min(1.0, step / steps)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimizer = self.settings.build_optimizer(self.parameter_groups())
+        schedule = LambdaLR(optimizer, lambda step: self.settings.schedule(min(1.0, step / self.total_steps)))
+        return [optimizer], [schedule]
+
+
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Calls `model` by way of torch.compile, as a function."""
+    torch.compiler.reset()  # or torch would stop compiling at the eighth model of a class, with no more than a warning
+    return torch.compile(lambda images: model(images))
+
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    """Turn a failure of torch.compile inside the block into a `ConfigError` that says how to do without."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        cause = " ".join(str(error).split("\n")[:2])  # the backend's name, then its error
+        fault = f"trainer.compile=true: torch.compile fails ({cause}); trainer.compile=false trains without it"
+        raise ConfigError([fault]) from error
 
 
 class BestWeights(L.Callback):
@@ -129,51 +183,6 @@ class EpochLines(L.Callback):
             file.write(json.dumps(line) + "\n")
 
 
-class FitProgress(L.Callback):
-    """One progress bar for a whole fit, drawn by rich's own thread, so a step only sets a number."""
-
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.progress: Progress | None = None
-        self.task = TaskID(0)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the bar."""
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            transient=True,
-            disable=not sys.stdout.isatty(),
-        )
-        self.progress.start()
-        total = int(trainer.estimated_stepping_batches)
-        self.task = self.progress.add_task(self.description, total=total, loss="")
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Move the bar."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=trainer.global_step)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the epoch's validation figures."""
-        if self.progress is not None:
-            metrics = trainer.callback_metrics
-            text = f"validation {metrics['validation_accuracy']:.1%}, loss {metrics['validation_loss']:.3f}"
-            self.progress.update(self.task, loss=text)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the bar, after an error too."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-
 @dataclass(frozen=True)
 class FitResult:
     """What a fit gave.
@@ -216,20 +225,22 @@ def fit(
 
     Raises:
         RunError: where the loss was not finite in any epoch.
+        ConfigError: where torch.compile was asked for and fails.
     """
     settings = module.settings
     best = BestWeights()
     watchers: list[L.Callback] = [best, EpochLines(stage.metrics, stage.name, stage.attempt), *callbacks]
     if settings.patience is not None:
         watchers.append(EarlyStopping("validation_loss", patience=settings.patience, check_finite=True))
+    training = data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers)
+    module.total_steps = settings.max_epochs * len(training)
     if settings.progress:
-        watchers.append(FitProgress(stage.description or stage.name))
+        watchers.append(FitProgress(stage.description or stage.name, module.total_steps))
     trainer = L.Trainer(  # a fresh one every time: a used Trainer fits 0 steps
         max_epochs=settings.max_epochs,
         accelerator="gpu" if settings.device.type == "cuda" else "cpu",
         devices=1,
         precision=settings.precision,
-        gradient_clip_val=settings.gradient_clip,
         logger=list(loggers) or False,
         callbacks=watchers,
         enable_checkpointing=False,
@@ -240,11 +251,8 @@ def fit(
     )
     start = time.perf_counter()
     try:
-        trainer.fit(
-            module,
-            data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers),
-            data.loader(data.validation, max(settings.batch_size, 256)),
-        )
+        with matmul_precision(settings.matmul_precision), compile_errors():
+            trainer.fit(module, EpochLoader(training), data.loader(data.validation, max(settings.batch_size, 256)))
     except SIGTERMException as stop:  # a SystemExit of code 0: make, CI and schedulers would see success
         raise SystemExit(128 + signal.SIGTERM) from stop
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -258,14 +266,34 @@ def fit(
     return FitResult(trainer.current_epoch, best.epoch, time.perf_counter() - start)
 
 
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """`torch.set_float32_matmul_precision` for the length of the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
-def predict(model: nn.Module, data: DataModule, rows: range, device: torch.device, batch_size: int = 512) -> Tensor:
+def predict(
+    model: nn.Module,
+    data: DataModule,
+    rows: range,
+    device: torch.device,
+    batch_size: int = 512,
+    out: Tensor | None = None,
+) -> Tensor:
     """Logits of `model` in evaluation mode on `rows` of the data, in order: (rows, classes) float32 on the CPU.
 
-    The model is asked on `device` and stays there.
+    The model is asked on `device` and stays there. The logits are written to `out`, where it is given.
     """
     training = model.training
     model.to(device).eval()
-    logits = torch.cat([model(batch.images.to(device)).float().cpu() for batch in data.loader(rows, batch_size)])
+    logits = torch.empty(len(rows), data.num_classes) if out is None else out
+    for batch, part in zip(data.loader(rows, batch_size), logits.split(batch_size), strict=True):
+        part.copy_(model(batch.images.to(device)))
     model.train(training)
     return logits

@@ -1,15 +1,18 @@
 """The teacher: trained here or loaded, frozen, its logits computed once."""
 
 import hashlib
+import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import atomic_write, read_json, save_weights, write_json
@@ -18,6 +21,7 @@ from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
+from pkd_lightning.matrix import largest
 from pkd_lightning.models.building import ImageShape, build_classifier
 from pkd_lightning.seeding import seeded
 
@@ -58,7 +62,7 @@ class TeacherModule(FitModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the logits."""
-        logits = self.model(batch.images)
+        logits = self(batch.images)
         return F.cross_entropy(logits, batch.labels), logits
 
 
@@ -161,12 +165,22 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
         stored = load_file(path)
         if key in stored:
             return stored[key]
-    logits = predict(model, data, range(data.validation.stop), device)
-    if not logits.isfinite().all():
-        raise RunError("the teacher's logits are not all finite; it cannot be distilled")
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: save_file({key: logits}, temporary))
-    return logits
+    atomic_write(path, lambda temporary: write_logits(model, data, temporary, key, device))
+    return load_file(path)[key]  # mapped from the file: it takes memory only where it is read
+
+
+def write_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> None:
+    """Fill a safetensors file with the logits as they come, so that they need not fit into memory."""
+    shape = (data.validation.stop, data.num_classes)
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": (0, 4 * shape[0] * shape[1])}
+    header = json.dumps({key: entry}).encode()
+    header += b" " * (-len(header) % 8)  # the format: length of the header, header, values
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    logits = torch.from_numpy(np.memmap(path, np.float32, "r+", 8 + len(header), shape))
+    predict(model, data, range(shape[0]), device, out=logits)
+    if not math.isfinite(largest(logits)):
+        raise RunError("the teacher's logits are not all finite; it cannot be distilled")
 
 
 def fingerprint(model: nn.Module, data: DataModule) -> str:

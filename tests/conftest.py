@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pkd_lightning  # noqa: F401  # before any test imports lightning, which needs its torchvision repaired
+
 
 @pytest.fixture(autouse=True)
 def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,12 @@ def test_trainer_overrides_reach_the_teacher_unless_it_has_its_own() -> None:
     assert own.trainer.optimizer(parameter).defaults["lr"] == 0.5
 
 
+def test_every_trainer_option_reaches_the_teacher() -> None:
+    config = load_config("trainer.matmul_precision=medium", "trainer.compile=true")
+    assert config.teacher.trainer.keys() == config.trainer.keys()
+    assert (config.teacher.trainer.matmul_precision, config.teacher.trainer.compile) == ("medium", True)
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -162,6 +168,9 @@ def test_trainer_overrides_reach_the_teacher_unless_it_has_its_own() -> None:
         (["+trainer.optimizer.lrr=1"], "lrr"),
         (["trainer.schedule.warmup=1.0"], "trainer.schedule: fails"),
         (["trainer.precision=bf16-tru"], "trainer.precision='bf16-tru'"),
+        (["trainer.matmul_precision=hihg"], "trainer.matmul_precision='hihg': must be one of highest, high, medium"),
+        (["teacher.trainer.compile=maybe"], "teacher.trainer.compile='maybe'"),
+        (["trainer.optimizer._target_=torch.optim.LBFGS", "~trainer.optimizer.weight_decay"], "closure"),
         (["trainer.accelerator=tpu"], "trainer.accelerator='tpu'"),
         (["+student.repat=true"], "repat"),
         (["student.rungs=3"], "student"),

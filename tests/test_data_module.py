@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pkd_lightning.data.images import ImageSet
-from pkd_lightning.data.module import DataConfig, DataModule
+from pkd_lightning.data.module import BatchDataset, DataConfig, DataModule
 from pkd_lightning.errors import ConfigError, DataError
 
 CLASSES = 7
@@ -224,6 +224,21 @@ def test_workers_deliver_the_same_batches():
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("augment", [None, add_noise])
+def test_a_group_of_batches_equals_the_batches_one_by_one(augment):
+    data = module(100, augment=augment)
+    keys = list(data.training_loader(16, 0, "teacher").sampler)
+    dataset = BatchDataset(data)
+    stored = data.images.clone()
+    for some in (keys, keys[-1:], keys[1:3]):
+        group = dataset.__getitems__(some)
+        assert len(group) == len(some)
+        for k, key in enumerate(some):
+            assert all(torch.equal(a, b) for a, b in zip(group[k], dataset[key], strict=True))
+            group[k].images.fill_(math.nan)  # each batch is the trainer's own: neither its neighbours
+    assert torch.equal(data.images, stored)  # nor the stored images change with it
+
+
 # ---------------------------------------------------------------------------------- normalisation, augmentation
 
 
@@ -247,6 +262,14 @@ def test_training_pixels_have_mean_zero_and_deviation_one():
     assert everything.mean(1)[[0, 2]].abs().min() > 1e-4
     direct = data.images[: data.sizes[0]].double().transpose(0, 1).flatten(1) / 255
     torch.testing.assert_close(data.mean.flatten().double(), direct.mean(1), rtol=1e-6, atol=0)
+
+
+def test_normalised_pixels_are_those_of_the_definition():
+    data = DataModule(DataConfig(colours))
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, -1)[None, :, None]
+    direct = (levels.double() / 255 - data.mean.double()) / data.std.double()
+    ours = data.normalise(levels)[:, [0, 2]]  # the constant channel has no scale
+    torch.testing.assert_close(ours.double(), direct[:, [0, 2]], rtol=1e-6, atol=1e-6)
 
 
 def test_a_constant_channel_stays_finite_and_small():

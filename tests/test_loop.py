@@ -5,15 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pkd_lightning import matrix
 from pkd_lightning.boosting import combine, objectives, weak_learner
+from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.residuals import ResidualMatrices
 from pkd_lightning.boosting.weak_learner import Candidate, find_weak_learner, fit_scales, judge
 from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult
 from pkd_lightning.losses import distillation_loss
-from tests.support import tiny_run
+from tests.support import ACCEPT, tiny_run
 
 POSITIVE = torch.tensor([0.1, 0.2, 0.3, 0.4])
 MIXED = torch.tensor([0.1, 0.2, 0.3, -0.4])
@@ -166,10 +169,97 @@ def test_training_stops_early_when_the_condition_holds_at_a_check(
     assert [row["accepted_by"] for row in results["rounds"]] == ["first_round", "condition", "condition"]
 
 
+def test_a_check_is_one_forward_pass_over_the_training_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its checks, a student is asked once: on the validation rows where a check held, else on all of them."""
+    from pkd_lightning.boosting import loop
+
+    asked: list[tuple[str, range]] = []
+
+    def note(name: str, real: Any) -> Any:
+        def noted(model: Any, data: Any, rows: range, *args: Any, **kwargs: Any) -> Any:
+            calls = 0
+
+            def count(*_: Any) -> None:
+                nonlocal calls
+                calls += 1
+
+            handle = model.register_forward_pre_hook(count)
+            result = real(model, data, rows, *args, **kwargs)
+            handle.remove()
+            assert calls == -(-len(rows) // 512)
+            asked.append((name, rows))
+            return result
+
+        return noted
+
+    monkeypatch.setattr(weak_learner, "predict", note("check", weak_learner.predict))
+    monkeypatch.setattr(loop, "predict", note("loop", loop.predict))
+    # the second student's second check holds, none of the third's
+    monkeypatch.setattr(weak_learner, "condition_holds", lambda *args: [name for name, _ in asked].count("check") == 2)
+    results = tiny_run(
+        tmp_path, "boosting.objective=published", "boosting.combine=mean", "trainer.max_epochs=5",
+        "trainer.patience=null", "boosting.weak_learner.check_every=2", "boosting.weak_learner.max_attempts=1", ACCEPT,
+    )  # fmt: skip
+    assert [row["epochs"] for row in results["rounds"]] == [5, 4, 5]
+    training, both = asked[1][1], asked[0][1]
+    validation = range(training.stop, both.stop)
+    assert [name for name, _ in asked] == ["loop", "check", "check", "loop", "check", "check", "loop"]
+    assert [rows for _, rows in asked] == [both, training, training, validation, training, training, both]
+
+
+def test_the_teacher_is_asked_once_on_each_training_and_validation_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pkd_lightning import teacher
+
+    rows = 0
+    cached, finish = teacher.cached_logits, BoostingLoop.ensemble
+
+    def watched(model: torch.nn.Module, data: Any, *args: Any) -> torch.Tensor:
+        def count(module: Any, inputs: tuple[torch.Tensor]) -> None:
+            nonlocal rows
+            rows += len(inputs[0])
+
+        model.register_forward_pre_hook(count)
+        return cached(model, data, *args)
+
+    def after_the_rounds(loop: BoostingLoop) -> Any:
+        assert rows == loop.data.validation.stop
+        assert torch.equal(loop.teacher_logits, load_file(tmp_path.rglob("logits.safetensors").__next__()).popitem()[1])
+        return finish(loop)
+
+    monkeypatch.setattr(teacher, "cached_logits", watched)
+    monkeypatch.setattr(BoostingLoop, "ensemble", after_the_rounds)
+    assert len(tiny_run(tmp_path)["rounds"]) == 3
+    assert rows > 0
+
+
+def test_a_run_with_all_its_matrices_in_files_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("boosting.objective=published", ACCEPT)
+    expected = tiny_run(tmp_path / "memory", *flags)
+    monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)
+    advance = BoostingLoop.advance
+
+    def resumed_every_round(loop: BoostingLoop) -> None:
+        advance(loop)
+        before = loop.state.residuals.S.clone(), loop.state.ensemble_logits.clone()
+        loop.restore()
+        assert torch.equal(loop.state.residuals.S, before[0])
+        assert torch.equal(loop.state.ensemble_logits, before[1])
+
+    monkeypatch.setattr(BoostingLoop, "advance", resumed_every_round)
+    found = tiny_run(tmp_path / "files", *flags)
+    for ours, theirs in zip(found["rounds"], expected["rounds"], strict=True):
+        timings = {key: ours[key] for key in ("seconds", "latency_ms", "prefix_latency_ms")}
+        assert ours == theirs | timings
+    (checkpoint,) = (tmp_path / "files").rglob("boosting.ckpt")
+    assert checkpoint.stat().st_size < 20_000
+    names = {path.name for path in checkpoint.parent.glob("*.[01]")}
+    assert names == {f"{name}.{i}" for name in ("residuals", "validation_residuals", "ensemble_logits") for i in (0, 1)}
+
+
 def test_residuals_follow_the_accepted_students(tmp_path: Path) -> None:
     """S in the checkpoint is the sum of eta * (f_t - g) over the students that were kept."""
-    from safetensors.torch import load_file
-
     from pkd_lightning.data.module import DataModule
     from pkd_lightning.ensemble import ProgressiveEnsemble
     from pkd_lightning.experiment import assemble

@@ -9,8 +9,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pkd_lightning.boosting import residuals
+from benchmarks.rounds import memory
+from pkd_lightning import matrix
 from pkd_lightning.boosting.residuals import ResidualMatrices, condition_holds, theoretical_eta
+from pkd_lightning.matrix import Difference, chunks, scratch
 
 Rounds = list[tuple[np.ndarray, float]]
 
@@ -155,28 +157,117 @@ def test_one_sample_is_a_logistic_curve():
     np.testing.assert_allclose(matrices.k_plus().numpy(), [[1 / (1 + math.exp(6)), 1 / (1 + math.exp(-1))]], rtol=1e-12)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_residual_or_step_is_refused_and_changes_nothing(bad):
-    matrices = after(5, 3, [(dyadic((5, 3), 0), 0.5)])
+def test_a_non_finite_residual_or_step_is_refused_and_changes_nothing(bad, mapped, monkeypatch, tmp_path):
+    matrices = mapped_after(monkeypatch, tmp_path, 2) if mapped else after(40, 3, [(dyadic((40, 3), 0), 0.5)])
     before = matrices.S.clone()
-    residual = torch.ones(5, 3)
-    with pytest.raises(ValueError, match="finite"):
-        matrices.update(residual, bad)
-    residual[4, 2] = bad
-    with pytest.raises(ValueError, match="finite"):
-        matrices.update(residual, 0.5)
+    for at in (None, (0, 0), (17, 1), (39, 2)):
+        residual = torch.ones(40, 3)
+        if at is not None:
+            residual[at] = bad
+        with pytest.raises(ValueError, match="finite"):
+            matrices.update(residual, bad if at is None else 0.5)
     assert torch.equal(matrices.S, before)
 
 
-def test_chunks_change_nothing(monkeypatch):
-    rounds = [(dyadic((10, 3), t), 0.5) for t in range(3)]
-    candidate = torch.from_numpy(dyadic((10, 3), 9)).float()
-    whole = after(10, 3, rounds)
+@pytest.mark.parametrize("samples", [1, 16, 40, 55])
+def test_chunks_and_files_change_nothing(samples, monkeypatch, tmp_path):
+    rounds = [(dyadic((samples, 3), t), 0.5) for t in range(3)]
+    candidate = torch.from_numpy(dyadic((samples, 3), 9)).float()
+    whole = after(samples, 3, rounds)
     expected = (whole.k_plus(), whole.k_minus(), whole.edges(candidate))
-    monkeypatch.setattr(residuals, "CHUNK", 4)
-    chunked = after(10, 3, rounds)
-    for ours, theirs in zip((chunked.k_plus(), chunked.k_minus(), chunked.edges(candidate)), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
+    monkeypatch.setattr(matrix, "CHUNK_BYTES", 16 * 3 * 4)
+    assert len(list(chunks(whole.S.shape))) == -(-samples // 16)
+    monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)
+    mapped = ResidualMatrices(samples, 3, tmp_path / "residuals")
+    for residual, eta in rounds:
+        student = torch.randn(samples, 3).round()
+        mapped.update(Difference(student, student - torch.from_numpy(residual).float()), eta)
+    assert mapped.S.data_ptr() != whole.S.data_ptr()
+    assert len(list(tmp_path.iterdir())) == 2
+    for chunked in (after(samples, 3, rounds), mapped):
+        assert torch.equal(chunked.S, whole.S)
+        assert torch.equal(chunked.raise_student(), whole.raise_student())
+        for ours, theirs in zip((chunked.k_plus(), chunked.k_minus(), chunked.edges(candidate)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 100])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 400.0])
+def test_edges_equal_their_definition(size, classes):
+    generator = torch.Generator().manual_seed(0)
+    matrices = ResidualMatrices(60, classes)
+    matrices.update(size * (2 * torch.rand(60, classes, generator=generator) - 1), 1.0)
+    candidate = torch.randn(60, classes, generator=generator)
+    reference = matrices.edges_reference(candidate)
+    matrices.load(matrices.S.clone())  # forgets the normaliser
+    torch.testing.assert_close(matrices.edges(candidate), reference, rtol=1e-11, atol=1e-13)
+    normaliser = matrices.log_normaliser()  # found with the edges
+    matrices.load(matrices.S)
+    torch.testing.assert_close(normaliser, matrices.log_normaliser(), rtol=1e-12, atol=0)
+
+
+def mapped_after(monkeypatch, tmp_path, rounds: int) -> ResidualMatrices:
+    monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)
+    matrices = ResidualMatrices(40, 3, tmp_path / "residuals")
+    for t in range(rounds):
+        matrices.update(torch.from_numpy(dyadic((40, 3), t)).float(), 0.5)
+    return matrices
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2, 3])
+def test_an_update_cut_short_leaves_what_the_checkpoint_names(rounds, monkeypatch, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Cut:
+        """Residuals whose reading stops in the middle, as if the process ended there."""
+
+        shape = torch.Size([40, 3])
+
+        def __getitem__(self, rows):
+            if rows.start:
+                raise Killed
+            return torch.ones(40, 3)[rows]
+
+    matrices = mapped_after(monkeypatch, tmp_path, rounds)
+    monkeypatch.setattr(matrix, "CHUNK_BYTES", 16 * 3 * 4)
+    saved, before = matrices.state(), matrices.S.clone()
+    assert isinstance(saved, str) == (rounds > 0)
+    with pytest.raises(Killed):
+        matrices.update(Cut(), 0.5)
+    assert torch.equal(matrices.S, before)
+
+    matrices.update(torch.ones(40, 3), 0.5)  # not saved: the checkpoint still names the round before
+    expected = matrices.S.clone()
+    resumed = ResidualMatrices(40, 3, tmp_path / "residuals")
+    resumed.load(saved)
+    assert torch.equal(resumed.S, before)
+    resumed.update(torch.ones(40, 3), 0.5)
+    assert torch.equal(resumed.S, expected)
+
+
+def test_a_file_that_is_not_the_matrix_is_refused(monkeypatch, tmp_path):
+    saved = mapped_after(monkeypatch, tmp_path, 1).state()
+    (tmp_path / saved).write_bytes(b"short")
+    with pytest.raises(ValueError, match="another size"):
+        ResidualMatrices(40, 3, tmp_path / "residuals").load(saved)
+    (tmp_path / saved).unlink()
+    with pytest.raises(ValueError, match="missing"):
+        ResidualMatrices(40, 3, tmp_path / "residuals").load(saved)
+    with pytest.raises(ValueError, match="does not belong"):
+        ResidualMatrices(40, 3).load(saved)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\)"):
+        ResidualMatrices(40, 3).load(torch.zeros(4, 3))
+
+
+def test_scratch_leaves_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)
+    values = scratch(40, 3, tmp_path)
+    values.fill_(2.0)
+    assert not list(tmp_path.iterdir())
+    assert values.sum() == 240
 
 
 @pytest.mark.parametrize(
@@ -255,3 +346,9 @@ def test_the_step_is_scaled_by_the_bound():
     assert large == pytest.approx(32 * small, rel=1e-5)
     assert theoretical_eta(50, 40, 32.0) == pytest.approx(theoretical_eta(50, 40, 1.0) / 32)
     assert theoretical_eta(50, 160, 1.0) == pytest.approx(theoretical_eta(50, 40, 1.0) / 2)
+
+
+def test_passes_over_mapped_matrices_take_little_memory():
+    samples, classes = 200_000, 100  # 80 MB a matrix
+    before, most = memory(samples, classes)
+    assert most - before < 2e7

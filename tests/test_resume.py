@@ -158,7 +158,7 @@ def test_the_teachers_logits_are_computed_once(tmp_path: Path, monkeypatch: pyte
 
     calls = []
     predict = teacher_module.predict
-    monkeypatch.setattr(teacher_module, "predict", lambda *args: calls.append(1) or predict(*args))
+    monkeypatch.setattr(teacher_module, "predict", lambda *args, **kwargs: calls.append(1) or predict(*args, **kwargs))
     advance = BoostingLoop.advance
     monkeypatch.setattr(BoostingLoop, "advance", lambda self: (_ for _ in ()).throw(Stopped()))
     for _ in range(2):

@@ -29,6 +29,7 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.losses import distillation_loss
+from pkd_lightning.matrix import Difference, largest, scratch
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.seeding import seeded
 from pkd_lightning.teacher import Teacher
@@ -68,7 +69,7 @@ class BoostingLoop:
         self.objective = resolve(config.objective, objectives, objectives.Objective)
         self.combination = resolve(config.combine, combine, combine.Combination)
         self.state = BoostingState.fresh(
-            len(data.training), len(data.validation), data.num_classes, teacher.fingerprint
+            len(data.training), len(data.validation), data.num_classes, teacher.fingerprint, directory
         )
 
     def run(self) -> ProgressiveEnsemble:
@@ -124,22 +125,25 @@ class BoostingLoop:
             description += f", attempt {attempt + 1}"
         stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
         targets = RoundTargets(
-            self.teacher_logits, state.ensemble_logits, state.raise_student(), max(state.bound, 1e-3), state.round
-        )
+            self.teacher_logits, state.ensemble_logits, state.raise_student(self.directory), max(state.bound, 1e-3),
+            state.round,
+        )  # fmt: skip
         with seeded(self.seed, stage.key, state.class_index, "init"):
             model = self.ladder.build(state.class_index, data.image_shape, data.num_classes)
         module = StudentModule(model, self.trainer, self.config, self.objective, self.combination, targets)
         require = required(self.config, self.objective)
-        check = WeakLearnerCheck(data, self.teacher_logits, state.residuals, self.config.weak_learner)
+        n = len(data.training)
+        logits = scratch(data.validation.stop, data.num_classes, self.directory)
+        check = WeakLearnerCheck(data, self.teacher_logits[:n], state.residuals, self.config.weak_learner, logits[:n])
         checks = [check] if require == "condition" and state.round > 0 else []
         with seeded(self.seed, stage.key, state.class_index, "fit"), self.tracker.stage(name, attempt) as loggers:
             result = fit(module, data, stage, loggers, checks)
-        if check.held is not None:
+        if check.held is not None:  # its logits of the training rows are those of the check
             module.load_state_dict(check.held)
-
-        logits = predict(model, data, range(data.validation.stop), self.trainer.device)
-        n = len(data.training)
-        edges = state.residuals.edges(logits[:n] - self.teacher_logits[:n])
+            predict(model, data, data.validation, self.trainer.device, out=logits[n:])
+        else:
+            predict(model, data, range(data.validation.stop), self.trainer.device, out=logits)
+        edges = state.residuals.edges(Difference(logits[:n], self.teacher_logits[:n]))
         scales = module.scales
         if self.combination.learned and state.round > 0:
             scales = fit_scales(
@@ -176,15 +180,16 @@ class BoostingLoop:
             candidate.model, self.directory / "students" / f"{state.round:02d}",
             self.ladder.path, self.ladder.rungs[state.class_index], self.data.image_shape, self.data.num_classes,
         )  # fmt: skip
-        residual = candidate.logits - self.teacher_logits
-        state.bound = max(state.bound, float(residual[:n].abs().max()))
+        residual, on_validation = (
+            Difference(candidate.logits[rows], self.teacher_logits[rows]) for rows in (slice(n), slice(n, None))
+        )
+        state.bound = max(state.bound, largest(residual))
         eta = self.config.eta
         if eta is None:
             eta = theoretical_eta(n, self.config.rounds, max(state.bound, 1e-3))
-        state.residuals.update(residual[:n], eta)
-        state.validation_residuals.update(residual[n:], eta)
-        a, c = candidate.scales
-        state.ensemble_logits = a * state.ensemble_logits + c * candidate.logits
+        state.residuals.update(residual, eta)
+        state.validation_residuals.update(on_validation, eta)
+        state.add_logits(candidate.logits, candidate.scales)
         state.scales.append(candidate.scales)
         state.records.append(self.record(candidate, attempts, seconds, eta))
         logger.info("%s", self.line(state.records[-1]))

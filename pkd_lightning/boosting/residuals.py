@@ -1,11 +1,13 @@
 """The residual matrices K+ and K- of B-DISTIL (arXiv 2302.10093, algorithm 1) in a form that cannot overflow."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-CHUNK = 65_536  # rows at a time, so that temporaries stay small beside S
+from pkd_lightning.boosting import kernels
+from pkd_lightning.matrix import Rows, SampleMatrix, chunks, largest
 
 
 class ResidualMatrices:
@@ -16,32 +18,51 @@ class ResidualMatrices:
 
         log K+ = -S - log Z_j,    log K- = +S - log Z_j,    Z_j = sum_i 2 * cosh(S_ij).
 
-    Attributes:
-        S: (N, L) float32.
+    Args:
+        samples: N.
+        classes: L.
+        path: where a large S is kept, see `SampleMatrix`; None keeps it in memory.
     """
 
-    def __init__(self, samples: int, classes: int) -> None:
-        self.S = torch.zeros(samples, classes)
+    def __init__(self, samples: int, classes: int, path: Path | None = None) -> None:
+        self._matrix = SampleMatrix(samples, classes, path)
+        self._largest: float | None = 0.0  # abs(S), None where it has to be looked for
+        self._log_normaliser: Tensor | None = None
 
-    def update(self, residual: Tensor, eta: float) -> None:
+    @property
+    def S(self) -> Tensor:
+        """(N, L) float32; not to be written to."""
+        return self._matrix.values
+
+    def update(self, residual: Rows, eta: float) -> None:
         """Add one round: `residual` (N, L) is l = f - g of the accepted student, `eta` >= 0 the step.
 
         Raises:
             ValueError: where shapes differ, or a residual or the step is not finite; S is left as it was.
         """
-        if residual.shape != self.S.shape:
-            raise ValueError(f"residuals of shape {tuple(residual.shape)}, not {tuple(self.S.shape)}")
-        if not (0 <= eta < math.inf and bool(residual.isfinite().all())):
-            raise ValueError(f"the residuals of an accepted student must be finite and eta={eta} at least 0")
-        self.S.add_(residual, alpha=eta)
+        self._check(residual)
+        if not 0 <= eta < math.inf:
+            raise ValueError(f"the step eta={eta} must be finite and at least 0")
+        following, extremes = self._matrix.blank(), torch.zeros(16)
+        for rows in chunks(following.shape):
+            parts = (part.float().contiguous().view(-1).numpy() for part in (self.S[rows], residual[rows]))
+            kernels.add_residual(*parts, eta, following[rows].view(-1).numpy(), extremes.numpy())
+        size = float(extremes.max())
+        if not math.isfinite(size):
+            raise ValueError("the residuals of an accepted student must be finite, and their sum within float32")
+        self._matrix.replace(following)
+        self._largest, self._log_normaliser = size, None
 
     def log_normaliser(self) -> Tensor:
         """Log Z_j: (L,) float64."""
+        if self._log_normaliser is not None:
+            return self._log_normaliser
         parts = []
-        for rows in self.S.split(CHUNK):
-            rows = rows.double()
-            parts.append(torch.logaddexp(rows, -rows).logsumexp(0))
-        return torch.stack(parts).logsumexp(0)
+        for rows in chunks(self.S.shape):
+            S = self.S[rows].double()
+            parts.append(torch.logaddexp(S, -S).logsumexp(0))
+        self._log_normaliser = torch.stack(parts).logsumexp(0)
+        return self._log_normaliser
 
     def k_plus(self, rows: slice = slice(None)) -> Tensor:
         """K+ of `rows`: (rows, L) float64, large where the ensemble is below the teacher."""
@@ -51,26 +72,62 @@ class ResidualMatrices:
         """K- of `rows`: (rows, L) float64, large where the ensemble is above the teacher."""
         return torch.exp(self.S[rows].double() - self.log_normaliser())
 
-    def raise_student(self) -> Tensor:
-        """I = 1[K+ > K-]: (N, L) bool."""
-        return self.S < 0
+    def raise_student(self, rows: slice = slice(None)) -> Tensor:
+        """I = 1[K+ > K-] of `rows`: (rows, L) bool."""
+        S = self.S[rows].contiguous()
+        result = torch.empty(S.shape, dtype=torch.bool)
+        kernels.mark_negative(S.view(-1).numpy(), result.view(-1).numpy())
+        return result
 
-    def edges(self, residual: Tensor) -> Tensor:
+    def edges(self, residual: Rows) -> Tensor:
         """edge_j = sum_i (K+(i,j) - K-(i,j)) * l(i,j) of a candidate with residuals `residual` (N, L): (L,) float64.
 
-        Before the first update K+ = K-, so every edge is exactly 0.
+        Before the first update K+ = K-, so every edge is exactly 0. Each matrix is read once.
 
         Raises:
             ValueError: where shapes differ.
         """
+        self._check(residual)
+        if self._largest is None:
+            self._largest = largest(self.S)
+        if self._largest > kernels.LARGEST:
+            return self.edges_reference(residual)
+        classes, known = self.S.shape[1], self._log_normaliser
+        total, normaliser = (
+            torch.zeros(size, dtype=torch.float64) for size in (classes, 0 if known is not None else classes)
+        )
+        for rows in chunks(self.S.shape):
+            parts = (part.float().contiguous().numpy() for part in (self.S[rows], residual[rows]))
+            kernels.add_edges(*parts, total.numpy(), normaliser.numpy())
+        if known is None:
+            self._log_normaliser = known = normaliser.log()
+        return total * torch.exp(-known)
+
+    def edges_reference(self, residual: Rows) -> Tensor:
+        """`edges` by its definition, in logarithms, which no S is too large for."""
+        log_z = self.log_normaliser()
+        total = torch.zeros_like(log_z)
+        for rows in chunks(self.S.shape):
+            S = self.S[rows].double()
+            total += ((torch.exp(-S - log_z) - torch.exp(S - log_z)) * residual[rows].double()).sum(0)
+        return total
+
+    def _check(self, residual: Rows) -> None:
         if residual.shape != self.S.shape:
             raise ValueError(f"residuals of shape {tuple(residual.shape)}, not {tuple(self.S.shape)}")
-        log_z = self.log_normaliser()
-        total = torch.zeros(self.S.shape[1], dtype=torch.float64)
-        for S, rows in zip(self.S.split(CHUNK), residual.split(CHUNK), strict=True):
-            S = S.double()
-            total += ((torch.exp(-S - log_z) - torch.exp(S - log_z)) * rows.double()).sum(0)
-        return total
+
+    def state(self) -> Tensor | str:
+        """What a checkpoint stores, see `SampleMatrix.state`."""
+        return self._matrix.state()
+
+    def load(self, state: Tensor | str) -> None:
+        """Restore what `state` gave.
+
+        Raises:
+            ValueError: see `SampleMatrix.load`.
+        """
+        self._matrix.load(state)
+        self._largest = self._log_normaliser = None
 
 
 def theoretical_eta(samples: int, rounds: int, bound: float) -> float:

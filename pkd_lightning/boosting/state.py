@@ -1,6 +1,7 @@
 """Everything the boosting loop knows between two rounds, in one object."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from pkd_lightning.boosting.combine import Scales
 from pkd_lightning.boosting.residuals import ResidualMatrices
+from pkd_lightning.matrix import SampleMatrix, chunks, scratch
 
 
 @dataclass
@@ -18,7 +20,7 @@ class BoostingState:
         residuals: K+ and K- of the training rows.
         validation_residuals: the same sum S for the validation rows. It enters no normaliser and no edge; its signs
             give the validation loss of the published objective.
-        ensemble_logits: (training + validation rows, L) F_{t-1} by sample index.
+        ensemble: (training + validation rows, L) F_{t-1} by sample index.
         round: rounds done, the number of students.
         class_index: rung of the ladder the next candidate is built from.
         bound: B, the largest abs(f - g) of the students so far on the training rows.
@@ -30,7 +32,7 @@ class BoostingState:
 
     residuals: ResidualMatrices
     validation_residuals: ResidualMatrices
-    ensemble_logits: Tensor
+    ensemble: SampleMatrix
     round: int = 0
     class_index: int = 0
     bound: float = 0.0
@@ -40,25 +42,45 @@ class BoostingState:
     teacher: str = ""
 
     @classmethod
-    def fresh(cls, training: int, validation: int, classes: int, teacher: str) -> "BoostingState":
-        """The state before the first round."""
+    def fresh(cls, training: int, validation: int, classes: int, teacher: str, directory: Path) -> "BoostingState":
+        """The state before the first round; matrices too large for memory are kept in files of `directory`."""
         return cls(
-            ResidualMatrices(training, classes),
-            ResidualMatrices(validation, classes),
-            torch.zeros(training + validation, classes),
+            ResidualMatrices(training, classes, directory / "residuals"),
+            ResidualMatrices(validation, classes, directory / "validation_residuals"),
+            SampleMatrix(training + validation, classes, directory / "ensemble_logits"),
             teacher=teacher,
         )
 
-    def raise_student(self) -> Tensor:
+    @property
+    def ensemble_logits(self) -> Tensor:
+        """(training + validation rows, L) F_{t-1} by sample index."""
+        return self.ensemble.values
+
+    def add_logits(self, logits: Tensor, scales: Scales) -> None:
+        """F_t = a * F_{t-1} + c * f_t, with the student's logits f_t (training + validation rows, L)."""
+        a, c = scales
+        following = self.ensemble.blank()
+        for rows in chunks(following.shape):
+            following[rows] = a * self.ensemble_logits[rows] + c * logits[rows]
+        self.ensemble.replace(following)
+
+    def raise_student(self, directory: Path) -> Tensor:
         """1[K+ > K-] of the training and then the validation rows: (N, L) bool."""
-        return torch.cat([self.residuals.raise_student(), self.validation_residuals.raise_student()])
+        samples, classes = self.ensemble_logits.shape
+        signs = scratch(samples, classes, directory, torch.bool)
+        start = 0
+        for matrices in (self.residuals, self.validation_residuals):
+            for rows in chunks(matrices.S.shape):
+                signs[start + rows.start : start + rows.stop] = matrices.raise_student(rows)
+            start += len(matrices.S)
+        return signs
 
     def state_dict(self) -> dict[str, Any]:
         """A dict of primitives and tensors."""
         return {
-            "S": self.residuals.S,
-            "validation_S": self.validation_residuals.S,
-            "ensemble_logits": self.ensemble_logits,
+            "S": self.residuals.state(),
+            "validation_S": self.validation_residuals.state(),
+            "ensemble_logits": self.ensemble.state(),
             "round": self.round,
             "class_index": self.class_index,
             "bound": self.bound,
@@ -76,16 +98,16 @@ class BoostingState:
         """
         if state["teacher"] != self.teacher:
             raise ValueError("its students were distilled from another teacher, or on other images")
-        for name, current in (
-            ("S", self.residuals.S),
-            ("validation_S", self.validation_residuals.S),
-            ("ensemble_logits", self.ensemble_logits),
-        ):
-            if state[name].shape != current.shape:
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the data needs {tuple(current.shape)}")
         # 1. the matrices, 2. where the loop is, 3. what it has found
-        self.residuals.S, self.validation_residuals.S = state["S"], state["validation_S"]
-        self.ensemble_logits = state["ensemble_logits"]
+        for name, matrix in (
+            ("S", self.residuals),
+            ("validation_S", self.validation_residuals),
+            ("ensemble_logits", self.ensemble),
+        ):
+            try:
+                matrix.load(state[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         self.round, self.class_index, self.bound = state["round"], state["class_index"], state["bound"]
         self.scales = [(a, c) for a, c in state["scales"]]
         self.records, self.stop_reason = state["records"], state["stop_reason"]

@@ -82,7 +82,7 @@ class StudentModule(FitModule):
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The round's loss, and the logits of the ensemble with the student."""
         index, targets = batch.index, self.targets
-        student = self.model(batch.images)
+        student = self(batch.images)
         a, c = self._scales()
         ensemble = a * targets.ensemble[index] + c * student
         view = RoundBatch(

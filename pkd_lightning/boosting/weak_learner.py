@@ -18,6 +18,7 @@ from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, predict
 from pkd_lightning.losses import distillation_loss
+from pkd_lightning.matrix import Difference, chunks
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,27 @@ class Candidate:
 class WeakLearnerCheck(L.Callback):
     """Checks the condition on the training rows every `check_every` epochs and ends the fit when it holds.
 
-    `held` then says so, and the weights that meet the condition are kept rather than those of the best epoch.
+    `held` then says so, and the weights that meet the condition are kept rather than those of the best epoch. A check
+    is one forward pass over the training rows.
+
+    Args:
+        data: the data module.
+        teacher: (training rows, L) logits g.
+        residuals: K+ and K-.
+        config: how often, and what is required.
+        logits: (training rows, L), where the student's logits are left by a check.
     """
 
     def __init__(
-        self, data: DataModule, teacher: Tensor, residuals: ResidualMatrices, config: WeakLearnerConfig
+        self,
+        data: DataModule,
+        teacher: Tensor,
+        residuals: ResidualMatrices,
+        config: WeakLearnerConfig,
+        logits: Tensor,
     ) -> None:
         self.data, self.teacher, self.residuals, self.config = data, teacher, residuals, config
+        self.logits = logits
         self.held: dict[str, Tensor] | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,8 +79,8 @@ class WeakLearnerCheck(L.Callback):
         if (trainer.current_epoch + 1) % self.config.check_every:
             return
         assert isinstance(pl_module, StudentModule)
-        logits = predict(pl_module.model, self.data, self.data.training, pl_module.device)
-        edges = self.residuals.edges(logits - self.teacher[: len(logits)])
+        predict(pl_module.model, self.data, self.data.training, pl_module.device, out=self.logits)
+        edges = self.residuals.edges(Difference(self.logits, self.teacher))
         if condition_holds(edges, self.config.fraction, self.config.margin):
             self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             trainer.should_stop = True
@@ -146,10 +161,15 @@ def fit_scales(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        a, c = log_scales.exp()
-        loss = distillation_loss(a * ensemble + c * student, teacher, target, config.alpha, config.temperature)
-        loss.backward()
-        return loss
+        total = torch.zeros(())
+        for rows in chunks(student.shape):
+            a, c = log_scales.exp()
+            mixed = a * ensemble[rows] + c * student[rows]
+            loss = distillation_loss(mixed, teacher[rows], target[rows], config.alpha, config.temperature)
+            loss = loss * (len(mixed) / len(student))
+            loss.backward()
+            total += loss.detach()
+        return total
 
     optimizer.step(closure)
     a, c = log_scales.detach().exp().tolist()

@@ -44,3 +44,9 @@ class ImageSet:
             faults.append(f"train_size={self.train_size} is not within the {len(labels)} samples")
         if faults:
             raise DataError(f"data set {self.name!r}: {'; '.join(faults)}")
+
+
+def normaliser(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), each (C, 1, 1): uint8 pixels * scale + shift = (pixels / 255 - mean) / std."""
+    mean, std = mean.double(), std.double()
+    return (1 / (255 * std)).float(), (-mean / std).float()

@@ -1,0 +1,153 @@
+"""Matrices of one row a sample: in memory, or mapped from files where they are large."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 2**21  # float32 worked on at a time: temporaries stay in the processor's cache
+MAPPED_BYTES = 2**27  # matrices from here on are mapped from files: some six of them exist at once
+
+
+class Rows(Protocol):
+    """An (N, L) matrix read by rows: a tensor, or one computed as it is read."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, L)."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """The rows of a slice: (rows, L)."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """student - teacher, each (N, L), computed when rows of it are read."""
+
+    student: Tensor
+    teacher: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, L)."""
+        return self.student.shape
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        return self.student[rows] - self.teacher[rows]
+
+
+def chunks(shape: torch.Size) -> Iterator[slice]:
+    """Slices of the rows of an (N, L) matrix, each of about `CHUNK_BYTES` and, but the last, of 16, 32, ... rows."""
+    samples, columns = shape
+    step = max(16, CHUNK_BYTES // (4 * max(1, columns)) // 16 * 16)  # so that each begins at a multiple of 64 bytes
+    return (slice(start, min(start + step, samples)) for start in range(0, samples, step))
+
+
+def largest(matrix: Rows) -> float:
+    """The largest abs() of a matrix: NaN where there is a NaN, 0 where it is empty."""
+    parts = [matrix[rows].abs().max() for rows in chunks(matrix.shape)]
+    return float(torch.stack(parts).max()) if parts else 0.0
+
+
+def scratch(samples: int, columns: int, directory: Path, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An uninitialised matrix for the time being. A large one is in a file of `directory` that has no name any more.
+
+    So its disk space is free again when the tensor is gone, or the process.
+    """
+    if not is_mapped(samples, columns):
+        return torch.empty(samples, columns, dtype=dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=directory, prefix=".scratch.")
+    os.close(handle)
+    try:
+        return _map(Path(name), samples, columns, dtype)
+    finally:
+        Path(name).unlink()
+
+
+def is_mapped(samples: int, columns: int) -> bool:
+    """Whether a float32 matrix is large enough to be mapped from a file."""
+    return 4 * samples * columns >= MAPPED_BYTES
+
+
+def _map(path: Path, samples: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    mapped = torch.from_file(str(path), shared=True, size=samples * columns, dtype=dtype)
+    return mapped.view(samples, columns)
+
+
+class SampleMatrix:
+    """An (N, L) float32 matrix that starts as zeros and is only ever replaced as a whole.
+
+    A large one is in one of two files that take turns: the next matrix is written to the other one. With a checkpoint
+    after every replacement, the file that the last checkpoint names is whole, whenever the process is killed.
+
+    Args:
+        samples: N.
+        columns: L.
+        path: the files are `path`.0 and `path`.1; None keeps any size in memory.
+
+    Attributes:
+        values: (N, L) the matrix; not to be written to.
+    """
+
+    def __init__(self, samples: int, columns: int, path: Path | None = None) -> None:
+        self.path = path if is_mapped(samples, columns) else None
+        self.values = torch.zeros(1, 1).expand(samples, columns)  # no memory before the first real values
+        self._file = 1
+        self._maps: dict[int, Tensor] = {}  # kept: a new map costs a page fault for every 4 kB, half the time of a pass
+
+    def blank(self) -> Tensor:
+        """Uninitialised memory of the matrix's shape, to be filled and given to `replace`."""
+        samples, columns = self.values.shape
+        if self.path is None:
+            return torch.empty(samples, columns)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self._open(1 - self._file)
+
+    def replace(self, values: Tensor) -> None:
+        """Make `values`, which came from `blank`, the matrix."""
+        self.values, self._file = values, 1 - self._file
+
+    def _open(self, file: int) -> Tensor:
+        if file not in self._maps:
+            samples, columns = self.values.shape
+            self._maps[file] = _map(self._name(file), samples, columns)
+        return self._maps[file]
+
+    def _name(self, file: int) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.{file}")
+
+    def state(self) -> Tensor | str:
+        """What a checkpoint stores: the matrix, or the name of its file, which is on the disk then."""
+        if self.values is not self._maps.get(self._file):  # in memory: small, or the zeros of the start
+            return self.values
+        name = self._name(self._file)
+        with name.open("rb+") as file:
+            os.fsync(file.fileno())
+        return name.name
+
+    def load(self, state: Tensor | str) -> None:
+        """Restore what `state` gave.
+
+        Raises:
+            ValueError: where it does not have the matrix's shape, or its file is not there.
+        """
+        samples, columns = self.values.shape
+        if isinstance(state, Tensor):
+            if state.shape != self.values.shape:
+                raise ValueError(f"shape {tuple(state.shape)}, the data needs {(samples, columns)}")
+            self.values = state
+            return
+        if self.path is None or state not in (self._name(0).name, self._name(1).name):
+            raise ValueError(f"it is in the file {state!r}, which does not belong to a matrix of this size")
+        path = self.path.with_name(state)
+        if not path.exists() or path.stat().st_size != 4 * samples * columns:
+            raise ValueError(f"{path} is missing or of another size")
+        self._file = int(state[-1])
+        self.values = self._open(self._file)

@@ -1,0 +1,64 @@
+"""The progress bar of a fit."""
+
+import sys
+from collections.abc import Iterable
+
+import lightning as L
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class FitBar(Progress):
+    """A progress bar that asks the trainer for its step whenever rich's own thread draws it, so a step costs nothing.
+
+    Args:
+        trainer: of the fit.
+        description: shown in front.
+        total: steps of the whole fit.
+    """
+
+    def __init__(self, trainer: L.Trainer, description: str, total: int) -> None:
+        self.trainer = trainer
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            transient=True,
+            disable=not sys.stdout.isatty(),
+        )
+        self.task = self.add_task(description, total=total, loss="")
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws."""
+        for task in self.task_ids:
+            self.update(task, completed=self.trainer.global_step)
+        yield from super().get_renderables()
+
+
+class FitProgress(L.Callback):
+    """One progress bar for a whole fit of `total` steps."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total = description, total
+        self.progress: FitBar | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar."""
+        self.progress = FitBar(trainer, self.description, self.total)
+        self.progress.start()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the epoch's validation figures."""
+        if self.progress is not None:
+            metrics = trainer.callback_metrics
+            text = f"validation {metrics['validation_accuracy']:.1%}, loss {metrics['validation_loss']:.3f}"
+            self.progress.update(self.progress.task, loss=text)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Remove the bar, after an error too."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
