@@ -9,7 +9,7 @@ unexport PYTHONPATH
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow bench sweep lint types check clean
+.PHONY: help install run test test-slow bench bench-gpu sweep lint types check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ sweep: $(READY) ## a Hydra multirun: three objectives, three seeds, then one com
 	  boosting=default,additive,paper $(ARGS)
 	$(BIN)/python -m pkd_lightning.report runs/sweep --out runs/sweep/comparison.html
 
-bench: $(READY) ## timings of the scan, the block and the data path on this machine
+bench: $(READY) ## timings of the scan, training and the data path on this machine, against their targets
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+bench-gpu: $(READY) ## timings of the scan and training steps on a CUDA device
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 lint: $(READY) ## ruff: lint and format
 	$(BIN)/ruff check .

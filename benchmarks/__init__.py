@@ -1,1 +1,3 @@
-"""Timings, never part of the tests."""
+"""What `make bench` and `make bench-gpu` run: timings, never part of the tests."""
+
+import pkd_lightning  # noqa: F401  # before torch, as in a run: it sets how torch's threads wait for one another

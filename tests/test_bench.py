@@ -1,0 +1,145 @@
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench, block, data, fits, floor, gpu, memory, report, rounds, scan, steps, timing
+from benchmarks.models import PATCHES, STUDENTS
+from benchmarks.timing import Row, at_least, at_most, judged
+
+S1 = {"S1": STUDENTS["S1"]}
+TINY_ROWS = {
+    "scan": lambda: scan.rows(2, {"a": (5, 2, 3), "c": (4, 3, 2)}, batch=2),
+    "block": lambda: block.rows(2, {**S1, **dict(itertools.islice(PATCHES.items(), 1))}, batch=2),
+    "step": lambda: steps.rows(2, {"S7": STUDENTS["S1"]}),
+    "fit": lambda: fits.rows(2, S1, steps=3),
+    "data": lambda: data.rows(2, mnist=140, cifar=70),
+    "rounds": lambda: rounds.rows(2, samples=40, classes=3),
+}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is repeated to fill a timing."""
+    monkeypatch.setattr(timing, "SAMPLE", 0.0)
+
+
+def fake(figure: float, target: timing.Target | None = None, what: str = "a row") -> Row:
+    return judged({"what": what, "median_ms": 1.0, "spread_percent": 2.0, "rounds": 2}, figure, "ms", target)
+
+
+@pytest.mark.parametrize("section", TINY_ROWS)
+def test_rows_of_each_section_are_complete(section: str) -> None:
+    rows = TINY_ROWS[section]()
+    assert set(TINY_ROWS) == set(bench.SECTIONS)
+    assert any("target" in row for row in rows)
+    assert len({(row["what"], row.get("against")) for row in rows}) == len(rows)  # no two that look the same
+    for row in rows:
+        assert row["figure"] > 0
+        assert row["unit"]
+        assert ("target" in row) == ("met" in row)
+        assert "median_ms" in row or "bytes" in row
+        for prefix in ("", "against_"):
+            if f"{prefix}median_ms" in row:
+                assert row[f"{prefix}rounds"] == 2
+                assert row[f"{prefix}spread_percent"] >= 0
+        if "against" in row:
+            quotient = row["against_median_ms"] / row["median_ms"]
+            assert row["figure"] == pytest.approx(quotient if row["unit"] == "x as fast" else 1 / quotient)
+    json.dumps(rows)
+
+
+def test_scans_of_all_implementations_are_compared_and_a_wrong_one_is_noticed() -> None:
+    rows = TINY_ROWS["scan"]()
+    others = {"plain loop", "step loop", "reference", "mambapy", "floor", "one thread"}
+    assert {row["against"] for row in rows if "against" in row} == others
+    scan.agree(scan.implementations())
+    with pytest.raises(AssertionError, match="mine"):
+        scan.agree({"mine": lambda *tensors: 1.01 * scan.reference(*tensors)})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_floor_computes_what_it_is_asked_for(backward: bool) -> None:
+    # what it writes depends on every update: LLVM cannot have dropped any
+    results = [floor.floor(updates, backward)()[7].clone() for updates in (64, 6400, 6464)]
+    assert all(torch.isfinite(x).all() for x in results)
+    assert len({float(x[0]) for x in results}) == 3
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    def call() -> torch.Tensor:
+        a = torch.empty(1000)
+        b = torch.empty(2000)
+        del a
+        torch.empty(500)
+        return b
+
+    assert 12_000 <= memory.peak_bytes(call) < 14_000
+    assert memory.bytes_of((call(),)) == 8000
+
+
+def test_calls_take_turns_and_slow_ones_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations, order = {"quick": 0.5, "slow": 4.0}, []
+    monkeypatch.setattr(timing, "_seconds", lambda call, repeats: call() or durations[order[-1]])
+    calls = {name: lambda name=name: order.append(name) for name in durations}
+    times = timing.interleaved(calls, 6, seconds=12)
+    assert times == {"quick": [500.0] * 6, "slow": [4000.0] * 3}
+    assert order == ["quick", "quick", "slow", *["quick", "quick", "slow"] * 3]
+    assert [len(x) for x in timing.interleaved(calls, 6, seconds=0.1).values()] == [timing.FEWEST] * 2
+
+
+def test_calls_get_their_threads_and_the_setting_returns() -> None:
+    seen: dict[str, set[int]] = {"one": set(), "two": set()}
+    before = torch.get_num_threads()
+    timing.interleaved(
+        {name: lambda name=name: seen[name].add(torch.get_num_threads()) for name in seen}, 2, threads={"two": 2}
+    )
+    assert seen == {"one": {before}, "two": {2}}
+    assert torch.get_num_threads() == before
+
+
+def test_targets_are_judged_on_their_side() -> None:
+    assert [at_least(2).met(x) for x in (1.9, 2.0, 2.1)] == [False, True, True]
+    assert [at_most(2).met(x) for x in (1.9, 2.0, 2.1)] == [True, True, False]
+    assert timing.missed([fake(1), fake(1, at_least(1)), fake(1, at_most(0.5), "slow")]) == [
+        {**fake(1, at_most(0.5), "slow"), "target": "at most 0.5", "met": False}
+    ]
+
+
+def test_missed_targets_are_listed_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections: dict[str, Any] = {
+        "good": lambda count: [fake(3, at_least(2), "fine row"), fake(5, None, "row without target")],
+        "bad": lambda count: [fake(7, at_most(4), "slow row")],
+        "unused": lambda count: pytest.fail("not asked for"),
+    }
+    monkeypatch.setattr(bench, "SECTIONS", sections)
+    path = tmp_path / "results" / "cpu.json"
+    bench.main(["--only", "good,bad", "--rounds", "2", "--out", str(path)])  # no exit status but 0
+    printed = capsys.readouterr().out
+    assert "1 of 2 targets met, these fall short:\n  slow row: 7 ms, target at most 4\n" in printed
+    assert "fine row" in printed.split("fall short")[0]
+    content = json.loads(path.read_text())
+    assert [row["section"] for row in content["rows"]] == ["good", "good", "bad"]
+    assert [row["what"] for row in content["falls_short"]] == ["slow row"]
+    assert content["hardware"]["cores"]
+    assert content["versions"]["torch"]
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--only", "good,worse"])
+    assert "no section worse; there are good, bad, unused" in capsys.readouterr().err
+
+
+def test_report_says_when_all_targets_are_met(capsys: pytest.CaptureFixture[str]) -> None:
+    report.conclude([fake(1, at_least(1))])
+    assert capsys.readouterr().out == "1 of 1 targets met\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_benchmark_says_that_there_is_no_gpu() -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu.main([])
+    assert "needs a CUDA device" in str(stop.value)  # a text: the exit status is 1
