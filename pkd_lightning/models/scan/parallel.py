@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-WORTHWHILE = 2_000_000  # state updates below which waking a thread costs more than it gains
+WORTHWHILE = 400_000  # state updates below which waking a thread costs more than it gains
 
 _pool: ThreadPoolExecutor | None = None
 _size = 0
