@@ -60,7 +60,7 @@ def scratch(samples: int, columns: int, directory: Path, dtype: torch.dtype = to
     So its disk space is free again when the tensor is gone, or the process.
     """
     if not is_mapped(samples, columns):
-        return torch.empty(samples, columns, dtype=dtype)
+        return torch.empty(samples, columns, dtype=dtype, device="cpu")
     directory.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=directory, prefix=".scratch.")
     os.close(handle)
@@ -76,6 +76,11 @@ def is_mapped(samples: int, columns: int) -> bool:
 
 
 def _map(path: Path, samples: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    size = samples * columns * dtype.itemsize
+    with path.open("ab") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a crash where it is written
     mapped = torch.from_file(str(path), shared=True, size=samples * columns, dtype=dtype)
     return mapped.view(samples, columns)
 
@@ -97,7 +102,8 @@ class SampleMatrix:
 
     def __init__(self, samples: int, columns: int, path: Path | None = None) -> None:
         self.path = path if is_mapped(samples, columns) else None
-        self.values = torch.zeros(1, 1).expand(samples, columns)  # no memory before the first real values
+        # no memory before the first real values
+        self.values = torch.zeros(1, 1, dtype=torch.float32, device="cpu").expand(samples, columns)
         self._file = 1
         self._maps: dict[int, Tensor] = {}  # kept: a new map costs a page fault for every 4 kB, half the time of a pass
 
@@ -105,7 +111,7 @@ class SampleMatrix:
         """Uninitialised memory of the matrix's shape, to be filled and given to `replace`."""
         samples, columns = self.values.shape
         if self.path is None:
-            return torch.empty(samples, columns)
+            return torch.empty(samples, columns, dtype=torch.float32, device="cpu")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self._open(1 - self._file)
 
@@ -122,6 +128,11 @@ class SampleMatrix:
     def _name(self, file: int) -> Path:
         assert self.path is not None
         return self.path.with_name(f"{self.path.name}.{file}")
+
+    def remove(self) -> None:
+        """Delete the files, if there are any."""
+        for file in (0, 1) if self.path is not None else ():
+            self._name(file).unlink(missing_ok=True)
 
     def state(self) -> Tensor | str:
         """What a checkpoint stores: the matrix, or the name of its file, which is on the disk then."""

@@ -57,8 +57,12 @@ class FitProgress(L.Callback):
             text = f"validation {metrics['validation_accuracy']:.1%}, loss {metrics['validation_loss']:.3f}"
             self.progress.update(self.progress.task, loss=text)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Remove the bar: Lightning does not call `teardown` after an error."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the bar, after an error too."""
+        """Remove the bar."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

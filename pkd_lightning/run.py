@@ -56,6 +56,7 @@ def run(config: DictConfig) -> dict[str, object]:
             write_report(directory.path)
             tracker.summarise(results)
             directory.finish()
+            loop.state.remove_files()
     results = read_json(directory.results)
     print(f"report: {directory.path / 'report.html'}")
     print_table(results)

@@ -310,11 +310,85 @@ def test_two_threads_compute_what_one_computes(d_model):
     assert any(not torch.equal(two[name], one[name]) for name in one)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("loss", [Tensor.sum, lambda y: y.square().sum()])  # constant gradients are no exception
+def test_a_second_derivative_is_refused(loss):
     mixer, tokens = make_block(2), make_tokens(2, 5, 2).requires_grad_()
-    (grad,) = torch.autograd.grad(mixer(tokens).square().sum(), tokens, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(mixer(tokens)), tokens, create_graph=True)
+
+
+class Adapter(torch.nn.Linear):
+    """A layer that does more than its weight says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "parametrisation", "replaced"])
+def test_layers_that_do_more_than_multiply_are_called(how):
+    mixer, tokens = make_block(2), make_tokens(2, 5, 2)
+    before = mixer(tokens)
+    if how == "hook":
+        mixer.x_proj.register_forward_hook(lambda module, inputs, output: output + 1)
+    elif how == "pre-hook":
+        mixer.out_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    elif how == "parametrisation":
+        torch.nn.utils.parametrizations.weight_norm(mixer.in_proj)
+        with torch.no_grad():
+            mixer.in_proj.parametrizations.weight.original0.mul_(2)
+    else:
+        mixer.in_proj = Adapter(2, 8, bias=False)
+    after = mixer(tokens)
+    assert (after - before).abs().max() > 0.01
+    mixer.fused = False
+    torch.testing.assert_close(after, mixer(tokens))
+
+
+def test_a_negative_view_keeps_its_sign():
+    mixer, tokens = make_block(2), make_tokens(2, 5, 2)
+    torch.testing.assert_close(mixer(torch._neg_view(tokens)), mixer(-tokens))
+    leaf = tokens.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(mixer(leaf), leaf, torch._neg_view(tokens))
+    (expected,) = torch.autograd.grad(mixer(leaf), leaf, -tokens)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.half(), lambda x: x[:1], lambda x: torch.empty(0)])
+def test_weights_replaced_before_the_backward_pass_are_noticed(change):
+    mixer, tokens = make_block(2), make_tokens(2, 5, 2)
+    y = mixer(tokens)
+    mixer.x_proj.weight.data = change(mixer.x_proj.weight.data)
+    with pytest.raises(RuntimeError, match="replaced"):
+        y.sum().backward()
+
+
+def test_other_default_dtype_and_device():
+    mixer, tokens = make_block(8), make_tokens(17, 20, 8)
+    expected = results(mixer, tokens)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            y = mixer(tokens)
+            y.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(y.detach(), expected["out"])
+
+
+def test_fewer_inner_channels_than_tokens_have():
+    """No `Mamba` is built so; the kernel allows it."""
+    mixer = make_block(3)  # 6 inner channels
+    weights = [mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight, mixer.dt_proj.weight]
+    weights += [mixer.dt_proj.bias, mixer.A_log, mixer.D]
+    in_proj, out_proj = make_tokens(12, 16, seed=3) / 4, make_tokens(16, 6, seed=4)
+    tokens = make_tokens(2, 9, 16).requires_grad_()
+    narrow = block.mamba_block_cpu(tokens, in_proj, *weights, out_proj)
+    mixer.out_proj = torch.nn.Linear(6, 16, bias=False)
+    mixer.out_proj.weight.data = out_proj
+    expected = mixer.mix(F.linear(tokens, in_proj))
+    torch.testing.assert_close(narrow, expected, rtol=1e-4, atol=1e-5)
+    grads = (torch.autograd.grad(y.square().sum(), tokens)[0] for y in (narrow, expected))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_non_contiguous_tokens_weights_and_cotangents():

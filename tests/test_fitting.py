@@ -227,6 +227,17 @@ def test_the_bar_shows_the_step_of_the_moment_it_is_drawn(tmp_path: Path) -> Non
     assert progress.progress is None
 
 
+def test_the_bar_is_removed_after_an_error(tmp_path: Path) -> None:
+    progress = FitProgress("teacher", 56)
+
+    def fail() -> None:
+        raise ArithmeticError("made up")
+
+    with pytest.raises(ArithmeticError):
+        fit(Recorded(settings(), fail), images(), stage(tmp_path), callbacks=[progress])
+    assert progress.progress is None
+
+
 def test_a_stop_signal_ends_the_fit_at_the_next_step(tmp_path: Path) -> None:
     module = Recorded(settings())
     module.watch = lambda: os.kill(os.getpid(), signal.SIGTERM) if len(module.rates) == 5 else None

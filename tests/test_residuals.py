@@ -352,3 +352,25 @@ def test_passes_over_mapped_matrices_take_little_memory():
     samples, classes = 200_000, 100  # 80 MB a matrix
     before, most = memory(samples, classes)
     assert most - before < 2e7
+
+
+def test_a_file_left_over_from_a_larger_matrix_is_cut_to_size(monkeypatch, tmp_path):
+    monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)
+    for samples in (100, 80):
+        matrices = ResidualMatrices(samples, 3, tmp_path / "S")
+        matrices.update(torch.ones(samples, 3), 1.0)
+        resumed = ResidualMatrices(samples, 3, tmp_path / "S")
+        resumed.load(matrices.state())
+        assert torch.equal(resumed.S, torch.ones(samples, 3))
+
+
+def test_files_are_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)
+    matrices = ResidualMatrices(9, 3, tmp_path / "S")
+    for _ in range(2):
+        matrices.update(torch.ones(9, 3), 1.0)
+    assert len(list(tmp_path.iterdir())) == 2
+    matrices.remove()
+    matrices.remove()
+    assert not list(tmp_path.iterdir())
+    ResidualMatrices(9, 3).remove()  # in memory

@@ -788,3 +788,61 @@ def test_doubling_on_a_gpu_agrees_with_the_reference():
     actual, expected = in_both(selective_scan_doubling, selective_scan_reference, inputs)
     for name, x in expected.items():
         torch.testing.assert_close(actual[name], x, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_the_operator_checks_what_it_is_given():
+    inputs = make_inputs(2, 3, 9, 4)
+    u, delta, A, B, C = (inputs[name] for name in ("u", "delta", "A", "B", "C"))
+    scan_ = torch.ops.pkd.selective_scan
+    with pytest.raises(TypeError, match="float32"):
+        scan_(*(x.half() for x in (u, delta, A, B.mT, C.mT)), None, None, None, False)
+    with pytest.raises(ValueError, match="expected"):
+        scan_(u, delta, A, B.mT[:1, :1, :1], C.mT, None, None, None, False)
+    with pytest.raises(ValueError, match=r"batch, length"):
+        scan_(u, delta, A, B[0], C.mT, None, None, None, False)
+
+
+@pytest.mark.parametrize("loss", [Tensor.sum, lambda y: y.square().sum()])
+def test_a_second_derivative_is_refused(loss):
+    inputs = {name: x.requires_grad_() for name, x in make_inputs(2, 3, 9, 4).items()}
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(selective_scan_cpu(**inputs)), inputs["u"], create_graph=True)
+
+
+def test_doubling_has_second_derivatives():
+    names = ("u", "delta", "A", "B", "C")
+    leaves = [make_inputs(1, 2, 5, 3)[name].double().requires_grad_() for name in names]
+    assert torch.autograd.gradgradcheck(lambda *x: selective_scan_doubling(*x, delta_softplus=True), leaves)
+
+
+def test_a_tensor_without_memory_is_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(TypeError, match="FakeTensor"):
+        selective_scan_cpu(**{name: torch.empty_like(x) for name, x in make_inputs(2, 3, 9, 4).items()})
+
+
+def test_negative_views_keep_their_sign():
+    inputs = make_inputs(2, 3, 9, 4)
+    u = inputs.pop("u")
+    expected, actual = (selective_scan_cpu(x, **inputs, delta_softplus=True) for x in (-u, torch._neg_view(u)))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_export_before_anything_was_called_says_what_to_do():
+    code = """
+        import torch
+        import pkd_lightning
+        from pkd_lightning.models.mamba import Mamba
+        model, x = Mamba(4, 8).eval(), torch.randn(2, 7, 4)
+        try:
+            torch.export.export(model, (x,))
+        except Exception as error:
+            assert "before torch.export" in str(error), error
+        model(x)
+        model.fused = False
+        model(x)
+        exported = torch.export.export(model, (x,))
+        torch.testing.assert_close(exported.module()(x), model(x))
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True, timeout=110)

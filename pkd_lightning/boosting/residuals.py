@@ -43,7 +43,7 @@ class ResidualMatrices:
         self._check(residual)
         if not 0 <= eta < math.inf:
             raise ValueError(f"the step eta={eta} must be finite and at least 0")
-        following, extremes = self._matrix.blank(), torch.zeros(16)
+        following, extremes = self._matrix.blank(), torch.zeros(16, dtype=torch.float32)
         for rows in chunks(following.shape):
             parts = (part.float().contiguous().view(-1).numpy() for part in (self.S[rows], residual[rows]))
             kernels.add_residual(*parts, eta, following[rows].view(-1).numpy(), extremes.numpy())
@@ -115,6 +115,10 @@ class ResidualMatrices:
     def _check(self, residual: Rows) -> None:
         if residual.shape != self.S.shape:
             raise ValueError(f"residuals of shape {tuple(residual.shape)}, not {tuple(self.S.shape)}")
+
+    def remove(self) -> None:
+        """Delete the files of a large S, if there are any."""
+        self._matrix.remove()
 
     def state(self) -> Tensor | str:
         """What a checkpoint stores, see `SampleMatrix.state`."""

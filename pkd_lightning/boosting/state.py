@@ -51,6 +51,11 @@ class BoostingState:
             teacher=teacher,
         )
 
+    def remove_files(self) -> None:
+        """Delete the files of large matrices, which a finished run needs no more."""
+        for matrix in (self.residuals, self.validation_residuals, self.ensemble):
+            matrix.remove()
+
     @property
     def ensemble_logits(self) -> Tensor:
         """(training + validation rows, L) F_{t-1} by sample index."""

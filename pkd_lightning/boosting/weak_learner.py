@@ -16,7 +16,7 @@ from pkd_lightning.boosting.student import StudentModule
 from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import RunError
-from pkd_lightning.fitting import FitResult, predict
+from pkd_lightning.fitting import FitResult, matmul_precision, predict
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import Difference, chunks
 
@@ -79,7 +79,8 @@ class WeakLearnerCheck(L.Callback):
         if (trainer.current_epoch + 1) % self.config.check_every:
             return
         assert isinstance(pl_module, StudentModule)
-        predict(pl_module.model, self.data, self.data.training, pl_module.device, out=self.logits)
+        with matmul_precision("highest"):  # as all other logits, whatever the fit itself uses
+            predict(pl_module.model, self.data, self.data.training, pl_module.device, out=self.logits)
         edges = self.residuals.edges(Difference(self.logits, self.teacher))
         if condition_holds(edges, self.config.fraction, self.config.margin):
             self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}

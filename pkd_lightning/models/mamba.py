@@ -1,13 +1,15 @@
 """The Mamba-1 block (Gu & Dao, arXiv 2312.00752, section 3.4), weights interchangeable with `mamba_ssm.Mamba`."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkd_lightning.models.scan import fused_block, selective_scan, selective_scan_step
+
+LAYERS = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear, "out_proj": nn.Linear}
 
 
 class MambaState(NamedTuple):
@@ -37,7 +39,8 @@ class Mamba(nn.Module):
         dt_max: largest initial step size.
 
     Attributes:
-        fused: compute small blocks in one pass on the CPU; False keeps `in_proj` and `mix` apart.
+        fused: compute the block in one pass where there is a kernel for it; False never does. Layers that were replaced
+            or have hooks (pruning, adapters, quantisation) are always called.
     """
 
     fused = True
@@ -75,13 +78,22 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (batch, length, d_model) to (batch, length, d_model)."""
-        if self.fused:
+        if self.fused and self._layers_are_plain():
             conv, dt, weights = self.conv1d, self.dt_proj, (self.A_log, self.D, self.out_proj.weight)
             projections = (self.in_proj.weight, conv.weight, conv.bias, self.x_proj.weight, dt.weight, dt.bias)
             mixed = fused_block(tokens, *projections, *weights)  # type: ignore[arg-type]
             if mixed is not None:
                 return mixed
         return self.mix(self.in_proj(tokens))
+
+    def _layers_are_plain(self) -> bool:
+        """Whether each layer is as it was built and only its weights count."""
+        for name, kind in LAYERS.items():
+            layer: Any = self._modules[name]
+            hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+            if hooks or type(layer) is not kind:
+                return False
+        return True
 
     def step(self, token: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """One step of the block as a recurrence: over a sequence's tokens it gives what `forward` gives.

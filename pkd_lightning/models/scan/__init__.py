@@ -68,10 +68,7 @@ def selective_scan(
         name = "doubling" if traced else "reference"  # torch.compile of the reference's loop gives wrong results
     if is_tracing() and name == "cpu":
         name = "reference"
-    if traced and name == "cpu":
-        from pkd_lightning.models.scan.library import selective_scan_operator as scan
-    else:
-        scan = _load(name)
+    scan = _operator() if traced and name == "cpu" else _load(name)
     return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
@@ -109,7 +106,8 @@ def fused_block(tokens: Tensor, *weights: Tensor) -> Tensor | None:
     if backend == device == "cuda" and cuda.fits_block(d_state, d_conv):
         return cuda.mamba_block_cuda(tokens, *weights)
     if backend == device == "cpu" and d_inner <= (FUSED_INNER if tokens.shape[0] < 16 else 2 * FUSED_INNER):
-        block: Callable[..., Tensor] = importlib.import_module(f"{__name__}.block").mamba_block_cpu
+        from pkd_lightning.models.scan.block import mamba_block_cpu as block  # numba takes a second to import
+
         if kinds == {torch.float32}:
             return block(tokens, *weights)
         return block(*(x.float() for x in (tokens, *weights))).to(tokens.dtype)
@@ -125,6 +123,16 @@ def _traced(*tensors: Tensor | None) -> bool:
 @functools.cache  # once
 def _say(message: str) -> None:
     log.warning("%s", message)
+
+
+def _operator() -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """The scan as an operator, which numba's kernels, that cannot be traced, are behind."""
+    try:
+        from pkd_lightning.models.scan.library import selective_scan_operator
+    except AttributeError as error:  # torch.export replaces functions that numba's import looks into
+        cure = "call the model once, or import pkd_lightning.models.scan.library, before torch.export"
+        raise RuntimeError(f"the CPU kernels cannot be loaded while a model is traced: {cure}") from error
+    return selective_scan_operator
 
 
 @functools.cache

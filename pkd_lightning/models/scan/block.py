@@ -37,6 +37,7 @@ from pkd_lightning.models.scan.lanes import (
     total,
     transpose,
 )
+from pkd_lightning.models.scan.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
 from pkd_lightning.models.scan.parallel import share, threads_for
 from pkd_lightning.models.scan.states import CHUNK, ROW, STATE_ROW, SUMMED, fill, fold, scan_pair, scan_pair_backward
 
@@ -78,6 +79,8 @@ class Weights(NamedTuple):
     D: int
     out_proj: int
 
+
+FIRST = Sizes._fields.index("in_proj")
 
 _SIZES = types.NamedUniTuple(types.int64, len(Sizes._fields), Sizes)
 _WEIGHTS = types.NamedUniTuple(types.int64, len(Weights._fields), Weights)
@@ -242,27 +245,15 @@ def _input_output(bc, s, n, steps, x, B, C):
 
 
 @njit(**INLINE)
-def _copy(address, to, begin, end):
-    source = floats(address)
-    for i in range(begin, end):
-        to[i] = source[i - begin]
-
-
-@njit(**INLINE)
 def _parameters(p, s, w, a, bc):
     """Fill w, all weights one after another; a, A * log2(e) (d_inner, even); bc, x_proj's B and C (even, 2, d_inner).
 
     even: the number of states rounded up to an even number; the rows added are zero and change nothing.
     """
-    _copy(p.in_proj, w, s.in_proj, s.conv_weight)
-    _copy(p.conv_weight, w, s.conv_weight, s.conv_bias)
-    _copy(p.conv_bias, w, s.conv_bias, s.x_proj)
-    _copy(p.x_proj, w, s.x_proj, s.dt_weight)
-    _copy(p.dt_weight, w, s.dt_weight, s.dt_bias)
-    _copy(p.dt_bias, w, s.dt_bias, s.A_log)
-    _copy(p.A_log, w, s.A_log, s.D)
-    _copy(p.D, w, s.D, s.out_proj)
-    _copy(p.out_proj, w, s.out_proj, s.weights)
+    for i in range(len(p)):
+        source = floats(p[i])
+        for j in range(s[FIRST + i], s[FIRST + i + 1]):
+            w[j] = source[j - s[FIRST + i]]
     even = (s.states + 1) // 2 * 2
     for n in range(even):
         inside = n < s.states
@@ -351,6 +342,85 @@ def _forward(s, p, memory, first, last, workspace):
                     store(y, t, fma(w[s.D + d], load(x, t), load(y, t)) * z_t * sigmoid(z_t))
             _project(w, s.out_proj, s.inner, 1, s.model, s.inner, y, ROW, mixed, ROW, steps)
             _write(mixed, s, group, start, steps, out)
+
+
+@njit(**INLINE)
+def _gate_backward(w, s, steps, sums, x, y, z, g, dy, dz):
+    """The gate, the skip and out_proj: dz comes in as the gradient of the gated y, y leaves as that."""
+    for d in range(s.inner):
+        dD = load(sums, (s.D + d) * WIDTH)
+        for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
+            z_t = load(z, t)
+            gate = sigmoid(z_t)
+            y_t = fma(w[s.D + d], load(x, t), load(y, t))
+            store(y, t, y_t * z_t * gate)
+            store(dz, t, load(dz, t) * y_t * gate * fma(z_t, ONE - gate, splat(ONE)))
+            dD = fma(load(dy, t), load(x, t), dD)
+        store(sums, (s.D + d) * WIDTH, dD)
+    _outer(sums, s.out_proj, s.inner, 1, s.model, s.inner, g, 0, ROW, y, 0, ROW, steps)
+
+
+@njit(**INLINE)
+def _steps_backward(w, s, steps, sums, x, dt, delta, raw, dy, ddu, ddt, dx, draw):
+    """The step sizes, from softplus back to x: ddt leaves as the gradient of delta."""
+    for d in range(s.inner):
+        dbias = load(sums, (s.dt_bias + d) * WIDTH)
+        for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
+            ddu_t = load(ddu, t)
+            value = fma(load(x, t), ddu_t, LN2 * load(ddt, t)) * sigmoid(load(delta, t))
+            store(ddt, t, value)  # of delta now
+            dbias = dbias + value
+            store(dx, t, fma(w[s.D + d], load(dy, t), fma(load(dt, t), ddu_t, load(dx, t))))
+        store(sums, (s.dt_bias + d) * WIDTH, dbias)
+    _outer(sums, s.dt_weight, s.rank, 1, s.inner, s.rank, ddt, 0, ROW, raw, 0, ROW, steps)
+    _project(w, s.dt_weight, 1, s.rank, s.rank, s.inner, ddt, ROW, draw, ROW, steps)
+    _outer(sums, s.x_proj, s.inner, 1, s.rank, s.inner, draw, 0, ROW, x, 0, ROW, steps)
+
+
+@njit(**INLINE)
+def _convolution_backward(w, s, steps, sums, c, xh, draw, dx, dxh):
+    """SiLU and the convolution: dx leaves as the gradient of c, dxh is added to."""
+    width = _width(s) * WIDTH
+    for d in range(s.inner):
+        dbias = load(sums, (s.conv_bias + d) * WIDTH)
+        for t in range(0, steps * WIDTH, WIDTH):
+            value = load(dx, d * ROW + t)
+            for q in range(s.rank):
+                value = fma(w[s.x_proj + q * s.inner + d], load(draw, q * ROW + t), value)
+            c_t = load(c, d * ROW + t)
+            gate = sigmoid(c_t)
+            value = value * gate * fma(c_t, ONE - gate, splat(ONE))
+            store(dx, d * ROW + t, value)  # of c now
+            dbias = dbias + value
+            for k in range(s.conv):
+                p = d * width + t + k * WIDTH
+                store(dxh, p, fma(w[s.conv_weight + d * s.conv + k], value, load(dxh, p)))
+        store(sums, (s.conv_bias + d) * WIDTH, dbias)
+        _outer(*(sums, s.conv_weight + d * s.conv, 0, 1, 1, s.conv, dx, d * ROW, 0, xh, d * width, WIDTH, steps))
+
+
+@njit(**INLINE)
+def _in_proj_backward(w, s, steps, sums, tok, dxh, dz, g, dtok):
+    """The input projection; g, used up by now, serves as room."""
+    width = _width(s) * WIDTH
+    now = (s.conv - 1) * WIDTH
+    z_weights = s.in_proj + s.inner * s.model
+    _outer(sums, s.in_proj, s.model, 1, s.inner, s.model, dxh, now, width, tok, now, width, steps)
+    _outer(sums, z_weights, s.model, 1, s.inner, s.model, dz, 0, ROW, tok, now, width, steps)
+    _project(w, s.in_proj, 1, s.model, s.model, s.inner, dxh[now:], width, dtok, ROW, steps)
+    _project(w, z_weights, 1, s.model, s.model, s.inner, dz, ROW, g, ROW, steps)
+    for i in range(0, s.model * ROW, WIDTH):
+        store(dtok, i, load(dtok, i) + load(g, i))
+
+
+@njit(**INLINE)
+def _carry(s, dxh):
+    """What a chunk adds to the steps before it is the end of the chunk that is worked on next."""
+    history, width = s.conv - 1, _width(s) * WIDTH
+    for d in range(s.inner):
+        for p in range(history - 1, -1, -1):
+            store(dxh, d * width + (CHUNK + p) * WIDTH, load(dxh, d * width + p * WIDTH))
+        fill(dxh, d * width, CHUNK, ZERO)
 
 
 @kernel(_SIZES, _WEIGHTS, types.UniTuple(types.int64, 5), types.int64, types.int64, types.int64)
@@ -445,65 +515,12 @@ def _backward(s, p, memory, first, last, workspace):
                         if n + 1 < s.states:
                             value = fma(wB1, load(dB, STATE_ROW + t), fma(wC1, load(dC, STATE_ROW + t), value))
                         store(dx, d * ROW + t, value)
-            # the gate, the skip and out_proj
-            for d in range(s.inner):
-                dD = load(sums, (s.D + d) * WIDTH)
-                for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
-                    z_t = load(z, t)
-                    gate = sigmoid(z_t)
-                    y_t = fma(w[s.D + d], load(x, t), load(y, t))
-                    store(y, t, y_t * z_t * gate)
-                    store(dz, t, load(dz, t) * y_t * gate * fma(z_t, ONE - gate, splat(ONE)))
-                    dD = fma(load(dy, t), load(x, t), dD)
-                store(sums, (s.D + d) * WIDTH, dD)
-            _outer(sums, s.out_proj, s.inner, 1, s.model, s.inner, g, 0, ROW, y, 0, ROW, steps)
-            # the step sizes
-            for d in range(s.inner):
-                dbias = load(sums, (s.dt_bias + d) * WIDTH)
-                for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
-                    ddu_t = load(ddu, t)
-                    value = fma(load(x, t), ddu_t, LN2 * load(ddt, t)) * sigmoid(load(delta, t))
-                    store(ddt, t, value)  # of delta now
-                    dbias = dbias + value
-                    store(dx, t, fma(w[s.D + d], load(dy, t), fma(load(dt, t), ddu_t, load(dx, t))))
-                store(sums, (s.dt_bias + d) * WIDTH, dbias)
-            _outer(sums, s.dt_weight, s.rank, 1, s.inner, s.rank, ddt, 0, ROW, raw, 0, ROW, steps)
-            _project(w, s.dt_weight, 1, s.rank, s.rank, s.inner, ddt, ROW, draw, ROW, steps)
-            _outer(sums, s.x_proj, s.inner, 1, s.rank, s.inner, draw, 0, ROW, x, 0, ROW, steps)
-            # SiLU and the convolution
-            for d in range(s.inner):
-                dbias = load(sums, (s.conv_bias + d) * WIDTH)
-                for t in range(0, steps * WIDTH, WIDTH):
-                    value = load(dx, d * ROW + t)
-                    for q in range(s.rank):
-                        value = fma(w[s.x_proj + q * s.inner + d], load(draw, q * ROW + t), value)
-                    c_t = load(c, d * ROW + t)
-                    gate = sigmoid(c_t)
-                    value = value * gate * fma(c_t, ONE - gate, splat(ONE))
-                    store(dx, d * ROW + t, value)  # of c now
-                    dbias = dbias + value
-                    for k in range(s.conv):
-                        p = d * width + t + k * WIDTH
-                        store(dxh, p, fma(w[s.conv_weight + d * s.conv + k], value, load(dxh, p)))
-                store(sums, (s.conv_bias + d) * WIDTH, dbias)
-                _outer(
-                    *(sums, s.conv_weight + d * s.conv, 0, 1, 1, s.conv, dx, d * ROW, 0, xh, d * width, WIDTH, steps)
-                )
-            # in_proj
-            now = history * WIDTH
-            z_weights = s.in_proj + s.inner * s.model
-            _outer(sums, s.in_proj, s.model, 1, s.inner, s.model, dxh, now, width, tok, now, width, steps)
-            _outer(sums, z_weights, s.model, 1, s.inner, s.model, dz, 0, ROW, tok, now, width, steps)
-            _project(w, s.in_proj, 1, s.model, s.model, s.inner, dxh[now:], width, dtok, ROW, steps)
-            _project(w, z_weights, 1, s.model, s.model, s.inner, dz, ROW, part, ROW, steps)
-            for i in range(0, s.model * ROW, WIDTH):
-                store(dtok, i, load(dtok, i) + load(part, i))
+            _gate_backward(w, s, steps, sums, x, y, z, g, dy, dz)
+            _steps_backward(w, s, steps, sums, x, dt, delta, raw, dy, ddu, ddt, dx, draw)
+            _convolution_backward(w, s, steps, sums, c, xh, draw, dx, dxh)
+            _in_proj_backward(w, s, steps, sums, tok, dxh, dz, g, dtok)
             _write(dtok, s, group, start, steps, dtokens)
-            # what this chunk adds to the steps before it is the end of the next chunk that is worked on
-            for d in range(s.inner):
-                for p in range(history - 1, -1, -1):
-                    store(dxh, d * width + (CHUNK + p) * WIDTH, load(dxh, d * width + p * WIDTH))
-                fill(dxh, d * width, CHUNK, ZERO)
+            _carry(s, dxh)
     for i in range(s.weights):
         dw[i] = total(load(sums, i * WIDTH))
     for n in range(s.states):
@@ -530,7 +547,7 @@ def _workspace(s: Sizes, backward: bool) -> Tensor:
     if backward:
         vectors += s.weights + 4 * s.inner * even + s.inner * width
         vectors += (s.model + 5 * s.inner + s.rank + 8) * CHUNK + 4
-    return torch.empty(vectors * WIDTH)
+    return torch.empty(vectors * WIDTH, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _run_forward(tokens: Tensor, weights: tuple[Tensor, ...], s: Sizes, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -541,7 +558,7 @@ def _run_forward(tokens: Tensor, weights: tuple[Tensor, ...], s: Sizes, keep: bo
     addresses = Weights(*(weight.data_ptr() for weight in weights))
     memory = (tokens.data_ptr(), out.data_ptr(), 0 if saved is None else saved.data_ptr())
 
-    def run(thread: int, first: int, last: int) -> None:
+    def run(thread: int, first: int, last: int, _alive: object = (tokens, weights, out, saved)) -> None:
         space = _workspace(s, backward=False)
         _forward(s, addresses, memory, first, last, space.data_ptr())
 
@@ -557,22 +574,26 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, *weights: Any) -> Tensor:
         ctx.sizes = _sizes(tokens, weights)
         out, saved = _run_forward(tokens, weights, ctx.sizes, keep=True)
+        ctx.kinds = kinds_of((tokens, *weights))
         ctx.save_for_backward(tokens, saved, *weights)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         tokens, saved, *weights = ctx.saved_tensors
+        check_unchanged((tokens, *weights), ctx.kinds)
         s = ctx.sizes
-        grad_out = grad_out.contiguous()
+        grad_out = real(grad_out).contiguous()
         groups = -(-s.batch // WIDTH)
         threads = threads_for(groups, s.batch * s.length * s.inner * s.states)
         dtokens, dw = torch.empty_like(tokens), tokens.new_zeros(threads, s.weights)
         addresses = Weights(*(weight.data_ptr() for weight in weights))
         given = (grad_out.data_ptr(), tokens.data_ptr(), saved.data_ptr(), dtokens.data_ptr())
 
-        def run(thread: int, first: int, last: int) -> None:
+        def run(
+            thread: int, first: int, last: int, _alive: object = (grad_out, tokens, saved, weights, dtokens, dw)
+        ) -> None:
             space = _workspace(s, backward=True)
             _backward(s, addresses, (*given, dw[thread].data_ptr()), first, last, space.data_ptr())
 
@@ -584,10 +605,12 @@ class _Block(torch.autograd.Function):
 
 def _check(tokens: Tensor, weights: tuple[Tensor, ...]) -> None:
     """The kernels read memory without bounds checks, so everything is checked first."""
+    if any(type(x) not in PLAIN for x in (tokens, *weights)):
+        raise TypeError("the kernels need a tensor's memory, which a subclass of Tensor need not have")
     if len(weights) != len(Weights._fields) or tokens.ndim != 3 or weights[6].ndim != 2:
         raise ValueError(f"tokens must be (batch, length, d_model) with {len(Weights._fields)} weights")
     model, (inner, states) = tokens.shape[2], weights[6].shape
-    conv, rank = weights[1].shape[-1], weights[4].shape[-1]
+    conv, rank = max(1, weights[1].shape[-1]), weights[4].shape[-1]
     expected = [
         *((2 * inner, model), (inner, 1, conv), (inner,), (rank + 2 * states, inner), (inner, rank), (inner,)),
         *((inner, states), (inner,), (model, inner)),
@@ -611,10 +634,11 @@ def mamba_block_cpu(tokens: Tensor, *weights: Tensor) -> Tensor:
             (d_inner, d_state), D (d_inner,), out_proj (d_model, d_inner); all float32.
 
     Raises:
-        ValueError: a tensor has the wrong shape or type or is not on the CPU.
+        ValueError: a tensor has the wrong shape or dtype or is not on the CPU.
+        TypeError: a tensor is of a subclass of Tensor.
     """
     _check(tokens, weights)
-    tokens, *rest = (x.contiguous() for x in (tokens, *weights))
+    tokens, *rest = (real(x).contiguous() for x in (tokens, *weights))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, *rest)):
         return _Block.apply(tokens, *rest)  # type: ignore[no-any-return]
     return _run_forward(tokens, tuple(rest), _sizes(tokens, tuple(rest)), keep=False)[0]

@@ -37,6 +37,7 @@ from pkd_lightning.models.scan.lanes import (
     total_of_each,
     transpose,
 )
+from pkd_lightning.models.scan.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
 from pkd_lightning.models.scan.parallel import share, threads_for
 from pkd_lightning.models.scan.states import CHUNK, ROW, STATE_ROW, SUMMED, fill, fold, scan_pair, scan_pair_backward
 
@@ -518,7 +519,7 @@ def _workspace(s: Sizes, backward: bool) -> Tensor:
     vectors = 2 * state + 2 * s.groups + 2 * block + (5 * s.groups + 1) * CHUNK
     if backward:
         vectors += 2 * state + 2 * s.groups + 2 * block + (4 * s.groups + 5) * CHUNK
-    return torch.empty(vectors * WIDTH)
+    return torch.empty(vectors * WIDTH, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _prepared(tensors: Inputs, s: Sizes) -> Inputs:
@@ -540,7 +541,7 @@ def run_forward(tensors: Inputs, s: Sizes, keep: bool, want_state: bool) -> tupl
         tensors = _prepared(tensors, s)
         memory = _memory(tensors, out, last_state, saved)
 
-        def run(thread: int, first: int, last: int) -> None:
+        def run(thread: int, first: int, last: int, _alive: object = (tensors, out, last_state, saved)) -> None:
             space = _workspace(s, backward=False)
             _forward(s, memory, first, last, space.data_ptr())
 
@@ -556,13 +557,15 @@ class _SelectiveScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.sizes = sizes_of(tensors, softplus)
         out, last_state, saved = run_forward(tensors, ctx.sizes, keep=True, want_state=want_state)
+        ctx.kinds = kinds_of(tensors)
         ctx.save_for_backward(*tensors, saved)
         return out, last_state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         *tensors, saved = ctx.saved_tensors
+        check_unchanged(tensors, ctx.kinds)
         return None, None, *run_backward(tuple(tensors), ctx.sizes, saved, grad_out, grad_last)
 
 
@@ -571,8 +574,8 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the eight tensors, None for those that are None."""
     u, delta, A, _, _, D, z, delta_bias = tensors
-    grad_out = torch.zeros_like(u) if grad_out is None else grad_out
-    grad_last = grad_last if grad_last is None else grad_last.contiguous()
+    grad_out = torch.zeros_like(u) if grad_out is None else real(grad_out)
+    grad_last = grad_last if grad_last is None else real(grad_last).contiguous()
     threads = threads_for(s.outer, u.numel() * s.states)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = None if z is None else torch.empty_like(z)
@@ -588,7 +591,9 @@ def run_backward(
         def address(x: Tensor | None, thread: int | None = None) -> int:
             return 0 if x is None else (x if thread is None else x[thread]).data_ptr()
 
-        def run(thread: int, first: int, last: int) -> None:
+        alive = (tensors, grad_out, grad_last, saved, du, ddelta, dA, dB, dC, dD, dz, dbias)
+
+        def run(thread: int, first: int, last: int, _alive: object = alive) -> None:
             grads = Gradients(
                 *(address(du), address(ddelta), address(dA, thread), address(dB), address(dC)),
                 *(address(dD, thread), address(dz), address(dbias, thread)),
@@ -604,7 +609,7 @@ def run_backward(
     )
 
 
-def check(tensors: dict[str, Tensor | None]) -> None:
+def check(tensors: dict[str, Tensor | None], traced: bool = False) -> None:
     """Raise what `selective_scan_cpu` says. The kernels read memory without bounds checks, so all is checked first."""
     u, A = tensors["u"], tensors["A"]
     assert u is not None
@@ -618,6 +623,8 @@ def check(tensors: dict[str, Tensor | None]) -> None:
     for (name, x), shape in zip(tensors.items(), expected, strict=True):
         if x is None:
             continue
+        if not traced and type(x) not in PLAIN:
+            raise TypeError(f"{name} is a {type(x).__name__}: the kernels need a tensor's memory")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} is {x.dtype}: the CPU scan computes in float32, only the reference in float64")
         if not x.is_cpu:
@@ -652,7 +659,7 @@ def selective_scan_cpu(
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     check(tensors)
     tensors |= {"B": B.transpose(1, 2), "C": C.transpose(1, 2)}
-    inputs: Any = tuple(x if x is None or x.dtype is torch.float32 else x.float() for x in tensors.values())
+    inputs: Any = tuple(None if x is None else real(x).float() for x in tensors.values())
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         out, last_state = _SelectiveScan.apply(delta_softplus, return_last_state, *inputs)
     else:

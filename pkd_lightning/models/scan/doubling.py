@@ -35,11 +35,10 @@ class _LinearScan(torch.autograd.Function):
         return h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_h: Tensor) -> Any:
         a, h = ctx.saved_tensors
         following = torch.cat([a[1:], torch.zeros_like(a[:1])])
-        grad_x = _scan(following.flip(0), grad_h.flip(0)).flip(0)
+        grad_x: Tensor = _LinearScan.apply(following.flip(0), grad_h.flip(0)).flip(0)  # type: ignore[no-untyped-call]
         return torch.cat([torch.zeros_like(h[:1]), grad_x[1:] * h[:-1]]), grad_x
 
 

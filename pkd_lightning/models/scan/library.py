@@ -10,7 +10,29 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pkd_lightning.models.scan import cpu
+from pkd_lightning.models.scan.memory import real
 from pkd_lightning.models.scan.reference import scan_macs
+
+
+def _checked(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> cpu.Inputs:
+    """The arguments of the operators, which anyone can call, as the kernels need them."""
+    if B.ndim != 3 or C.ndim != 3:
+        raise ValueError("B and C must be (batch, length, d_state)")
+    tensors = {"u": u, "delta": delta, "A": A, "B": B.mT, "C": C.mT, "D": D, "z": z, "delta_bias": delta_bias}
+    cpu.check(tensors)
+    if any(x is not None and x.dtype != torch.float32 for x in tensors.values()):
+        raise TypeError("the operator takes float32 tensors")
+    u, delta, A, B, C, *rest = (None if x is None else real(x) for x in (u, delta, A, B, C, D, z, delta_bias))  # type: ignore[assignment]
+    return u, delta, A, B, C, *rest  # type: ignore[return-value]
 
 
 @torch.library.custom_op("pkd::selective_scan", mutates_args=(), device_types="cpu")
@@ -26,7 +48,7 @@ def _scan(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, the last state, and the states that the backward pass starts from; float32, B and C (batch, length, N)."""
-    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    tensors = _checked(u, delta, A, B, C, D, z, delta_bias)
     sizes = cpu.sizes_of(tensors, delta_softplus)
     out, last_state, saved = cpu.run_forward(tensors, sizes, keep=True, want_state=True)
     assert last_state is not None
@@ -69,8 +91,10 @@ def _scan_backward(
     delta_softplus: bool,
 ) -> list[Tensor]:
     """The gradients of those of the eight tensors that are not None."""
-    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    tensors = _checked(u, delta, A, B, C, D, z, delta_bias)
     sizes = cpu.sizes_of(tensors, delta_softplus)
+    if saved.numel() != cpu.saved_size(sizes) or grad_out.shape != u.shape or grad_last.shape != (len(u), *A.shape):
+        raise ValueError("the gradients are not those of a scan of these tensors")
     return [grad for grad in cpu.run_backward(tensors, sizes, saved, grad_out, grad_last) if grad is not None]
 
 
@@ -132,7 +156,7 @@ def selective_scan_operator(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan_cpu` through the operator `torch.ops.pkd.selective_scan`; it raises the same."""
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    cpu.check(tensors)
+    cpu.check(tensors, traced=True)
     u32, delta32, A32, B32, C32, *rest = (None if x is None else x.float() for x in tensors.values())
     out, last_state, _ = _scan(u32, delta32, A32, B32.transpose(1, 2), C32.transpose(1, 2), *rest, delta_softplus)  # type: ignore[union-attr]
     out = out.to(u.dtype)

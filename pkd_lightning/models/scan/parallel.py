@@ -6,7 +6,7 @@ forked after its first use.
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -47,15 +47,17 @@ def threads_for(units: int, updates: int) -> int:
 def share(call: Callable[[int, int, int], object], units: int, threads: int) -> None:
     """Run `call(thread, first, last)` for `threads` equal ranges of `units`, one of them in this thread.
 
-    Returns, or raises what a call raised, only when all have ended: they write to memory of the caller's.
+    Returns, or raises what a call raised, when all have ended. A second interrupt may leave some running: `call` has to
+    hold on to the memory it writes to.
     """
     if threads <= 1:
         call(0, 0, units)
         return
     bounds = [units * i // threads for i in range(threads + 1)]
-    others = _workers(threads - 1)
-    waiting = [others.submit(call, i, bounds[i], bounds[i + 1]) for i in range(1, threads)]
+    waiting: list[Future[object]] = []
     try:
+        for i in range(1, threads):
+            waiting.append(_workers(threads - 1).submit(call, i, bounds[i], bounds[i + 1]))
         call(0, bounds[0], bounds[1])
     finally:
         wait(waiting)
