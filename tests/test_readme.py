@@ -1,11 +1,13 @@
 """The documents are true of the tree: commands compose, snippets run, files exist, tables are those of the results."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from benchmarks import tables as bench_tables
 from experiments.tables import documents, fill
 from pkd_lightning.cli import load_config
 from pkd_lightning.experiment import assemble
@@ -13,7 +15,12 @@ from tests.support import tiny_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").glob("*/README.md"))]
+MARKDOWN = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "experiments").glob("*/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def commands() -> list[list[str]]:
@@ -82,3 +89,10 @@ def test_tables_are_those_of_the_results() -> None:
         text = document.read_text()
         assert fill(text) == text, f"run: python -m experiments.tables ({document.name} is out of date)"
     assert README.count("<!-- table:") == README.count("<!-- end of table -->") == 2
+
+
+def test_the_tables_of_the_performance_page_are_those_of_its_results() -> None:
+    text = bench_tables.DOCUMENT.read_text()
+    assert text.count("<!-- bench: ") == len(bench_tables.TABLES)
+    results = json.loads(bench_tables.RESULTS.read_text())
+    assert bench_tables.fill(text, results) == text, "run: python -m benchmarks.tables"

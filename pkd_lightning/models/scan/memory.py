@@ -14,7 +14,7 @@ def real(x: Tensor) -> Tensor:
     """`x` with its values in memory: some tensors of torch only have a sign, or being zero, noted beside it."""
     if x._is_zerotensor():
         return torch.zeros(x.shape, dtype=x.dtype)
-    return x.resolve_neg()
+    return x.resolve_neg() if x.is_neg() else x
 
 
 def refuse_second_derivative() -> None:

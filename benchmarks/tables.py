@@ -1,0 +1,122 @@
+"""Writes the tables of docs/performance.md from docs/performance.json: `python -m benchmarks.tables [--from RESULTS]`.
+
+A table stands between `<!-- bench: NAME -->` and `<!-- end of bench -->`. With `--from` the results of a run of
+`make bench` become docs/performance.json first.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import Row, shown
+
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS, DOCUMENT = DOCS / "performance.json", DOCS / "performance.md"
+SLOT = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def scan(rows: Sequence[Row]) -> str:
+    """A line a workload; forward / forward and backward."""
+    of = [row for row in rows if row["section"] == "scan"]
+    names = dict.fromkeys(re.sub(r" forward.*", "", row["what"]) for row in of)
+    head = ["scan", "ms", "x plain loop", "x mambapy", "x reference", "of the floor", "two threads", "memory"]
+    lines = []
+    for name in names:
+        cells: dict[str, list[str]] = {}
+        for kind in ("forward", "forward+backward"):
+            for row in of:
+                if not row["what"].startswith(f"{name} {kind}") or row["what"][len(f"{name} {kind}") :][:1] == "+":
+                    continue
+                key = "memory" if "memory" in row["what"] else row["against"]
+                cells.setdefault(key, []).append(shown(row["figure"]))
+                if key == "plain loop":
+                    cells.setdefault("ms", []).append(shown(row["median_ms"]))
+        order = ("ms", "plain loop", "mambapy", "reference", "floor", "one thread", "memory")
+        lines.append([name.removeprefix("scan "), *(" / ".join(cells.get(key, [])) for key in order)])
+    return markdown(head, lines)
+
+
+def block(rows: Sequence[Row]) -> str:
+    """A line a block; forward / forward and backward."""
+    of = [row for row in rows if row["section"] == "block"]
+    names = dict.fromkeys(re.sub(r" forward.*", "", row["what"]) for row in of)
+    lines = []
+    for name in names:
+        own = [row for row in of if row["what"].startswith(f"{name} forward")]
+        times = dict.fromkeys(shown(row["median_ms"]) for row in own if row["against"] == "unfused block")
+        faster = [shown(row["figure"]) for row in own if row["against"] == "unfused block"]
+        share = [shown(row["figure"]) for row in own if row["against"] == "scan alone"]
+        lines.append([name.removeprefix("block of "), " / ".join(times), " / ".join(faster), " / ".join(share)])
+    return markdown(["block", "ms", "x unfused", "of the scan alone"], lines)
+
+
+def step(rows: Sequence[Row]) -> str:
+    """A line a model; one thread and two."""
+    of = [row for row in rows if row["section"] == "step"]
+    names = dict.fromkeys(re.sub(r", \d threads?", "", row["what"]) for row in of)
+    lines = []
+    for name in names:
+        own = [row for row in of if row["what"].startswith(f"{name},")]
+        cells = [text for row in own for text in (shown(row["median_ms"]), shown(row["figure"]))]
+        lines.append([name.removeprefix("training step of "), *cells])
+    return markdown(["step", "1 thread, ms", "s an epoch", "2 threads, ms", "s an epoch"], lines)
+
+
+def others(rows: Sequence[Row]) -> str:
+    """The sections with a figure a line."""
+    of = [row for row in rows if row["section"] in ("fit", "data", "rounds")]
+    lines = []
+    for row in of:
+        against = f" ({row['against']})" if row.get("against") else ""
+        lines.append([row["what"], f"{shown(row['figure'])} {row['unit']}{against}", row.get("target", "")])
+    return markdown(["what", "figure", "target"], lines)
+
+
+def missed(rows: Sequence[Row]) -> str:
+    """The targets that fall short."""
+    short = [row for row in rows if row.get("met") is False]
+    lines = []
+    for row in short:
+        note = f"({row['note']})" if "note" in row else None
+        figure = (shown(row["figure"]), row["unit"], row.get("against"), note)
+        lines.append([row["what"], " ".join(filter(None, figure)), row["target"]])
+    targets = sum("target" in row for row in rows)
+    return f"{targets - len(short)} of {targets} targets met. Short of theirs:\n\n" + markdown(
+        ["what", "figure", "target"], lines
+    )
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
+    "scan": scan,
+    "block": block,
+    "step": step,
+    "others": others,
+    "missed": missed,
+}
+
+
+def fill(text: str, results: dict[str, Any]) -> str:
+    """`text` with every table written anew."""
+    return SLOT.sub(lambda slot: slot[1] + TABLES[slot[2]](results["rows"]) + slot[3], text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fill the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=Path, help="results that `make bench` wrote")
+    source = parser.parse_args(arguments).source
+    if source is not None:
+        RESULTS.write_text(source.read_text())
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(), json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()
