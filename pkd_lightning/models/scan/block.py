@@ -45,7 +45,14 @@ AT_ONCE = 4  # steps of a projection worked on together
 
 
 class Sizes(NamedTuple):
-    """Of a block, and where each weight begins in the flat vector of all."""
+    """Of a block, and where each weight begins in the flat vector of all.
+
+    Attributes:
+        groups: groups of 16 sequences.
+        chunks: chunks of a sequence.
+        even: states rounded up to an even number.
+        width: steps of a chunk's row with the convolution's history, a multiple of `AT_ONCE`.
+    """
 
     batch: int
     length: int
@@ -54,6 +61,10 @@ class Sizes(NamedTuple):
     states: int
     rank: int
     conv: int
+    groups: int
+    chunks: int
+    even: int
+    width: int
     in_proj: int
     conv_weight: int
     conv_bias: int
@@ -84,12 +95,6 @@ FIRST = Sizes._fields.index("in_proj")
 
 _SIZES = types.NamedUniTuple(types.int64, len(Sizes._fields), Sizes)
 _WEIGHTS = types.NamedUniTuple(types.int64, len(Weights._fields), Weights)
-
-
-@njit(**INLINE)
-def _width(s):
-    """Steps of a row with history, a multiple of `AT_ONCE`."""
-    return (s.conv - 1 + CHUNK + AT_ONCE - 1) // AT_ONCE * AT_ONCE
 
 
 @njit(**INLINE)
@@ -201,7 +206,7 @@ def _prepare(w, s, steps, tok, xh, c, x, z, raw, delta, dt, du, y, part):
     before dt_proj, delta after it, dt after softplus; du = dt * x.
     """
     history = s.conv - 1
-    width = _width(s)
+    width = s.width
     row = width * WIDTH
     _project(w, s.in_proj, s.model, 1, s.inner, s.model, tok, row, xh, row, history + steps)
     z_weights = s.in_proj + s.inner * s.model
@@ -248,17 +253,16 @@ def _input_output(bc, s, n, steps, x, B, C):
 def _parameters(p, s, w, a, bc):
     """Fill w, all weights one after another; a, A * log2(e) (d_inner, even); bc, x_proj's B and C (even, 2, d_inner).
 
-    even: the number of states rounded up to an even number; the rows added are zero and change nothing.
+    The rows that `even` adds to the states are zero and change nothing.
     """
     for i in range(len(p)):
         source = floats(p[i])
         for j in range(s[FIRST + i], s[FIRST + i + 1]):
             w[j] = source[j - s[FIRST + i]]
-    even = (s.states + 1) // 2 * 2
-    for n in range(even):
+    for n in range(s.even):
         inside = n < s.states
         for d in range(s.inner):
-            a[d * even + n] = -LOG2E * math.exp(w[s.A_log + d * s.states + n]) if inside else ZERO
+            a[d * s.even + n] = -LOG2E * math.exp(w[s.A_log + d * s.states + n]) if inside else ZERO
             b = s.x_proj + (s.rank + n) * s.inner + d
             bc[2 * n * s.inner + d] = w[b] if inside else ZERO
             bc[(2 * n + 1) * s.inner + d] = w[b + s.states * s.inner] if inside else ZERO
@@ -267,16 +271,15 @@ def _parameters(p, s, w, a, bc):
 @njit(**INLINE)
 def _split(space, s):
     """The parts of the workspace that both passes use."""
-    even = (s.states + 1) // 2 * 2
-    width = _width(s) * WIDTH
+    width = s.width * WIDTH
     at = (s.weights + WIDTH) // WIDTH * WIDTH
     w = space[:at]
-    a = space[at : at + s.inner * even]
-    at += (s.inner * even + WIDTH) // WIDTH * WIDTH
-    bc = space[at : at + 2 * s.inner * even]
-    at += (2 * s.inner * even + WIDTH) // WIDTH * WIDTH
-    h = space[at : at + s.inner * even * WIDTH]
-    at += s.inner * even * WIDTH
+    a = space[at : at + s.inner * s.even]
+    at += (s.inner * s.even + WIDTH) // WIDTH * WIDTH
+    bc = space[at : at + 2 * s.inner * s.even]
+    at += (2 * s.inner * s.even + WIDTH) // WIDTH * WIDTH
+    h = space[at : at + s.inner * s.even * WIDTH]
+    at += s.inner * s.even * WIDTH
     tok = space[at : at + s.model * width]
     at += s.model * width
     xh = space[at : at + s.inner * width]
@@ -309,32 +312,30 @@ def _forward(s, p, memory, first, last, workspace):
     """
     tokens, out, saved, space = floats(memory[0]), floats(memory[1]), floats(memory[2]), floats(workspace)
     (w, a, bc, h, tok, xh, c, x, z, delta, dt, du, y, part, raw, B, C), rest = _split(space, s)
-    even = (s.states + 1) // 2 * 2
-    chunks = (s.length + CHUNK - 1) // CHUNK
-    state = s.inner * even * WIDTH
+    state = s.inner * s.even * WIDTH
     mixed = rest[: s.model * ROW]
     _parameters(p, s, w, a, bc)
     for group in range(first, last):
-        fill(h, 0, s.inner * even, ZERO)
-        for chunk in range(chunks):
+        fill(h, 0, s.inner * s.even, ZERO)
+        for chunk in range(s.chunks):
             start = chunk * CHUNK
             steps = min(CHUNK, s.length - start)
-            _read(tokens, s, group, start, steps, tok, _width(s), s.conv - 1)
+            _read(tokens, s, group, start, steps, tok, s.width, s.conv - 1)
             _prepare(w, s, steps, tok, xh, c, x, z, raw, delta, dt, du, y, part)
             if memory[2]:
-                at = (group * chunks + chunk) * state
+                at = (group * s.chunks + chunk) * state
                 for i in range(0, state, WIDTH):
                     store(saved, at + i, load(h, i))
-            for n in range(0, even, 2):
+            for n in range(0, s.even, 2):
                 _input_output(bc, s, n, steps, x, B, C)
                 for d in range(s.inner):
-                    at = (d * even + n) * WIDTH
-                    a0, a1 = splat(a[d * even + n]), splat(a[d * even + n + 1])
+                    at = (d * s.even + n) * WIDTH
+                    a0, a1 = splat(a[d * s.even + n]), splat(a[d * s.even + n + 1])
                     h0, h1 = load(h, at), load(h, at + WIDTH)
                     h0, h1 = scan_pair(steps, n + 1 < s.states, dt, du, part, d * ROW, B, C, 0, a0, a1, h0, h1)
                     store(h, at, h0)
                     store(h, at + WIDTH, h1)
-                if (n + 2) % SUMMED == 0 or n + 2 == even:
+                if (n + 2) % SUMMED == 0 or n + 2 == s.even:
                     fold(part, y, 0, s.inner * CHUNK)
             for d in range(s.inner):
                 for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
@@ -380,7 +381,7 @@ def _steps_backward(w, s, steps, sums, x, dt, delta, raw, dy, ddu, ddt, dx, draw
 @njit(**INLINE)
 def _convolution_backward(w, s, steps, sums, c, xh, draw, dx, dxh):
     """SiLU and the convolution: dx leaves as the gradient of c, dxh is added to."""
-    width = _width(s) * WIDTH
+    width = s.width * WIDTH
     for d in range(s.inner):
         dbias = load(sums, (s.conv_bias + d) * WIDTH)
         for t in range(0, steps * WIDTH, WIDTH):
@@ -402,7 +403,7 @@ def _convolution_backward(w, s, steps, sums, c, xh, draw, dx, dxh):
 @njit(**INLINE)
 def _in_proj_backward(w, s, steps, sums, tok, dxh, dz, g, dtok):
     """The input projection; g, used up by now, serves as room."""
-    width = _width(s) * WIDTH
+    width = s.width * WIDTH
     now = (s.conv - 1) * WIDTH
     z_weights = s.in_proj + s.inner * s.model
     _outer(sums, s.in_proj, s.model, 1, s.inner, s.model, dxh, now, width, tok, now, width, steps)
@@ -416,7 +417,7 @@ def _in_proj_backward(w, s, steps, sums, tok, dxh, dz, g, dtok):
 @njit(**INLINE)
 def _carry(s, dxh):
     """What a chunk adds to the steps before it is the end of the chunk that is worked on next."""
-    history, width = s.conv - 1, _width(s) * WIDTH
+    history, width = s.conv - 1, s.width * WIDTH
     for d in range(s.inner):
         for p in range(history - 1, -1, -1):
             store(dxh, d * width + (CHUNK + p) * WIDTH, load(dxh, d * width + p * WIDTH))
@@ -432,20 +433,18 @@ def _backward(s, p, memory, first, last, workspace):
     grad_out, tokens, saved = floats(memory[0]), floats(memory[1]), floats(memory[2])
     dtokens, dw, space = floats(memory[3]), floats(memory[4]), floats(workspace)
     (w, a, bc, _, tok, xh, c, x, z, delta, dt, du, y, part, raw, B, C), rest = _split(space, s)
-    even = (s.states + 1) // 2 * 2
-    chunks = (s.length + CHUNK - 1) // CHUNK
     history = s.conv - 1
-    width = _width(s) * WIDTH
+    width = s.width * WIDTH
     channels = s.inner * ROW
     at = 0
     sums = rest[at : at + s.weights * WIDTH]  # gradients of the weights, a sum per lane
     at += s.weights * WIDTH
-    dh = rest[at : at + s.inner * even * WIDTH]  # of the states, carried from the chunk after
-    at += s.inner * even * WIDTH
-    sums_a = rest[at : at + s.inner * even * WIDTH]
-    at += s.inner * even * WIDTH
-    sums_bc = rest[at : at + 2 * s.inner * even * WIDTH]
-    at += 2 * s.inner * even * WIDTH
+    dh = rest[at : at + s.inner * s.even * WIDTH]  # of the states, carried from the chunk after
+    at += s.inner * s.even * WIDTH
+    sums_a = rest[at : at + s.inner * s.even * WIDTH]
+    at += s.inner * s.even * WIDTH
+    sums_bc = rest[at : at + 2 * s.inner * s.even * WIDTH]
+    at += 2 * s.inner * s.even * WIDTH
     dxh = rest[at : at + s.inner * width]
     at += s.inner * width
     g = rest[at : at + s.model * ROW]
@@ -466,15 +465,15 @@ def _backward(s, p, memory, first, last, workspace):
     before = rest[at + 2 * ROW : at + 4 * ROW]  # the state before each step
     _parameters(p, s, w, a, bc)
     fill(sums, 0, s.weights, ZERO)
-    fill(sums_a, 0, s.inner * even, ZERO)
-    fill(sums_bc, 0, 2 * s.inner * even, ZERO)
+    fill(sums_a, 0, s.inner * s.even, ZERO)
+    fill(sums_bc, 0, 2 * s.inner * s.even, ZERO)
     for group in range(first, last):
-        fill(dh, 0, s.inner * even, ZERO)
-        fill(dxh, 0, s.inner * _width(s), ZERO)
-        for chunk in range(chunks - 1, -1, -1):
+        fill(dh, 0, s.inner * s.even, ZERO)
+        fill(dxh, 0, s.inner * s.width, ZERO)
+        for chunk in range(s.chunks - 1, -1, -1):
             start = chunk * CHUNK
             steps = min(CHUNK, s.length - start)
-            _read(tokens, s, group, start, steps, tok, _width(s), history)
+            _read(tokens, s, group, start, steps, tok, s.width, history)
             _read(grad_out, s, group, start, steps, g, CHUNK, 0)
             _prepare(w, s, steps, tok, xh, c, x, z, raw, delta, dt, du, y, part)
             _project(w, s.out_proj, 1, s.inner, s.inner, s.model, g, ROW, dz, ROW, steps)  # of the gated y for now
@@ -485,16 +484,16 @@ def _backward(s, p, memory, first, last, workspace):
             fill(dx, 0, s.inner * CHUNK, ZERO)
             fill(ddu, 0, s.inner * CHUNK, ZERO)
             fill(ddt, 0, s.inner * CHUNK, ZERO)
-            for n in range(0, even, 2):
+            for n in range(0, s.even, 2):
                 _input_output(bc, s, n, steps, x, B, C)
                 fill(dB, 0, 2 * (CHUNK + 1), ZERO)
                 fill(dC, 0, 2 * (CHUNK + 1), ZERO)
                 for d in range(s.inner):
-                    at = (d * even + n) * WIDTH
-                    from_ = (group * chunks + chunk) * s.inner * even * WIDTH + at
+                    at = (d * s.even + n) * WIDTH
+                    from_ = (group * s.chunks + chunk) * s.inner * s.even * WIDTH + at
                     dh0, dh1, da0, da1 = scan_pair_backward(
                         *(steps, n + 1 < s.states, dt, du, part, dy, ddt, ddu, d * ROW, B, C, dB, dC, 0, decay, before),
-                        *(splat(a[d * even + n]), splat(a[d * even + n + 1])),
+                        *(splat(a[d * s.even + n]), splat(a[d * s.even + n + 1])),
                         *(load(saved, from_), load(saved, from_ + WIDTH), load(dh, at), load(dh, at + WIDTH)),
                         *(load(sums_a, at), load(sums_a, at + WIDTH)),
                     )
@@ -502,7 +501,7 @@ def _backward(s, p, memory, first, last, workspace):
                     store(dh, at + WIDTH, dh1)
                     store(sums_a, at, da0)
                     store(sums_a, at + WIDTH, da1)
-                if (n + 2) % SUMMED == 0 or n + 2 == even:
+                if (n + 2) % SUMMED == 0 or n + 2 == s.even:
                     fold(part, y, 0, s.inner * CHUNK)
                 b0 = 2 * n * s.inner
                 _outer(sums_bc, b0, 2 * s.inner, 1, 2, s.inner, dB, 0, STATE_ROW, x, 0, ROW, steps)
@@ -525,7 +524,7 @@ def _backward(s, p, memory, first, last, workspace):
         dw[i] = total(load(sums, i * WIDTH))
     for n in range(s.states):
         for d in range(s.inner):
-            dw[s.A_log + d * s.states + n] = total(load(sums_a, (d * even + n) * WIDTH)) * LN2 * a[d * even + n]
+            dw[s.A_log + d * s.states + n] = total(load(sums_a, (d * s.even + n) * WIDTH)) * LN2 * a[d * s.even + n]
             at = s.x_proj + (s.rank + n) * s.inner + d
             dw[at] = total(load(sums_bc, (2 * n * s.inner + d) * WIDTH))
             dw[at + s.states * s.inner] = total(load(sums_bc, ((2 * n + 1) * s.inner + d) * WIDTH))
@@ -536,25 +535,25 @@ def _sizes(tokens: Tensor, weights: tuple[Tensor, ...]) -> Sizes:
     batch, length, model = tokens.shape
     (inner, states), rank, conv = A_log.shape, dt_weight.shape[1], conv_weight.shape[-1]
     begins = itertools.accumulate((weight.numel() for weight in weights), initial=0)
-    return Sizes(batch, length, model, inner, states, rank, conv, *begins)
+    groups, chunks, even = -(-batch // WIDTH), -(-length // CHUNK), states + states % 2
+    width = -(-(conv - 1 + CHUNK) // AT_ONCE) * AT_ONCE
+    return Sizes(batch, length, model, inner, states, rank, conv, groups, chunks, even, width, *begins)
 
 
 def _workspace(s: Sizes, backward: bool) -> Tensor:
     """Room for what `_split` and the rest of a pass lay out."""
-    even, width = s.states + s.states % 2, (s.conv - 1 + CHUNK + AT_ONCE - 1) // AT_ONCE * AT_ONCE
-    vectors = s.inner * even + (s.model + s.inner) * width + (8 * s.inner + s.rank + 4) * CHUNK
-    vectors += 8 + (s.weights + 3 * s.inner * even) // WIDTH + s.model * CHUNK
+    vectors = s.inner * s.even + (s.model + s.inner) * s.width + (8 * s.inner + s.rank + 4) * CHUNK
+    vectors += 8 + (s.weights + 3 * s.inner * s.even) // WIDTH + s.model * CHUNK
     if backward:
-        vectors += s.weights + 4 * s.inner * even + s.inner * width
+        vectors += s.weights + 4 * s.inner * s.even + s.inner * s.width
         vectors += (s.model + 5 * s.inner + s.rank + 8) * CHUNK + 4
     return torch.empty(vectors * WIDTH, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _run_forward(tokens: Tensor, weights: tuple[Tensor, ...], s: Sizes, keep: bool) -> tuple[Tensor, Tensor | None]:
     """Out, and with `keep` the states that the backward pass starts from."""
-    groups, chunks = -(-s.batch // WIDTH), -(-s.length // CHUNK)
     out = torch.empty_like(tokens)
-    saved = tokens.new_empty(groups * chunks * s.inner * (s.states + s.states % 2) * WIDTH) if keep else None
+    saved = tokens.new_empty(s.groups * s.chunks * s.inner * s.even * WIDTH) if keep else None
     addresses = Weights(*(weight.data_ptr() for weight in weights))
     memory = (tokens.data_ptr(), out.data_ptr(), 0 if saved is None else saved.data_ptr())
 
@@ -563,7 +562,7 @@ def _run_forward(tokens: Tensor, weights: tuple[Tensor, ...], s: Sizes, keep: bo
         _forward(s, addresses, memory, first, last, space.data_ptr())
 
     if out.numel():
-        share(run, groups, threads_for(groups, s.batch * s.length * s.inner * s.states))
+        share(run, s.groups, threads_for(s.groups, s.batch * s.length * s.inner * s.states))
     return out, saved
 
 
@@ -585,8 +584,7 @@ class _Block(torch.autograd.Function):
         check_unchanged((tokens, *weights), ctx.kinds)
         s = ctx.sizes
         grad_out = real(grad_out).contiguous()
-        groups = -(-s.batch // WIDTH)
-        threads = threads_for(groups, s.batch * s.length * s.inner * s.states)
+        threads = threads_for(s.groups, s.batch * s.length * s.inner * s.states)
         dtokens, dw = torch.empty_like(tokens), tokens.new_zeros(threads, s.weights)
         addresses = Weights(*(weight.data_ptr() for weight in weights))
         given = (grad_out.data_ptr(), tokens.data_ptr(), saved.data_ptr(), dtokens.data_ptr())
@@ -598,7 +596,7 @@ class _Block(torch.autograd.Function):
             _backward(s, addresses, (*given, dw[thread].data_ptr()), first, last, space.data_ptr())
 
         if tokens.numel():
-            share(run, groups, threads)
+            share(run, s.groups, threads)
         parts = (dw[0] if threads == 1 else dw.sum(0)).split([weight.numel() for weight in weights])
         return dtokens, *(part.view(weight.shape) for part, weight in zip(parts, weights, strict=True))
 

@@ -222,6 +222,22 @@ def _sum_per_channel(s, source, from_stride, values, stride):
 
 
 @njit(**INLINE)
+def _move_states(s, outer, vectors, plain, inward):
+    """The states of one piece, from vectors to a contiguous (batch, d_inner, d_state) array, or `inward` from it."""
+    for group in range(s.groups):
+        for lane in range(WIDTH):
+            c = group * WIDTH + lane if s.over_channels else group
+            b = outer if s.over_channels else outer * WIDTH + lane
+            if b < s.batch and c < s.channels:
+                for n in range(s.states):
+                    at, there = (group * s.even + n) * WIDTH + lane, (b * s.channels + c) * s.states + n
+                    if inward:
+                        vectors[at] = plain[there]
+                    else:
+                        plain[there] = vectors[at]
+
+
+@njit(**INLINE)
 def _split(s, space):
     """The parts of the workspace that both passes use: a, skip and bias a vector each, then rows of the groups."""
     state = s.groups * s.even * WIDTH
@@ -326,14 +342,7 @@ def _forward(s, m, begin, end, workspace):
                         store(y, row + t, load(y, row + t) * z_t * sigmoid(z_t))
                 _write(s, y, row, out, m.out_strides, outer, group, start, steps)
         if m.last_state:
-            for group in range(s.groups):
-                for lane in range(WIDTH):
-                    c = group * WIDTH + lane if s.over_channels else group
-                    b = outer if s.over_channels else outer * WIDTH + lane
-                    if b < s.batch and c < s.channels:
-                        for n in range(s.states):
-                            value = h[(group * s.even + n) * WIDTH + lane]
-                            last_state[(b * s.channels + c) * s.states + n] = value
+            _move_states(s, outer, h, last_state, False)
 
 
 @kernel(_SIZES, _MEMORY, _GRADIENTS, types.int64, types.int64, types.int64)
@@ -372,14 +381,7 @@ def _backward(s, m, grads, begin, end, workspace):
     for outer in range(begin, end):
         fill(dh, 0, s.groups * s.even, ZERO)
         if m.last_state:
-            for group in range(s.groups):
-                for lane in range(WIDTH):
-                    c = group * WIDTH + lane if s.over_channels else group
-                    b = outer if s.over_channels else outer * WIDTH + lane
-                    if b < s.batch and c < s.channels:
-                        for n in range(s.states):
-                            value = grad_last[(b * s.channels + c) * s.states + n]
-                            dh[(group * s.even + n) * WIDTH + lane] = value
+            _move_states(s, outer, dh, grad_last, True)
         for chunk in range(s.chunks - 1, -1, -1):
             start = chunk * CHUNK
             steps = min(CHUNK, s.length - start)

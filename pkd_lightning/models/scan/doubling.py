@@ -9,8 +9,9 @@ tensors.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from pkd_lightning.models.scan.reference import finish, prepare
 
 SPAN = 256  # steps at a time: bounds the temporary tensors
 
@@ -56,12 +57,7 @@ def selective_scan_doubling(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan_reference`, with the same arguments, shapes and results (see there)."""
     dtype = u.dtype
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    u, delta, A, B, C = (x.to(compute) for x in (u, delta, A, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(compute)[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
+    u, delta, A, B, C = prepare(u, delta, A, B, C, delta_bias, delta_softplus)
     h = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
     parts = []
     # steps first: (length, batch, d_inner or d_state)
@@ -74,9 +70,5 @@ def selective_scan_doubling(
         h = states[-1]
         parts.append(torch.einsum("tbdn,tbn->bdt", states, C_s))
     y = torch.cat(parts, dim=-1) if parts else torch.zeros_like(u)
-    if D is not None:
-        y = y + u * D.to(compute)[:, None]
-    if z is not None:
-        y = y * F.silu(z.to(compute))
-    y = y.to(dtype)
+    y = finish(y, u, D, z).to(dtype)
     return (y, h) if return_last_state else y

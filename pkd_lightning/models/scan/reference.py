@@ -5,6 +5,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def prepare(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The inputs of the recurrence in the precision it is computed in, delta with its bias and softplus."""
+    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
+    u, delta, A, B, C = (x.to(compute) for x in (u, delta, A, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(compute)[:, None]
+    return u, F.softplus(delta) if delta_softplus else delta, A, B, C
+
+
+def finish(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """The skip and the gate: (y + D * u) * silu(z), of what is given."""
+    if D is not None:
+        y = y + u * D.to(u.dtype)[:, None]
+    return y if z is None else y * F.silu(z.to(u.dtype))
+
+
 def selective_scan_reference(
     u: Tensor,
     delta: Tensor,
@@ -37,12 +55,7 @@ def selective_scan_reference(
         (batch, d_inner, length) in u's dtype; with `return_last_state` also (batch, d_inner, d_state).
     """
     dtype = u.dtype
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    u, delta, A, B, C = (x.to(compute) for x in (u, delta, A, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(compute)[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
+    u, delta, A, B, C = prepare(u, delta, A, B, C, delta_bias, delta_softplus)
     h = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
     steps = []
     # unbind, not indexing: the backward pass of x[..., t] writes a full-length gradient at every step
@@ -51,11 +64,7 @@ def selective_scan_reference(
         h = torch.exp(delta_t[..., None] * A) * h + delta_u_t[..., None] * B_t[:, None]
         steps.append((h * C_t[:, None]).sum(-1))
     y = torch.stack(steps, dim=-1)
-    if D is not None:
-        y = y + u * D.to(compute)[:, None]
-    if z is not None:
-        y = y * F.silu(z.to(compute))
-    y = y.to(dtype)
+    y = finish(y, u, D, z).to(dtype)
     return (y, h) if return_last_state else y
 
 
