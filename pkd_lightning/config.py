@@ -20,6 +20,7 @@ KEY = re.compile(r"[\w.\[\]]+[=:]")
 
 Require = Literal["auto", "condition", "improvement"]
 OnFailure = Literal["expand", "accept"]
+Weights = Literal["none", "samples"]
 Split = Literal["paper", "official"]
 Accelerator = Literal["auto", "cpu", "gpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -255,6 +256,10 @@ class BoostingConfig:
         gamma: divisor of the barrier loss.
         soft_term: add the soft loss of the first round to the published round loss.
         eta: step of the multiplicative update; None for sqrt(log(2N) / T) / B.
+        bound_quantile: B is this quantile of abs(f - g) over the training rows and classes: 1, the theory's bound, is
+            the largest. Below 1, residuals are clipped to [-B, B] where they enter K+ and K- or an edge.
+        weights: what weighs the samples in the distillation loss of rounds after the first: `none`, or `samples`:
+            sample i by sum_j abs(K+(i,j) - K-(i,j)), of mean 1 over the training rows.
         weak_learner: see `WeakLearnerConfig`.
     """
 
@@ -267,6 +272,8 @@ class BoostingConfig:
     gamma: float = 1.0
     soft_term: bool = False
     eta: float | None = None
+    bound_quantile: float = 1.0
+    weights: Weights = "none"
     weak_learner: WeakLearnerConfig = field(default_factory=WeakLearnerConfig)
 
     def __post_init__(self) -> None:
@@ -278,14 +285,21 @@ class BoostingConfig:
         faults.number("gamma", 0, exclusive=True)
         faults.flag("soft_term")
         faults.number("eta", 0, optional=True)
+        faults.number("bound_quantile", 0, 1)
+        if self.bound_quantile == 0:
+            faults.found.append("bound_quantile=0: must be above 0; B would be the smallest residual")
+        faults.choice("weights", get_args(Weights))
         # imported here: the objectives take this configuration as an argument
         from pkd_lightning.boosting import combine, objectives
 
-        for name, module, kind in (
-            ("objective", objectives, objectives.Objective),
-            ("combine", combine, combine.Combination),
-        ):
-            collect(faults.found, name, lambda n=name, m=module, k=kind: resolve(getattr(self, n), m, k))  # type: ignore[misc]
+        objective = collect(
+            faults.found, "objective", lambda: resolve(self.objective, objectives, objectives.Objective)
+        )
+        collect(faults.found, "combine", lambda: resolve(self.combine, combine, combine.Combination))
+        if self.weights == "samples" and objective is not None and not objective.weighs_samples:
+            faults.found.append(
+                f"weights='samples': must be none with objective={self.objective!r}, whose loss does not weigh samples"
+            )
         faults.raise_if_any()
 
 

@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors. Logits are (batch, classes), labels (batch,)."""
+"""Losses as pure functions of tensors. Logits are (batch, classes), labels and weights (batch,)."""
 
 import math
 
@@ -7,22 +7,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def soft_loss(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None = None) -> Tensor:
     """tau^2 * KL(softmax(g / tau) || softmax(f / tau)), mean over the batch (Hinton et al., arXiv 1503.02531).
 
-    The factor tau^2 keeps the gradient's size independent of tau.
+    The factor tau^2 keeps the gradient's size independent of tau. `weight` multiplies each sample's divergence.
     """
     log_p = F.log_softmax(student / temperature, dim=-1)
     log_q = F.log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    divergence = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    if weight is not None:
+        divergence = weight[:, None] * divergence
+    return temperature**2 * (divergence.sum() / len(student))
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, target: Tensor, alpha: float, temperature: float) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, target: Tensor, alpha: float, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """L_KD = alpha * CE(f, y) + (1 - alpha) * `soft_loss` (Mamba-PKD, arXiv 2503.01727, first round).
 
-    alpha = 1 is cross-entropy, alpha = 0 the soft loss alone.
+    alpha = 1 is cross-entropy, alpha = 0 the soft loss alone. `weight` multiplies each sample's loss; the mean is over
+    the batch all the same, so weights of mean 1 over the data leave the loss its size.
     """
-    return alpha * F.cross_entropy(student, target) + (1 - alpha) * soft_loss(student, teacher, temperature)
+    if weight is None:
+        hard = F.cross_entropy(student, target)
+    else:  # its two steps, in float32 even where autocast would take bfloat16 for the first: weights of 1 change no bit
+        log_p = F.log_softmax(student, dim=-1, dtype=torch.promote_types(student.dtype, torch.float32))
+        hard = F.nll_loss(weight[:, None] * log_p, target)
+    return alpha * hard + (1 - alpha) * soft_loss(student, teacher, temperature, weight)
 
 
 def barrier(s: Tensor, edge: float = 0.95) -> Tensor:

@@ -1,8 +1,9 @@
 """Matrices of one row a sample: in memory, or mapped from files where they are large."""
 
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,10 +28,14 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Difference:
-    """student - teacher, each (N, L), computed when rows of it are read."""
+    """student - teacher, each (N, L), computed when rows of it are read, and clipped to [-bound, bound].
+
+    What is not finite is not hidden by the clipping: it becomes NaN.
+    """
 
     student: Tensor
     teacher: Tensor
+    bound: float = math.inf
 
     @property
     def shape(self) -> torch.Size:
@@ -38,7 +43,10 @@ class Difference:
         return self.student.shape
 
     def __getitem__(self, rows: slice, /) -> Tensor:
-        return self.student[rows] - self.teacher[rows]
+        difference = self.student[rows] - self.teacher[rows]
+        if self.bound == math.inf:
+            return difference
+        return difference.clamp(-self.bound, self.bound) + 0 * difference  # 0 * infinity is NaN
 
 
 def chunks(shape: torch.Size) -> Iterator[slice]:
@@ -52,6 +60,32 @@ def largest(matrix: Rows) -> float:
     """The largest abs() of a matrix: NaN where there is a NaN, 0 where it is empty."""
     parts = [matrix[rows].abs().max() for rows in chunks(matrix.shape)]
     return float(torch.stack(parts).max()) if parts else 0.0
+
+
+def quantile(matrix: Rows, q: float) -> float:
+    """The `q` quantile of abs() of a matrix, 0 < q <= 1: of its n values in order the one of rank floor(q * (n - 1)).
+
+    So q = 1 gives the `largest`. Any other q gives a value that the largest one has no part in, however large it is;
+    interpolated between two ranks it could have. Exact at any size without a copy of the matrix: float32 of one sign
+    are in the order of their bits, of which one pass finds the upper 16 and a second the lower 16.
+    """
+    samples, columns = matrix.shape
+    if q == 1 or samples * columns == 0:
+        return largest(matrix)
+
+    def at(rank: int, digits: Callable[[Tensor], Tensor]) -> tuple[int, int]:
+        """The digit of that rank among the `digits` of all bits, and its rank among those equal to it."""
+        counts = torch.zeros(2**16, dtype=torch.int64)
+        for rows in chunks(matrix.shape):
+            bits = matrix[rows].float().abs().contiguous().view(-1).view(torch.int32)
+            counts += torch.bincount(digits(bits), minlength=2**16)
+        up_to = counts.cumsum(0)
+        digit = int(torch.searchsorted(up_to, rank, right=True))
+        return digit, rank - int(up_to[digit] - counts[digit])
+
+    upper, rank = at(math.floor(q * (samples * columns - 1)), lambda bits: bits >> 16)
+    lower, _ = at(rank, lambda bits: bits[bits >> 16 == upper] & 0xFFFF)
+    return float(torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32))
 
 
 def scratch(samples: int, columns: int, directory: Path, dtype: torch.dtype = torch.float32) -> Tensor:

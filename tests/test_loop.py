@@ -13,7 +13,7 @@ from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.residuals import ResidualMatrices
 from pkd_lightning.boosting.weak_learner import Candidate, find_weak_learner, fit_scales, judge
 from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult
 from pkd_lightning.losses import distillation_loss
 from tests.support import ACCEPT, tiny_run
@@ -281,10 +281,148 @@ def test_residuals_follow_the_accepted_students(tmp_path: Path) -> None:
         logits = predict(member, data, range(data.validation.stop), torch.device("cpu"))
         bound = max(bound, float((logits - teacher)[:n].abs().max()))
         assert row["bound"] == pytest.approx(bound, rel=1e-5)
+        assert row["largest_residual"] == pytest.approx(float((logits - teacher)[:n].abs().max()), rel=1e-5)
         expected += row["eta"] * (logits - teacher)[:n]
         mixed = row["scales"][0] * mixed + row["scales"][1] * logits
     torch.testing.assert_close(state["S"], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state["ensemble_logits"], mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_one_exploding_image_leaves_the_bound_and_the_other_residuals_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, flags = BoostingLoop.train, ("boosting.bound_quantile=0.99", "boosting.rounds=1")
+    found: list[tuple[int, int]] = []
+
+    def exploding(loop: BoostingLoop, *args: int) -> Candidate:
+        candidate, n = train(loop, *args), len(loop.data.training)
+        residual = candidate.logits[:n] - loop.teacher_logits[:n]
+        row, column = divmod(int(residual.abs().argmax()), residual.shape[1])
+        candidate.logits[row, column] += 7e12 * residual[row, column].sign()
+        candidate.logits[n, 0] += 7e12  # and one of the validation rows
+        found.append((row, column))
+        return candidate
+
+    (expected,) = tiny_run(tmp_path / "plain", *flags)["rounds"]
+    monkeypatch.setattr(BoostingLoop, "train", exploding)
+    (row,) = tiny_run(tmp_path / "exploding", *flags)["rounds"]
+    assert len(found) == 1
+    assert (row["bound"], row["eta"]) == (expected["bound"], expected["eta"])
+    assert expected["bound"] < expected["largest_residual"] < 100
+    assert row["largest_residual"] == pytest.approx(7e12)
+    plain, state = (
+        torch.load(next((tmp_path / name).rglob("boosting.ckpt")), weights_only=True) for name in ("plain", "exploding")
+    )
+    assert torch.equal(state["S"], plain["S"])
+    assert state["validation_S"][0, 0] == pytest.approx(row["eta"] * row["bound"])
+    plain["validation_S"][0, 0] = state["validation_S"][0, 0]
+    assert torch.equal(state["validation_S"], plain["validation_S"])
+
+
+def test_what_is_judged_is_what_enters_the_residual_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, update = BoostingLoop.accept, ResidualMatrices.update
+    checked: list[torch.Tensor] = []
+    entered: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def check(self: Any, logits: torch.Tensor) -> torch.Tensor:
+        checked.append(edges(self, logits))
+        return checked[-1]
+
+    def watched(matrices: ResidualMatrices, residual: Any, eta: float) -> None:
+        whole = residual[slice(0, residual.shape[0])]
+        entered.append((matrices.edges_reference(residual), whole))
+        update(matrices, residual, eta)
+
+    def compare(loop: BoostingLoop, candidate: Candidate, *args: Any) -> None:
+        entered.clear()
+        accept(loop, candidate, *args)
+        (found, training), (_, validation) = entered
+        torch.testing.assert_close(found, candidate.edges, rtol=1e-9, atol=1e-12)
+        assert training.abs().max() <= loop.state.bound
+        assert validation.abs().max() <= loop.state.bound
+        residual = candidate.logits[: len(training)] - loop.teacher_logits[: len(training)]
+        assert torch.equal(training, residual.clamp(-loop.state.bound, loop.state.bound))
+
+    edges = BoostingLoop.edges
+    monkeypatch.setattr(BoostingLoop, "edges", check)
+    monkeypatch.setattr(ResidualMatrices, "update", watched)
+    monkeypatch.setattr(BoostingLoop, "accept", compare)
+    rounds = tiny_run(
+        tmp_path, "boosting=paper", "boosting.rounds=3", "boosting.bound_quantile=0.8", "trainer.max_epochs=2",
+        "boosting.weak_learner.check_every=1",
+    )["rounds"]  # fmt: skip
+    assert len(rounds) == 3
+    assert len(checked) > len(rounds)  # the checks during the fits ask the same function
+    assert any(row["largest_residual"] > row["bound"] for row in rounds)
+    assert [row["bound"] for row in rounds] == sorted(row["bound"] for row in rounds)
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_student_whose_logits_are_not_finite_is_refused(
+    bad: float, quantile: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = BoostingLoop.train
+
+    def broken(loop: BoostingLoop, *args: int) -> Candidate:
+        candidate = train(loop, *args)
+        candidate.logits[5, 1] = bad
+        return candidate
+
+    monkeypatch.setattr(BoostingLoop, "train", broken)
+    with pytest.raises(ValueError, match="must be finite"):
+        tiny_run(tmp_path, f"boosting.bound_quantile={quantile}", "boosting.rounds=1")
+
+
+@pytest.mark.parametrize("objective", ["anchored", "additive", "independent"])
+def test_samples_are_weighed_by_the_residual_matrices_after_the_first_round(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pkd_lightning.boosting import loop
+
+    given: list[torch.Tensor | None] = []
+    train = BoostingLoop.train
+
+    def watched(self: BoostingLoop, *args: int) -> Candidate:
+        candidate, residuals, n = train(self, *args), self.state.residuals, len(self.data.training)
+        weight = given[-1]
+        if self.state.round > 0 and weight is not None:
+            size = (residuals.k_plus() - residuals.k_minus()).abs().sum(1)
+            torch.testing.assert_close(weight[:n].double(), size / size.mean(), rtol=1e-5, atol=1e-6)
+            assert weight.std() > 0.1
+            assert torch.equal(weight[n:], torch.ones(self.data.validation.stop - n))
+        return candidate
+
+    def targets(*args: Any) -> Any:
+        made = real(*args)
+        given.append(made.weight)
+        return made
+
+    real = loop.RoundTargets
+    monkeypatch.setattr(loop, "RoundTargets", targets)
+    monkeypatch.setattr(BoostingLoop, "train", watched)
+    flags = (f"boosting.objective={objective}", "boosting.rounds=2", ACCEPT)
+    weighed = tiny_run(tmp_path, *flags, "boosting.weights=samples")["rounds"]
+    assert [weight is None for weight in given] == [True, False]
+    plain = tiny_run(tmp_path, *flags)["rounds"]
+    assert all(weight is None for weight in given[2:])
+    assert weighed[0]["nll"] == plain[0]["nll"]
+    assert weighed[1]["nll"] != plain[1]["nll"]
+
+
+def test_only_an_objective_that_weighs_samples_takes_weights() -> None:
+    with pytest.raises(ConfigError, match=r"weights='samples': must be none with objective='published'"):
+        BoostingConfig(objective="published", weights="samples")
+    for name in ("anchored", "additive", "independent"):
+        assert BoostingConfig(objective=name, weights="samples").weights == "samples"
+    assert BoostingConfig(objective="published").weights == "none"
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.5, float("nan"), "all"])
+def test_the_quantile_of_the_bound_is_above_0_and_at_most_1(value: Any) -> None:
+    with pytest.raises(ConfigError, match="bound_quantile="):
+        BoostingConfig(bound_quantile=value)
+    BoostingConfig(bound_quantile=1)
 
 
 def test_every_objective_starts_with_the_same_first_student(tmp_path: Path) -> None:
@@ -306,6 +444,9 @@ def test_what_an_objective_sees() -> None:
         other = batch._replace(ensemble=batch.ensemble + 1 + torch.randn(6, 3))
         changed = not torch.equal(objective.loss(batch, config), objective.loss(other, config))
         assert changed == objective.sees_ensemble
+        weighed = batch._replace(weight=torch.tensor([0.0, 2.0, 1.0, 1.0, 0.5, 1.5]))
+        changed = not torch.equal(objective.loss(batch, config), objective.loss(weighed, config))
+        assert changed == objective.weighs_samples
     assert combine.learned.learned
     assert weak_learner.required(config, objectives.published) == "condition"
     assert weak_learner.required(config, objectives.anchored) == "improvement"

@@ -96,6 +96,32 @@ def test_limits_of_alpha_hold_for_the_gradient_too(logits):
     assert (hard - soft).norm() > 0.1
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_one_change_no_bit(logits, dtype, alpha):
+    student, teacher, target = logits[0].to(dtype), logits[1].to(dtype), logits[2]
+    ones = torch.ones(BATCH)
+    plain, weighted = (lambda x, w=w: distillation_loss(x, teacher, target, alpha, 3.0, w) for w in (None, ones))
+    assert torch.equal(plain(student), weighted(student))
+    assert torch.equal(gradient(plain, student), gradient(weighted, student))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(student.bfloat16()), weighted(student.bfloat16()))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_a_weight_multiplies_its_samples_loss_and_gradient(logits, alpha):
+    student, teacher, target = logits
+    weight = torch.tensor([0.0, 0.25, 0.5, 1.0, 1.0, 1.25, 3.0])
+    each = [
+        distillation_loss(student[i : i + 1], teacher[i : i + 1], target[i : i + 1], alpha, 3.0) for i in range(BATCH)
+    ]
+    expected = (weight.double() * torch.stack(each)).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher, target, alpha, 3.0, weight), expected)
+    plain = gradient(lambda x: distillation_loss(x, teacher, target, alpha, 3.0), student)
+    weighted = gradient(lambda x: distillation_loss(x, teacher, target, alpha, 3.0, weight), student)
+    torch.testing.assert_close(weighted, weight.double()[:, None] * plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_barrier_inside_is_the_logarithm(dtype):
     s = torch.tensor([-0.949, -0.5, -1e-5, 0.0, 1e-5, 0.5, 0.999, 3.0], dtype=dtype)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.rounds import memory
 from pkd_lightning import matrix
 from pkd_lightning.boosting.residuals import ResidualMatrices, condition_holds, theoretical_eta
-from pkd_lightning.matrix import Difference, chunks, scratch
+from pkd_lightning.matrix import Difference, chunks, largest, quantile, scratch
 
 Rounds = list[tuple[np.ndarray, float]]
 
@@ -152,6 +152,29 @@ def test_eta_zero_changes_nothing():
     assert torch.equal(matrices.k_plus(), before)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 0.5, 5.0, 300.0])
+def test_sample_weights_are_the_size_of_k_plus_less_k_minus(scale, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    matrices = ResidualMatrices(45, 3)
+    assert torch.equal(matrices.sample_weights(), torch.ones(45))  # K+ = K-
+    matrices.update(scale * torch.randn(45, 3, generator=generator), 1.0)
+    size = (matrices.k_plus() - matrices.k_minus()).abs().sum(1)
+    weights = matrices.sample_weights()
+    assert weights.dtype == torch.float32
+    assert weights.mean() == pytest.approx(1, rel=1e-6)
+    # in K+ - K- most digits cancel at the smallest scale
+    torch.testing.assert_close(weights.double(), size / size.mean(), rtol=1e-6, atol=1e-12 / scale)
+    monkeypatch.setattr(matrix, "CHUNK_BYTES", 16 * 3 * 4)
+    assert torch.equal(matrices.sample_weights(), weights)
+
+
+def test_the_sample_farthest_from_the_teacher_weighs_most():
+    matrices = after(3, 1, [(np.array([[0.5], [-2.0], [0.0]]), 1.0)])
+    weights = matrices.sample_weights()
+    assert weights[2] == 0
+    assert weights[1] / weights[0] == pytest.approx(math.sinh(2.0) / math.sinh(0.5), rel=1e-6)
+
+
 def test_one_sample_is_a_logistic_curve():
     matrices = after(1, 2, [(np.array([[1.5, -0.25]]), 2.0)])
     np.testing.assert_allclose(matrices.k_plus().numpy(), [[1 / (1 + math.exp(6)), 1 / (1 + math.exp(-1))]], rtol=1e-12)
@@ -206,6 +229,87 @@ def test_edges_equal_their_definition(size, classes):
     normaliser = matrices.log_normaliser()  # found with the edges
     matrices.load(matrices.S)
     torch.testing.assert_close(normaliser, matrices.log_normaliser(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("q", [1e-9, 0.1, 0.5, 0.99, 0.999, 0.9999, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (7, 3), (97, 11), (1009, 10)])
+def test_the_quantile_is_that_of_a_sorted_copy(shape, q, monkeypatch):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 3
+    values[::5] = values[0].clone()  # ties
+    expected = float(np.quantile(values.abs().double().numpy(), q, method="lower"))
+    assert quantile(values, q) == expected
+    exact = torch.quantile(values.abs().double().flatten(), q, interpolation="lower")
+    assert quantile(values, q) == float(exact)
+    assert quantile(Difference(values.neg(), torch.zeros(shape)), q) == expected
+    monkeypatch.setattr(matrix, "CHUNK_BYTES", 16 * shape[1] * 4)
+    assert quantile(values, q) == expected
+
+
+def test_the_quantile_at_its_limits():
+    values = torch.tensor([[0.0, -3.0], [1e-45, 3.4e38], [-math.inf, 2.0]])  # the smallest and the largest float32
+    assert [quantile(values, rank / 5) for rank in range(1, 6)] == sorted(values.abs().flatten().tolist())[1:]
+    assert quantile(torch.empty(0, 3), 0.5) == largest(torch.empty(0, 3)) == 0
+    values[0, 0] = math.nan
+    assert math.isnan(quantile(values, 1.0))
+    assert quantile(values, 0.5) == 3.0  # NaN counts as the largest
+
+
+@pytest.mark.parametrize("q", [0.5, 0.9, 0.999])
+def test_one_exploding_entry_changes_the_bound_and_no_other_entry(q):
+    """One image drove a student's logits to 7e12: with the largest as B, eta was 0 and the round was lost."""
+    samples, classes, steps = 61, 3, 5
+    generator = torch.Generator().manual_seed(0)
+    students = [torch.randn(samples, classes, generator=generator) for _ in range(3)]
+    teacher = torch.randn(samples, classes, generator=generator)
+    at = divmod(int((students[0] - teacher).abs().argmax()), classes)
+
+    def play(first: torch.Tensor, q: float) -> tuple[ResidualMatrices, float, torch.Tensor]:
+        """S after two students, B, and the edges of a third."""
+        matrices, bound = ResidualMatrices(samples, classes), 0.0
+        for student in (first, students[1]):
+            bound = max(bound, quantile(Difference(student, teacher), q))
+            eta = theoretical_eta(samples, steps, bound)
+            matrices.update(Difference(student, teacher, bound if q < 1 else math.inf), eta)
+        return matrices, bound, matrices.edges(Difference(students[2], teacher, bound if q < 1 else math.inf))
+
+    exploding = students[0].clone()
+    exploding[at] = math.copysign(7e12, float(students[0][at] - teacher[at]))
+    plain, bound, edges = play(students[0], q)
+    matrices, with_it, edges_with_it = play(exploding, q)
+    assert with_it == bound  # an entry above the quantile has no part in it
+    assert torch.equal(matrices.S, plain.S)  # its own entry counts as B, as before
+    assert torch.equal(edges_with_it, edges)
+    assert matrices.S.abs().max() <= 2 * math.sqrt(math.log(2 * samples) / steps) * (1 + 1e-6)
+    lost, _, _ = play(exploding, 1.0)
+    others = torch.ones_like(lost.S, dtype=torch.bool).index_put_(tuple(map(torch.tensor, at)), torch.tensor(False))
+    assert lost.S[others].abs().max() < 1e-9  # what went wrong
+
+    candidate = students[2].clone()
+    candidate[at] = 7e12
+    residual = Difference(candidate, teacher)
+    clipped = Difference(candidate, teacher, max(bound, quantile(residual, q)))
+    assert (plain.edges(residual) - edges).abs().max() > 1e8
+    elsewhere = torch.arange(classes) != at[1]
+    assert torch.equal(plain.edges(clipped)[elsewhere], edges[elsewhere])
+    assert torch.equal(plain.edges(clipped).sign(), edges.sign())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_clipping_does_not_hide_what_is_not_finite(bad):
+    student = torch.zeros(9, 2)
+    student[3, 1] = bad
+    matrices = after(9, 2, [(dyadic((9, 2), 0), 0.5)])
+    residual = Difference(student, torch.zeros(9, 2), 4.0)
+    with pytest.raises(ValueError, match="finite"):
+        matrices.update(residual, 0.5)
+    assert not condition_holds(matrices.edges(residual))
+
+
+def test_without_a_bound_a_difference_is_exact():
+    student, teacher = torch.randn(2, 9, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Difference(student, teacher)[2:5], student[2:5] - teacher[2:5])
+    clipped = Difference(student, teacher, 0.75)[0:9]
+    assert torch.equal(clipped, (student - teacher).clamp(-0.75, 0.75))
 
 
 def mapped_after(monkeypatch, tmp_path, rounds: int) -> ResidualMatrices:

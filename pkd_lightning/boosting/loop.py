@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.losses import distillation_loss
-from pkd_lightning.matrix import Difference, largest, scratch
+from pkd_lightning.matrix import Difference, largest, quantile, scratch
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.seeding import seeded
 from pkd_lightning.teacher import Teacher
@@ -126,7 +127,7 @@ class BoostingLoop:
         stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
         targets = RoundTargets(
             self.teacher_logits, state.ensemble_logits, state.raise_student(self.directory), max(state.bound, 1e-3),
-            state.round,
+            state.round, state.sample_weights() if self.config.weights == "samples" and state.round > 0 else None,
         )  # fmt: skip
         with seeded(self.seed, stage.key, state.class_index, "init"):
             model = self.ladder.build(state.class_index, data.image_shape, data.num_classes)
@@ -134,7 +135,7 @@ class BoostingLoop:
         require = required(self.config, self.objective)
         n = len(data.training)
         logits = scratch(data.validation.stop, data.num_classes, self.directory)
-        check = WeakLearnerCheck(data, self.teacher_logits[:n], state.residuals, self.config.weak_learner, logits[:n])
+        check = WeakLearnerCheck(data, self.edges, self.config.weak_learner, logits[:n])
         checks = [check] if require == "condition" and state.round > 0 else []
         with seeded(self.seed, stage.key, state.class_index, "fit"), self.tracker.stage(name, attempt) as loggers:
             result = fit(module, data, stage, loggers, checks)
@@ -143,7 +144,7 @@ class BoostingLoop:
             predict(model, data, data.validation, self.trainer.device, out=logits[n:])
         else:
             predict(model, data, range(data.validation.stop), self.trainer.device, out=logits)
-        edges = state.residuals.edges(Difference(logits[:n], self.teacher_logits[:n]))
+        edges = self.edges(logits[:n])
         scales = module.scales
         if self.combination.learned and state.round > 0:
             scales = fit_scales(
@@ -161,6 +162,22 @@ class BoostingLoop:
                 int((edges > self.config.weak_learner.margin).sum()), len(edges), loss, previous,
             )  # fmt: skip
         return Candidate(model, scales, logits, edges, loss, result, accepted_by)
+
+    def edges(self, logits: torch.Tensor) -> torch.Tensor:
+        """Edges of a candidate with logits (training rows, L): (L,).
+
+        Where residuals are clipped, by the B that the round has if the candidate is accepted: what is judged is then
+        what enters the update, as B-DISTIL's proof has it, and abs(l) <= B holds for the B that eta is made of. Without
+        it, one exploding entry would decide the edge of its class.
+        """
+        residual = Difference(logits, self.teacher_logits[: len(logits)])
+        if self.config.bound_quantile < 1:
+            residual = replace(residual, bound=self.bound_with(residual))
+        return self.state.residuals.edges(residual)
+
+    def bound_with(self, residual: Difference) -> float:
+        """B of the students so far and one with these residuals of the training rows."""
+        return max(self.state.bound, quantile(residual, self.config.bound_quantile))
 
     def validation_loss(self, logits: torch.Tensor, scales: combine.Scales) -> float:
         """Distillation loss on the validation rows of a * F_{t-1} + c * f_t."""
@@ -183,7 +200,10 @@ class BoostingLoop:
         residual, on_validation = (
             Difference(candidate.logits[rows], self.teacher_logits[rows]) for rows in (slice(n), slice(n, None))
         )
-        state.bound = max(state.bound, largest(residual))
+        largest_residual = largest(residual)
+        state.bound = self.bound_with(residual)
+        if self.config.bound_quantile < 1:  # as in `edges`
+            residual, on_validation = (replace(part, bound=state.bound) for part in (residual, on_validation))
         eta = self.config.eta
         if eta is None:
             eta = theoretical_eta(n, self.config.rounds, max(state.bound, 1e-3))
@@ -191,7 +211,7 @@ class BoostingLoop:
         state.validation_residuals.update(on_validation, eta)
         state.add_logits(candidate.logits, candidate.scales)
         state.scales.append(candidate.scales)
-        state.records.append(self.record(candidate, attempts, seconds, eta))
+        state.records.append(self.record(candidate, attempts, seconds, eta, largest_residual))
         logger.info("%s", self.line(state.records[-1]))
         state.round += 1
         if not self.ladder.repeat:
@@ -201,7 +221,9 @@ class BoostingLoop:
         elif state.class_index == len(self.ladder):
             state.stop_reason = f"all {len(self.ladder)} classes of the ladder are used"
 
-    def record(self, candidate: Candidate, attempts: int, seconds: float, eta: float) -> dict[str, Any]:
+    def record(
+        self, candidate: Candidate, attempts: int, seconds: float, eta: float, largest_residual: float
+    ) -> dict[str, Any]:
         """What a round reports, all of it from training and validation rows."""
         state, rows = self.state, slice(self.data.validation.start, self.data.validation.stop)
         labels = self.data.labels[rows]
@@ -217,6 +239,7 @@ class BoostingLoop:
             "validation_loss": candidate.validation_loss,
             "scales": list(candidate.scales),
             "bound": state.bound,
+            "largest_residual": largest_residual,
             "eta": eta,
             "edges": describe(candidate.edges),
             "accepted_by": candidate.accepted_by,

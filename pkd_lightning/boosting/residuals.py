@@ -79,6 +79,19 @@ class ResidualMatrices:
         kernels.mark_negative(S.view(-1).numpy(), result.view(-1).numpy())
         return result
 
+    def sample_weights(self) -> Tensor:
+        """w_i proportional to sum_j abs(K+(i,j) - K-(i,j)), of mean 1: (N,) float32.
+
+        abs(K+ - K-) = 2 * sinh(abs(S)) / Z_j, in a form that neither overflows nor cancels. Where K+ = K- throughout,
+        as before the first update, all weights are 1.
+        """
+        log_z, weights = self.log_normaliser(), torch.empty(len(self.S), dtype=torch.float64)
+        for rows in chunks(self.S.shape):
+            size = self.S[rows].double().abs()
+            weights[rows] = -(torch.exp(size - log_z) * torch.expm1(-2 * size)).sum(1)
+        mean = weights.mean()
+        return (weights / mean).float() if mean > 0 else torch.ones(len(self.S))
+
     def edges(self, residual: Rows) -> Tensor:
         """edge_j = sum_i (K+(i,j) - K-(i,j)) * l(i,j) of a candidate with residuals `residual` (N, L): (L,) float64.
 

@@ -23,7 +23,7 @@ class BoostingState:
         ensemble: (training + validation rows, L) F_{t-1} by sample index.
         round: rounds done, the number of students.
         class_index: rung of the ladder the next candidate is built from.
-        bound: B, the largest abs(f - g) of the students so far on the training rows.
+        bound: B of the students so far on the training rows: the largest of each one's quantile of abs(f - g).
         scales: (a_t, c_t) of each student.
         records: what each round reports.
         stop_reason: why the loop is done, or None while it is not.
@@ -79,6 +79,10 @@ class BoostingState:
                 signs[start + rows.start : start + rows.stop] = matrices.raise_student(rows)
             start += len(matrices.S)
         return signs
+
+    def sample_weights(self) -> Tensor:
+        """(training + validation rows,) weights of the samples' losses; 1 on validation rows, to compare their loss."""
+        return torch.cat([self.residuals.sample_weights(), torch.ones(len(self.validation_residuals.S))])
 
     def state_dict(self) -> dict[str, Any]:
         """A dict of primitives and tensors."""

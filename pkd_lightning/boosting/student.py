@@ -21,16 +21,28 @@ class RoundTargets(nn.Module):
         raise_student: (N, L) bool, 1[K+ > K-].
         bound: B.
         round_: t from 0.
+        weight: (N,) of each sample's loss, or None.
     """
 
     teacher: Tensor
     ensemble: Tensor
     raise_student: Tensor
+    weight: Tensor | None
 
-    def __init__(self, teacher: Tensor, ensemble: Tensor, raise_student: Tensor, bound: float, round_: int) -> None:
+    def __init__(
+        self,
+        teacher: Tensor,
+        ensemble: Tensor,
+        raise_student: Tensor,
+        bound: float,
+        round_: int,
+        weight: Tensor | None = None,
+    ) -> None:
         super().__init__()
         # buffers, to follow the module to its device; not persistent, to stay out of every state dict
-        for name, value in (("teacher", teacher), ("ensemble", ensemble), ("raise_student", raise_student)):
+        for name, value in (
+            ("teacher", teacher), ("ensemble", ensemble), ("raise_student", raise_student), ("weight", weight)
+        ):  # fmt: skip
             self.register_buffer(name, value, persistent=False)
         self.bound, self.round = bound, round_
 
@@ -86,7 +98,8 @@ class StudentModule(FitModule):
         a, c = self._scales()
         ensemble = a * targets.ensemble[index] + c * student
         view = RoundBatch(
-            student, ensemble, targets.teacher[index], batch.labels, targets.raise_student[index], targets.bound
-        )
+            student, ensemble, targets.teacher[index], batch.labels, targets.raise_student[index], targets.bound,
+            None if targets.weight is None else targets.weight[index],
+        )  # fmt: skip
         loss = student_loss if targets.round == 0 else self.objective.loss
         return loss(view, self.config), ensemble

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from pkd_lightning.boosting.combine import Scales
 from pkd_lightning.boosting.objectives import Objective
-from pkd_lightning.boosting.residuals import ResidualMatrices, condition_holds
+from pkd_lightning.boosting.residuals import condition_holds
 from pkd_lightning.boosting.student import StudentModule
 from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, matmul_precision, predict
 from pkd_lightning.losses import distillation_loss
-from pkd_lightning.matrix import Difference, chunks
+from pkd_lightning.matrix import chunks
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,7 @@ class WeakLearnerCheck(L.Callback):
 
     Args:
         data: the data module.
-        teacher: (training rows, L) logits g.
-        residuals: K+ and K-.
+        edges: logits (training rows, L) to the edges (L,), as the candidate is judged by.
         config: how often, and what is required.
         logits: (training rows, L), where the student's logits are left by a check.
     """
@@ -65,13 +64,11 @@ class WeakLearnerCheck(L.Callback):
     def __init__(
         self,
         data: DataModule,
-        teacher: Tensor,
-        residuals: ResidualMatrices,
+        edges: Callable[[Tensor], Tensor],
         config: WeakLearnerConfig,
         logits: Tensor,
     ) -> None:
-        self.data, self.teacher, self.residuals, self.config = data, teacher, residuals, config
-        self.logits = logits
+        self.data, self.edges, self.config, self.logits = data, edges, config, logits
         self.held: dict[str, Tensor] | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -81,8 +78,7 @@ class WeakLearnerCheck(L.Callback):
         assert isinstance(pl_module, StudentModule)
         with matmul_precision("highest"):  # as all other logits, whatever the fit itself uses
             predict(pl_module.model, self.data, self.data.training, pl_module.device, out=self.logits)
-        edges = self.residuals.edges(Difference(self.logits, self.teacher))
-        if condition_holds(edges, self.config.fraction, self.config.margin):
+        if condition_holds(self.edges(self.logits), self.config.fraction, self.config.margin):
             self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             trainer.should_stop = True
 
