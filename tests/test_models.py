@@ -112,6 +112,19 @@ def norm_by_hand(kind: str, weights: Weights, tokens: Tensor) -> Tensor:
     return weights["weight"] * centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5) + weights["bias"]
 
 
+def convolution_by_hand(weights: Weights, image: Tensor, size: int, stride: int, padding: int) -> Tensor:
+    """Windows of an image (C, H, W) one by one: (channels out, rows, columns)."""
+    padded = torch.nn.functional.pad(image, (padding,) * 4)
+    rows, columns = ((side - size) // stride + 1 for side in padded.shape[1:])
+    windows = [
+        [padded[:, r * stride : r * stride + size, c * stride : c * stride + size] for c in range(columns)]
+        for r in range(rows)
+    ]
+    return torch.stack(
+        [torch.stack([(weights["weight"] * x).sum((1, 2, 3)) + weights["bias"] for x in row], 1) for row in windows], 1
+    )
+
+
 def classifier_by_hand(weights: Weights, image: Tensor, options: dict, raster: tuple[int, int]) -> Tensor:
     """Logits of one image (C, H, W); `raster` is (rows, columns) of the tokens."""
     rows, columns = raster
@@ -130,19 +143,29 @@ def classifier_by_hand(weights: Weights, image: Tensor, options: dict, raster: t
                         tokens.append(scalar[None])
                     else:
                         tokens.append(weights["tokens.embed.weight"][:, 0] * scalar + weights["tokens.embed.bias"])
+    elif options["tokeniser"] == "patches":
+        filtered = convolution_by_hand(
+            below(weights, "tokens.project."), image, options["patch_size"], options["patch_stride"], 0
+        )
+        tokens = [filtered[:, r, c] for r in range(rows) for c in range(columns)]
     else:
-        size, stride = options["patch_size"], options["patch_stride"]
-        for r in range(rows):
-            for c in range(columns):
-                patch = image[:, r * stride : r * stride + size, c * stride : c * stride + size]
-                filtered = (weights["tokens.project.weight"] * patch).sum((1, 2, 3))
-                tokens.append(filtered + weights["tokens.project.bias"])
+        size, pad = options["patch_size"], options.get("padding", False)
+        x = convolution_by_hand(
+            below(weights, "tokens.stem."), image, size, options["patch_stride"], size // 2 if pad else 0
+        )
+        x = convolution_by_hand(below(weights, "tokens.project."), silu(x), 3, 2, 1 if pad else 0)
+        assert x.shape[1:] == (rows, columns)
+        tokens = [x[:, r, c] for r in range(rows) for c in range(columns)]
     x = torch.stack(tokens)
+    by_rows = list(range(len(tokens)))
+    by_columns = [r * columns + c for c in range(columns) for r in range(rows)]
     for i in range(options["n_blocks"]):
-        backwards = options["direction"] == "alternating" and i % 2 == 1
-        y = norm_by_hand(norm, below(weights, f"blocks.{i}.norm."), x)
-        y = mamba_by_hand(below(weights, f"blocks.{i}.mixer."), y.flip(0) if backwards else y)
-        y = y.flip(0) if backwards else y
+        order = by_columns if options["direction"] == "cross" and i % 4 >= 2 else by_rows
+        order = order[::-1] if options["direction"] != "forward" and i % 2 == 1 else order
+        block = f"blocks.{0 if options.get('shared') else i}."
+        y = norm_by_hand(norm, below(weights, block + "norm."), x)
+        mixed = mamba_by_hand(below(weights, block + "mixer."), torch.stack([y[k] for k in order]))
+        y = torch.stack([mixed[order.index(k)] for k in range(len(order))])
         x = x + y if options["residual"] else y
     x = norm_by_hand(norm, below(weights, "norm."), x)
     if head == "flatten":
@@ -230,6 +253,52 @@ CLASSIFIERS = {
             "direction": "alternating",
         },
     ),
+    "convolutions": (
+        (2, 12, 11),
+        (2, 2),
+        {
+            "tokeniser": "convolutions",
+            "patch_size": 3,
+            "patch_stride": 2,
+            "stem_channels": 3,
+            "d_model": 4,
+            "norm": "rms",
+            "head": "grid",
+            "direction": "alternating",
+        },
+    ),
+    "padded convolutions, shared blocks in every order": (
+        (1, 7, 11),
+        (2, 3),
+        {
+            "tokeniser": "convolutions",
+            "patch_size": 5,
+            "patch_stride": 2,
+            "stem_channels": 2,
+            "padding": True,
+            "d_model": 3,
+            "norm": "rms",
+            "head": "flatten",
+            "direction": "cross",
+            "shared": True,
+            "n_blocks": 4,
+            "d_state_step": 0,
+        },
+    ),
+    "every order": (
+        (1, 4, 6),
+        (2, 3),
+        {
+            "tokeniser": "patches",
+            "patch_size": 2,
+            "patch_stride": 2,
+            "d_model": 3,
+            "norm": "rms",
+            "head": "flatten",
+            "direction": "cross",
+            "n_blocks": 5,
+        },
+    ),
     "no residual": (
         (1, 4, 6),
         (2, 3),
@@ -304,15 +373,15 @@ def test_weights_move_between_blocks_by_name():
 @pytest.mark.parametrize("changed", [0, 3, 7])
 def test_blocks_are_causal_and_reversed_blocks_anticausal(changed):
     torch.manual_seed(0)
-    config = MambaClassifierConfig(d_model=4, d_state=3, norm="rms", direction="alternating")
+    layer = scrambled(MambaLayer(MambaClassifierConfig(d_model=4, d_state=3, norm="rms"), 0))
     tokens = torch.randn(2, 8, 4)
     other = tokens.clone()
     other[:, changed] += 1
-    for index, (unchanged, reached) in enumerate(
-        [(slice(0, changed), slice(changed, None)), (slice(changed + 1, None), slice(0, changed + 1))]
+    for backwards, unchanged, reached in (
+        (False, slice(0, changed), slice(changed, None)),
+        (True, slice(changed + 1, None), slice(0, changed + 1)),
     ):
-        layer = scrambled(MambaLayer(config, index))
-        before, after = layer(tokens), layer(other)
+        before, after = (layer(x, (2, 4), backwards=backwards) for x in (tokens, other))
         assert torch.equal(before[:, unchanged], after[:, unchanged])
         assert ((before[:, reached] - after[:, reached]).abs().amax((0, 2)) > 1e-6).all()
 
@@ -338,6 +407,10 @@ CONTRACT = {
     "patches, plain": (
         (1, 6, 6), {"tokeniser": "patches", "patch_size": 3, "patch_stride": 1, "d_model": 3, "norm": "none",
                     "head": "mean", "dt_rank": 2, "expand": 1, "d_conv": 2}
+    ),
+    "convolutions, RGB": (
+        (3, 10, 12), {"tokeniser": "convolutions", "stem_channels": 2, "patch_size": 5, "padding": True, "d_model": 4,
+                      "n_blocks": 3, "norm": "rms", "direction": "cross", "head": "grid", "shared": True}
     ),
     "one patch": ((3, 4, 4), {"tokeniser": "patches", "patch_size": 4, "d_model": 6, "head": "mean"}),
 }  # fmt: skip
@@ -486,6 +559,9 @@ def test_every_impossible_value_is_named_at_once_with_what_is_allowed():
         "direction": "backward",
         "head": "max",
         "residual": "yes",
+        "shared": 1,
+        "padding": "same",
+        "stem_channels": 0,
     }
     assert bad.keys() == {name for name in MambaClassifierConfig.__dataclass_fields__}
     faults = faults_of(bad)
@@ -509,6 +585,13 @@ def test_a_misspelt_option_suggests_the_right_one():
         ({"tokeniser": "patches", "patch_size": 9}, ["patch_size=9", "8x8"]),
         ({"tokeniser": "patches", "patch_size": 2, "patch_stride": 3}, ["patch_stride=3", "patch_size=2"]),
         ({"tokeniser": "patches", "patch_size": 8, "head": "grid"}, ["head='grid'"]),
+        ({"tokeniser": "convolutions", "stem_channels": 2, "patch_size": 5}, ["patch_size=5", "8x8"]),
+        ({"tokeniser": "convolutions", "stem_channels": 2, "patch_size": 3, "head": "grid"}, ["1x1"]),
+        ({"tokeniser": "convolutions", "patch_size": 3}, ["stem_channels=None"]),
+        ({"tokeniser": "convolutions", "patch_size": 3, "stem_channels": 2, "seq_len": 4}, ["seq_len=4"]),
+        ({"seq_len": 16, "stem_channels": 2}, ["stem_channels=2"]),
+        ({"tokeniser": "patches", "padding": True}, ["padding=True"]),
+        ({"seq_len": 16, "shared": True, "d_state_step": 2}, ["d_state_step=2"]),
     ],
 )
 def test_what_does_not_fit_the_image(options, parts):

@@ -12,9 +12,22 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
-from pkd_lightning.models.tokens import PatchTokens, PixelTokens, pooled_grid, possible_lengths
+from pkd_lightning.models.tokens import (
+    ConvolutionTokens,
+    PatchTokens,
+    PixelTokens,
+    convolved_grid,
+    pooled_grid,
+    possible_lengths,
+)
 
 GRID = 2  # the `grid` head averages the tokens over a GRID x GRID raster
+# in which orders the blocks read the tokens' raster, one block after another: (by columns, backwards)
+ORDERS: dict[Direction, tuple[tuple[bool, bool], ...]] = {
+    "forward": ((False, False),),
+    "alternating": ((False, False), (False, True)),
+    "cross": ((False, False), (False, True), (True, False), (True, True)),
+}
 
 
 @dataclass(frozen=True)
@@ -29,14 +42,21 @@ class MambaClassifierConfig:
         d_conv: width of the causal convolution.
         expand: d_inner = expand * d_model.
         dt_rank: rank of the step-size projection; None for ceil(d_model / 16).
-        tokeniser: `pixels`: average-pooled to `seq_len` scalar tokens; `patches`: a strided convolution to d_model.
+        tokeniser: `pixels`: average-pooled to `seq_len` scalar tokens; `patches`: a strided convolution to d_model;
+            `convolutions`: two strided convolutions, see `ConvolutionTokens`.
         seq_len: number of tokens L (pixels only).
         pixel_channels: `one`: tokens of the mean over colour channels; `all`: every channel's plane, one after another.
-        patch_size: side of a square patch (patches only).
-        patch_stride: step between patches, smaller than patch_size for overlap; None for patch_size.
+        patch_size: side of a square patch, or of the first convolution's kernel.
+        patch_stride: step between patches, smaller than patch_size for overlap; None for patch_size, and for 2 between
+            convolutions.
+        stem_channels: channels between the two convolutions (convolutions only).
+        padding: pad the convolutions with zeros (convolutions only).
         norm: normalisation before each block and before the head.
         residual: add each block's input to its output.
-        direction: `forward`: every block reads the tokens in order; `alternating`: every second one in reverse.
+        direction: `forward`: every block reads the tokens in order; `alternating`: every second one in reverse;
+            `cross`: by rows, by rows in reverse, by columns, by columns in reverse, and again (cf. VMamba,
+            arXiv 2401.10166).
+        shared: all blocks have the same weights (cf. ALBERT, arXiv 1909.11942).
         head: `flatten`: all tokens; `mean`: their average; `grid`: their average in each cell of a 2x2 raster.
     """
 
@@ -52,9 +72,12 @@ class MambaClassifierConfig:
     pixel_channels: PixelChannels = "one"
     patch_size: int = 4
     patch_stride: int | None = None
+    stem_channels: int | None = None
+    padding: bool = False
     norm: Norm = "none"
     residual: bool = True
     direction: Direction = "forward"
+    shared: bool = False
     head: Head = "flatten"
 
     def faults(self, image_shape: ImageShape | None = None) -> list[str]:
@@ -63,21 +86,32 @@ class MambaClassifierConfig:
         for name in ("n_blocks", "d_model", "d_state", "d_conv", "expand", "patch_size"):
             faults.whole(name, 1)
         faults.whole("d_state_step", 0)
-        for name in ("dt_rank", "seq_len", "patch_stride"):
+        for name in ("dt_rank", "seq_len", "patch_stride", "stem_channels"):
             faults.whole(name, 1, optional=True)
         hints = get_type_hints(type(self))
         for name in ("tokeniser", "pixel_channels", "norm", "direction", "head"):
             faults.choice(name, get_args(hints[name]))
-        faults.flag("residual")
+        for name in ("residual", "shared", "padding"):
+            faults.flag(name)
         at_fault = {fault.split("=")[0] for fault in faults.found}
         if self.d_model == 1 and self.norm in ("rms", "layer"):
             faults.found.append(
                 f"norm={self.norm!r}: over the one channel of d_model=1 it keeps at most a token's sign; use none"
             )
+        if self.shared is True and self.d_state_step != 0:
+            faults.found.append(
+                f"d_state_step={self.d_state_step}: blocks that share weights have one state size; use 0"
+            )
+        if self.tokeniser in ("pixels", "patches"):
+            for name in ("stem_channels", "padding"):
+                if name not in at_fault and getattr(self, name):
+                    faults.found.append(f"{name}={getattr(self, name)!r}: only the convolutions tokeniser has it")
         if self.tokeniser == "pixels" and not at_fault & {"seq_len", "pixel_channels"}:
             faults.found += self._pixel_faults(image_shape)
         if self.tokeniser == "patches" and not at_fault & {"patch_size", "patch_stride"}:
             faults.found += self._patch_faults(image_shape)
+        if self.tokeniser == "convolutions" and not at_fault & {"patch_size", "patch_stride", "stem_channels"}:
+            faults.found += self._convolution_faults(image_shape)
         return faults.found
 
     def _pixel_faults(self, image_shape: ImageShape | None) -> list[str]:
@@ -114,9 +148,24 @@ class MambaClassifierConfig:
                 found.append(f"head='grid': fewer than {GRID}x{GRID} patches")
         return found
 
+    def _convolution_faults(self, image_shape: ImageShape | None) -> list[str]:
+        found = []
+        if self.seq_len is not None:
+            found.append(f"seq_len={self.seq_len}: with convolutions the length follows from their sizes and strides")
+        if self.stem_channels is None:
+            found.append("stem_channels=None: the convolutions tokeniser needs a number of channels")
+        if image_shape is not None:
+            grid = convolved_grid(image_shape, self.patch_size, self.patch_stride or 2, self.padding)
+            size = f"{image_shape[1]}x{image_shape[2]}"
+            if grid is None:
+                found.append(f"patch_size={self.patch_size}: the two convolutions do not fit into a {size} image")
+            elif self.head == "grid" and min(grid) < GRID:
+                found.append(f"head='grid': {grid[0]}x{grid[1]} tokens are fewer than {GRID}x{GRID}")
+        return found
+
 
 class MambaLayer(nn.Module):
-    """One block of the classifier: optional pre-norm, Mamba, optional residual connection, optionally reversed."""
+    """One block of the classifier: optional pre-norm, Mamba, optional residual connection, in any of the `ORDERS`."""
 
     def __init__(self, config: MambaClassifierConfig, index: int) -> None:
         super().__init__()
@@ -129,13 +178,19 @@ class MambaLayer(nn.Module):
             config.dt_rank,
         )
         self.residual = config.residual
-        self.reverse = config.direction == "alternating" and index % 2 == 1
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (batch, length, d_model) to (batch, length, d_model)."""
-        x = self.norm(tokens)
-        mixed: Tensor = self.mixer(x.flip(1)).flip(1) if self.reverse else self.mixer(x)
-        return tokens + mixed if self.residual else mixed
+    def forward(self, tokens: Tensor, grid: tuple[int, int], columns: bool = False, backwards: bool = False) -> Tensor:
+        """Map tokens (batch, length, d_model) of a raster `grid` (rows, columns) to the same shape.
+
+        The block reads them row by row, or by `columns`, from the end where `backwards`.
+        """
+        x: Tensor = self.norm(tokens)
+        if columns:
+            x = x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+        x = self.mixer(x.flip(1)).flip(1) if backwards else self.mixer(x)
+        if columns:
+            x = x.unflatten(1, grid[::-1]).transpose(1, 2).flatten(1, 2)
+        return tokens + x if self.residual else x
 
 
 class MambaClassifier(nn.Module):
@@ -162,14 +217,24 @@ class MambaClassifier(nn.Module):
         self.config = config
         if config.tokeniser == "pixels":
             assert config.seq_len is not None
-            self.tokens: PixelTokens | PatchTokens = PixelTokens(
+            self.tokens: PixelTokens | PatchTokens | ConvolutionTokens = PixelTokens(
                 image_shape, config.seq_len, config.d_model, config.pixel_channels
+            )
+        elif config.tokeniser == "convolutions":
+            assert config.stem_channels is not None
+            self.tokens = ConvolutionTokens(
+                image_shape,
+                config.d_model,
+                config.stem_channels,
+                config.patch_size,
+                config.patch_stride or 2,
+                config.padding,
             )
         else:
             self.tokens = PatchTokens(
                 image_shape, config.d_model, config.patch_size, config.patch_stride or config.patch_size
             )
-        self.blocks = nn.Sequential(*(MambaLayer(config, i) for i in range(config.n_blocks)))
+        self.blocks = nn.ModuleList(MambaLayer(config, i) for i in range(1 if config.shared else config.n_blocks))
         self.norm = make_norm(config.norm, config.d_model)
         features = {"flatten": self.tokens.length, "mean": 1, "grid": GRID * GRID}[config.head] * config.d_model
         self.head = nn.Linear(features, num_classes)
@@ -183,8 +248,10 @@ class MambaClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, height, width) to logits (batch, num_classes)."""
-        tokens = self.norm(self.blocks(self.tokens(images)))
-        logits: Tensor = self.head(self._pool(tokens))
+        tokens, orders = self.tokens(images), ORDERS[self.config.direction]
+        for i in range(self.config.n_blocks):
+            tokens = self.blocks[i % len(self.blocks)](tokens, self.tokens.grid, *orders[i % len(orders)])
+        logits: Tensor = self.head(self._pool(self.norm(tokens)))
         return logits
 
     def _pool(self, tokens: Tensor) -> Tensor:

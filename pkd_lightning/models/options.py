@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-Tokeniser = Literal["pixels", "patches"]
+Tokeniser = Literal["pixels", "patches", "convolutions"]
 PixelChannels = Literal["one", "all"]
 Norm = Literal["none", "rms", "layer"]
-Direction = Literal["forward", "alternating"]
+Direction = Literal["forward", "alternating", "cross"]
 Head = Literal["flatten", "mean", "grid"]

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.options import PixelChannels
 
+SECOND_KERNEL, SECOND_STRIDE = 3, 2  # of ConvolutionTokens
+
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
@@ -75,3 +77,47 @@ class PatchTokens(nn.Module):
         """Map images (batch, channels, height, width) to tokens (batch, length, d_model)."""
         tokens: Tensor = self.project(images)
         return tokens.flatten(2).transpose(1, 2)
+
+
+class ConvolutionTokens(nn.Module):
+    """Two convolutions with SiLU between them, one token per position of the second, row by row.
+
+    The first has `stem_channels` channels, kernels of patch_size and the given stride; the second has d_model channels,
+    kernels of 3x3 and stride 2. For the same parameters such a stem sees far more of small images than one layer of
+    patches does (cf. Xiao et al., arXiv 2106.14881).
+
+    Args:
+        image_shape: (channels, height, width).
+        d_model: channels of a token.
+        stem_channels: channels between the two convolutions.
+        patch_size: side of the first kernel.
+        stride: of the first convolution.
+        padding: pad both with zeros by half their kernels; without, only whole windows count.
+    """
+
+    def __init__(
+        self, image_shape: ImageShape, d_model: int, stem_channels: int, patch_size: int, stride: int, padding: bool
+    ) -> None:
+        super().__init__()
+        grid = convolved_grid(image_shape, patch_size, stride, padding)
+        assert grid is not None, "checked by MambaClassifierConfig.faults"
+        self.grid = grid
+        self.length = grid[0] * grid[1]
+        first, second = (size // 2 if padding else 0 for size in (patch_size, SECOND_KERNEL))
+        self.stem = nn.Conv2d(image_shape[0], stem_channels, patch_size, stride, first)
+        self.project = nn.Conv2d(stem_channels, d_model, SECOND_KERNEL, SECOND_STRIDE, second)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (batch, channels, height, width) to tokens (batch, length, d_model)."""
+        tokens: Tensor = self.project(F.silu(self.stem(images)))
+        return tokens.flatten(2).transpose(1, 2)
+
+
+def convolved_grid(image_shape: ImageShape, patch_size: int, stride: int, padding: bool) -> tuple[int, int] | None:
+    """(rows, columns) of `ConvolutionTokens`, or None where the image is too small for both kernels."""
+    sides = []
+    for side in image_shape[1:]:
+        for size, step in ((patch_size, stride), (SECOND_KERNEL, SECOND_STRIDE)):
+            side = (side + 2 * (size // 2 if padding else 0) - size) // step + 1 if side > 0 else 0
+        sides.append(side)
+    return (sides[0], sides[1]) if min(sides) > 0 else None
