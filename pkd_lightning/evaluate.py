@@ -116,7 +116,7 @@ def collect_results(
         "combine": config.boosting.combine,
         "versions": versions(),
         "hardware": hardware(),
-        "sizes": dict(zip(("train", "validation", "test"), data.sizes, strict=True)),
+        "sizes": {**dict(zip(("train", "validation", "test"), data.sizes, strict=True)), "originals": data.originals},
         # a resumed run did part of its work in another process, so the parts can exceed this process's time
         "wall_seconds": {
             "teacher": teacher.seconds,

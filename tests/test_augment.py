@@ -1,8 +1,13 @@
+import math
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as torchvision
 
-from pkd_lightning.data.augment import crop_flip, shift
+from pkd_lightning.data.augment import affine, crop_flip, shift
 
 SIDE = 7
 
@@ -85,7 +90,7 @@ def test_without_padding_only_flips_remain():
     assert abs(int(mirrored.sum()) - 2000) < 160  # five standard deviations of a fair coin
 
 
-@pytest.mark.parametrize("augment", [crop_flip, shift])
+@pytest.mark.parametrize("augment", [crop_flip, shift, affine])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
 def test_dtype_shape_and_input_are_kept(augment, dtype):
     images = torch.randint(1, 256, (5, 3, 4, 6), generator=generator()).to(dtype)
@@ -94,10 +99,11 @@ def test_dtype_shape_and_input_are_kept(augment, dtype):
     assert result.dtype == dtype
     assert result.shape == images.shape
     assert torch.equal(images, before)
-    assert torch.equal(result.double(), augment(images.double(), generator()))  # the dtype does not change the draw
+    same = augment(images.double(), generator())  # the dtype does not change the draw
+    assert torch.equal(result.double(), same if dtype.is_floating_point else same.round())
 
 
-@pytest.mark.parametrize("augment", [crop_flip, shift])
+@pytest.mark.parametrize("augment", [crop_flip, shift, affine])
 def test_the_generator_alone_decides(augment):
     images = coded(32)
     first = augment(images, generator(1))
@@ -108,12 +114,174 @@ def test_the_generator_alone_decides(augment):
     assert not torch.equal(augment(images, one), augment(images, one))
 
 
+@pytest.mark.parametrize("augment", [crop_flip, shift, affine])
 @pytest.mark.parametrize("batch", [0, 1])
-def test_small_batches(batch):
-    assert crop_flip(coded(batch), generator()).shape == (batch, 1, SIDE, SIDE)
+def test_small_batches(augment, batch):
+    assert augment(coded(batch), generator()).shape == (batch, 1, SIDE, SIDE)
 
 
 @pytest.mark.parametrize(("shape", "padding"), [((3, 8, 8), 1), ((2, 3, 8, 8), -1)])
 def test_wrong_arguments_are_named(shape, padding):
     with pytest.raises(ValueError, match=rf"{shape[0]}.*padding {padding}"):
         crop_flip(torch.zeros(shape), generator(), padding)
+
+
+# ---------------------------------------------------------------------------------- affine
+
+NONE = {"degrees": 0.0, "scale": 0.0, "shear": 0.0, "pixels": 0.0, "elastic": 0.0}
+STRONG = {"degrees": 25.0, "scale": 0.3, "shear": 20.0, "pixels": 2.5}
+
+
+def centred(height: int, width: int) -> Tensor:
+    """(2, height, width): x and y of each pixel from the image's centre, float64."""
+    y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+    return torch.stack([x - (width - 1) / 2, y - (height - 1) / 2])
+
+
+class Seen(NamedTuple):
+    """What `affine` made of probes: bilinear sampling leaves x and y, as pixel values, exact inside the image.
+
+    source: (batch, 2, height, width) the place each pixel comes from; inside: (batch, height, width) where that holds;
+    picture, result: (batch, height, width) random pixels before and after.
+    """
+
+    source: Tensor
+    inside: Tensor
+    picture: Tensor
+    result: Tensor
+
+
+def see(batch: int, height: int = 17, width: int = 20, seed: int = 0, **strengths: float) -> Seen:
+    picture = torch.rand(batch, height, width, generator=generator(seed + 100)) * 255
+    places = centred(height, width).float().expand(batch, -1, -1, -1)
+    images = torch.cat([places, torch.ones(batch, 1, height, width), picture[:, None]], 1)
+    result = affine(images, generator(seed), **{**NONE, **strengths})
+    return Seen(result[:, :2].double(), result[:, 2] > 1 - 1e-6, picture, result[:, 3])
+
+
+def maps(seen: Seen) -> tuple[Tensor, Tensor]:
+    """By least squares, (batch, 2, 2) A and (batch, 2) t of p -> A p + t, where a pixel goes."""
+    places = torch.cat([centred(*seen.inside.shape[1:]), torch.ones(1, *seen.inside.shape[1:])])
+    fits = []
+    for source, inside in zip(seen.source, seen.inside, strict=True):
+        fit = torch.linalg.lstsq(places[:, inside].T, source[:, inside].T).solution
+        assert (places[:, inside].T @ fit - source[:, inside].T).abs().max() < 1e-4
+        fits.append(fit.T)
+    forward = torch.stack(fits)[:, :, :2].inverse()
+    return forward, -(forward @ torch.stack(fits)[:, :, 2:]).squeeze(2)
+
+
+def parameters(seen: Seen) -> dict[str, Tensor]:
+    """Degrees, scales (batch, 2) minus 1, shear and translation (batch, 2): A = rotation @ shear @ scales."""
+    a, t = maps(seen)
+    angle = torch.atan2(a[:, 1, 0], a[:, 0, 0])
+    cos, sin = angle.cos(), angle.sin()
+    scales = torch.stack([a[:, :, 0].norm(dim=1), -sin * a[:, 0, 1] + cos * a[:, 1, 1]], 1)
+    shear = torch.atan((cos * a[:, 0, 1] + sin * a[:, 1, 1]) / scales[:, 1])
+    return {"degrees": angle.rad2deg(), "scale": scales - 1, "shear": shear.rad2deg(), "pixels": t}
+
+
+def bilinear(image: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Float64 bilinear values of one (height, width) image, zero outside, at places measured from its centre."""
+    height, width = image.shape
+    x, y = x + (width - 1) / 2, y + (height - 1) / 2
+    total = torch.zeros_like(x)
+    for row in range(height):
+        for column in range(width):
+            weight = (1 - (y - row).abs()).clamp(min=0) * (1 - (x - column).abs()).clamp(min=0)
+            total += weight * image[row, column].double()
+    return total
+
+
+@pytest.mark.parametrize("strengths", [*({name: limit} for name, limit in STRONG.items()), STRONG], ids=", ".join)
+def test_strengths_of_affine_are_filled_evenly_and_nothing_else_moves(strengths):
+    for name, values in parameters(see(600, **strengths)).items():
+        if name not in strengths:
+            assert values.abs().max() < 2e-4
+            continue
+        relative = values / strengths[name]
+        assert 0.97 < relative.abs().max() < 1 + 1e-4
+        # five standard deviations of the mean, and of the mean square, of 600 even draws
+        assert relative.mean(0).abs().max() < 5 * (1 / 3 / 600) ** 0.5
+        assert (relative.square().mean(0) - 1 / 3).abs().max() < 5 * (4 / 45 / 600) ** 0.5
+        if values.dim() == 2:  # both directions are drawn apart
+            assert abs(float(torch.corrcoef(values.T)[0, 1])) < 5 / 600**0.5
+
+
+def test_affine_agrees_with_torchvision():
+    seen = see(24, **{**STRONG, "scale": 0.0})  # torchvision scales both sides alike
+    found = parameters(seen)
+    for k, (picture, result) in enumerate(zip(seen.picture, seen.result, strict=True)):
+        expected = torchvision.affine(
+            picture[None], float(found["degrees"][k]), found["pixels"][k].tolist(), 1.0,
+            [-float(found["shear"][k]), 0.0], InterpolationMode.BILINEAR,
+        )  # fmt: skip
+        torch.testing.assert_close(result[None], expected, rtol=0, atol=0.02)
+
+
+def test_affine_agrees_with_a_float64_computation():
+    seen = see(12, **STRONG)
+    forward, t = maps(seen)
+    places = centred(*seen.picture.shape[1:])
+    for k, (picture, result) in enumerate(zip(seen.picture, seen.result, strict=True)):
+        x, y = torch.einsum("ij,jhw->ihw", forward[k].inverse(), places - t[k][:, None, None])
+        torch.testing.assert_close(result.double(), bilinear(picture, x, y), rtol=0, atol=0.02)
+    assert (seen.result == 0).any()  # zeros came in
+
+
+def test_elastic_pixels_come_from_where_they_say():
+    seen = see(12, **STRONG, elastic=1.0)
+    assert seen.inside.double().mean() > 0.5
+    for (x, y), inside, picture, result in zip(*seen, strict=True):
+        torch.testing.assert_close(result[inside].double(), bilinear(picture, x[inside], y[inside]), rtol=0, atol=0.02)
+
+
+def test_elastic_displacements_are_smooth_and_of_the_given_deviation():
+    images, strength = 3000, 0.8
+    seen = see(images, 28, 28, elastic=strength)
+    inner = slice(4, 24)  # five deviations from the border
+    assert seen.inside[:, inner, inner].all()
+    moved = (seen.source - centred(28, 28))[:, :, inner, inner] / strength
+    noise = 5 / images**0.5  # five standard deviations, roughly, of the estimates
+    assert moved.mean(0).abs().max() < noise
+    assert (moved.square().mean(0) - 1).abs().max() < 1.5 * noise
+    assert (moved[:, 0] * moved[:, 1]).mean(0).abs().max() < noise  # the two directions are independent
+    along, across = moved.diff(dim=3), moved.diff(dim=2)
+    assert max(along.square().mean(0).max(), across.square().mean(0).max()) < 0.2**2  # neighbours move together
+    assert (moved[..., 0, 0] * moved[..., -1, -1]).mean(0).abs().max() < noise  # and corners apart
+    assert (moved[..., 0] * moved[..., -1]).mean((0, 2)).abs().max() < 0.05 + noise
+
+
+def test_elastic_changes_nothing_of_the_rest():
+    plain, bent = see(8, **STRONG), see(8, **STRONG, elastic=1e-3)
+    both = (plain.inside & bent.inside)[:, None].expand(-1, 2, -1, -1)
+    assert 0 < (plain.source - bent.source)[both].abs().max() < 0.01
+
+
+def test_affine_treats_samples_alone_and_channels_together():
+    one = torch.randint(0, 256, (1, 1, 12, 12), generator=generator(), dtype=torch.uint8)
+    results = affine(one.expand(64, 3, -1, -1), generator(), elastic=1.0)
+    assert torch.equal(results, results[:, :1].expand(-1, 3, -1, -1))
+    assert len(results.flatten(1).unique(dim=0)) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_affine_without_strength_is_the_identity(dtype):
+    images = (torch.rand(5, 2, 9, 6, generator=generator(), dtype=torch.float64) * 255).to(dtype)
+    result = affine(images, generator(), **NONE)
+    assert torch.equal(result, images)
+    assert result is not images
+    if dtype == torch.uint8:  # rounded, not truncated: where almost nothing happens, nothing does
+        assert torch.equal(affine(images, generator(), *[1e-5] * 5), images)
+
+
+@pytest.mark.parametrize("name", list(NONE))
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_each_wrong_strength_is_named(name, value):
+    with pytest.raises(ValueError, match=f"affine: {name}={value}: must be at least 0 and below [^;]*$"):
+        affine(torch.zeros(2, 1, 8, 8), generator(), **{name: value})
+
+
+def test_all_wrong_arguments_of_affine_are_named_at_once():
+    with pytest.raises(ValueError, match=r"shape \(3, 8, 8\).*degrees=360.*scale=1: must .* below 1; shear=90"):
+        affine(torch.zeros(3, 8, 8), generator(), degrees=360, scale=1, shear=90)

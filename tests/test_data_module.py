@@ -6,11 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import BatchDataset, DataConfig, DataModule
 from pkd_lightning.errors import ConfigError, DataError
+from pkd_lightning.experiment import assemble
+from pkd_lightning.fitting import predict
+from pkd_lightning.run import run
+from pkd_lightning.teacher import load_weights
+from tests.support import tiny_config
 
 CLASSES = 7
 
@@ -151,6 +157,9 @@ def test_every_bad_value_is_named_at_once():
         ("split_seed", True),
         ("limit", 1.5),
         ("split", None),
+        ("copies", -1),
+        ("copies", 1.5),
+        ("copies", 3),  # without `augment`
     ],
 )
 def test_one_bad_value(name, value):
@@ -304,6 +313,118 @@ def test_augmentation_is_in_the_training_loader_only_and_reproducible():
     for one, another in [(0, 1), (0, 2), (1, 2)]:  # a new draw for each epoch and stage,
         assert not torch.equal(draws[one][:16], draws[another][:16])
     assert not torch.equal(draws[0][:16], draws[0][16:32])  # and for each step
+
+
+# ---------------------------------------------------------------------------------- copies
+
+
+def test_copies_are_further_training_rows_and_move_no_image_between_the_parts():
+    plain, data = module(700), module(700, augment=add_noise, copies=2)
+    n, validation, test = plain.sizes
+    assert data.sizes == (3 * n, validation, test)
+    assert data.originals == plain.originals == n
+    assert (data.training, data.validation) == (range(3 * n), range(3 * n, 3 * n + validation))
+    for rows, same in [(range(n), plain.training), (data.validation, plain.validation), (data.test, plain.test)]:
+        assert torch.equal(data.images[rows.start : rows.stop], plain.images[same.start : same.stop])
+        assert torch.equal(data.labels[rows.start : rows.stop], plain.labels[same.start : same.stop])
+    assert torch.equal(data.labels[: 3 * n], plain.labels[:n].repeat(3))
+    noise = (data.images[n : 3 * n].long() - plain.images[:n].long().repeat(2, 1, 1, 1)) % 256
+    assert ((noise >= 1) & (noise < 200)).all()  # each is its own original, augmented
+    assert len(noise.flatten(1).unique(dim=0)) > 2 * n - 5  # and each anew
+    assert torch.equal(data.mean, plain.mean)
+    assert torch.equal(data.std, plain.std)
+
+
+def test_copies_are_a_function_of_the_split_seed_alone():
+    results = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        results.append(module(300, augment=add_noise, copies=2))
+    first, same = results
+    more, other = module(300, augment=add_noise, copies=3), module(300, augment=add_noise, copies=2, split_seed=1)
+    assert torch.equal(first.images, same.images)
+    assert first.fingerprint == same.fingerprint
+    n = first.originals
+    assert torch.equal(more.images[: 3 * n], first.images[: 3 * n])
+    noises = [(data.images[n : 2 * n].long() - data.images[:n].long()) % 256 for data in (first, other)]
+    assert not torch.equal(*noises)
+
+
+def test_the_fingerprint_covers_the_copies():
+    plain, data = module(100), module(100, augment=add_noise, copies=1)
+    changed = module(100, augment=add_noise, copies=1)
+    changed.images[2 * changed.originals - 1] += 1  # the last copy
+    assert len({plain.fingerprint, data.fingerprint, changed.fingerprint}) == 3
+    # augmentation of batches is not part of the data
+    assert module(100, augment=add_noise).fingerprint == plain.fingerprint
+
+
+def test_batches_of_copies_are_the_stored_images():
+    data = module(100, augment=add_noise, copies=2)
+    for epoch in (0, 1):
+        seen = batches(data, epoch)
+        assert sorted(torch.cat([batch.index for batch in seen]).tolist()) == list(range(3 * data.originals))
+        for batch in seen:
+            assert torch.equal(batch.images, data.normalise(data.images[batch.index]))
+            assert torch.equal(batch.labels, data.labels[batch.index])
+
+
+def test_a_run_asks_the_teacher_on_each_copy(tmp_path):
+    augment = "{_target_: pkd_lightning.data.augment.affine, _partial_: true, elastic: 0.5}"
+    config = tiny_config(tmp_path, f"data.augment={augment}", "data.copies=2", "boosting.rounds=1")
+    results = run(config)
+    experiment = assemble(config)
+    data = DataModule(experiment.data)
+    assert results["sizes"]["train"] == len(data.training) == 3 * data.originals
+    model = experiment.teacher.build(data.image_shape, data.num_classes)
+    load_weights(model, next(tmp_path.rglob("teacher.safetensors")))
+    (stored,) = load_file(next(tmp_path.rglob("logits.safetensors"))).values()
+    direct = predict(model, data, range(data.validation.stop), torch.device("cpu"))
+    torch.testing.assert_close(stored, direct)
+    copies = stored[data.originals : 2 * data.originals]
+    assert not torch.equal(copies, stored[: data.originals])
+
+
+def blank(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images.zero_()
+
+
+def transposed(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images.transpose(2, 3)
+
+
+@pytest.mark.parametrize("augment", [blank, transposed])
+def test_an_augmentation_may_write_to_its_images_and_give_a_view_of_them(augment):
+    plain, data = module(400), module(400, augment=augment, copies=1)
+    originals = plain.images[: plain.originals]
+    assert torch.equal(data.images[: data.originals], originals)
+    assert torch.equal(data.images[data.originals : data.sizes[0]], augment(originals.clone(), torch.Generator()))
+
+
+def fails(images: Tensor, generator: torch.Generator) -> Tensor:
+    raise ValueError("too small")
+
+
+@pytest.mark.parametrize(
+    ("augment", "said"),
+    [
+        (fails, "data.augment: fails (ValueError: too small)"),
+        (lambda images, generator: images.float(), "data.augment: gives no torch.uint8 tensor of shape (63, 1, 2, 2)"),
+        (lambda images, generator: images[..., 1:], "data.augment: gives no torch.uint8 tensor of shape (63, 1, 2, 2)"),
+        (lambda images, generator: None, "data.augment: gives no torch.uint8 tensor of shape (63, 1, 2, 2)"),
+    ],
+)
+def test_an_augmentation_that_makes_no_copies_is_a_configuration_error(augment, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        module(100, augment=augment, copies=1)
+
+
+def test_copies_without_an_augmentation_name_what_they_need():
+    with pytest.raises(ConfigError, match=r"copies=3: needs data\.augment$"):
+        DataConfig(numbered, copies=3)
+
+
+# ---------------------------------------------------------------------------------- the form of the data
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.seeding import derive, generator
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+COPIES_AT_ONCE = 128  # what augmenting them needs in between stays in the processor's cache; the draws depend on it
 
 
 class Batch(NamedTuple):
@@ -46,6 +47,10 @@ class DataConfig:
         split_seed: seed of the split. Not the run's seed: over several seeds the test part stays the same, untouched.
         limit: use so many samples, drawn at random from the pool; None for all.
         augment: whole-batch augmentation of training images (images, generator) -> images, or None.
+        copies: 0 applies `augment` to each training batch anew, while teacher logits and residuals stay those of the
+            images as they are. K > 0 applies it once, to make K further training samples of each training image, and
+            not to batches: teacher and student then see the same views (Beyer et al., arXiv 2106.05237), because each
+            copy has teacher logits, ensemble logits and residuals of its own. An epoch is 1 + K times as long.
     """
 
     source: Callable[..., ImageSet]
@@ -56,6 +61,7 @@ class DataConfig:
     split_seed: int = 0
     limit: int | None = None
     augment: Augmentation | None = None
+    copies: int = 0
 
     def __post_init__(self) -> None:
         faults = Faults(self)
@@ -64,6 +70,9 @@ class DataConfig:
         faults.number("validation_fraction", 0, 1, exclusive=True)
         faults.whole("split_seed", 0)
         faults.whole("limit", 1, optional=True)
+        faults.whole("copies", 0)
+        if self.augment is None and isinstance(self.copies, int) and self.copies > 0:
+            faults.found.append(f"copies={self.copies}: needs data.augment")
         faults.raise_if_any()
 
 
@@ -71,7 +80,8 @@ class DataModule:
     """An image data set in memory, split into training, validation and test rows.
 
     Samples are renumbered so that a row number is the sample index everywhere: training rows first, then validation,
-    then test. Teacher logits and residual matrices are stored by this index.
+    then test. Teacher logits and residual matrices are stored by this index. The training rows are the original images
+    and after them their copies, if any: row k * originals + i is the k-th copy of image i.
 
     Args:
         config: see `DataConfig`.
@@ -79,11 +89,12 @@ class DataModule:
     Attributes:
         images: (N, C, H, W) uint8.
         labels: (N,) int64.
-        sizes: (training, validation, test) number of rows.
-        mean, std: (C, 1, 1) of the training rows, of pixels scaled to [0, 1].
+        originals: number of training images without their copies.
+        sizes: (training, validation, test) number of rows, copies included.
+        mean, std: (C, 1, 1) of the original training images, of pixels scaled to [0, 1].
 
     Raises:
-        ConfigError: where a part of the split would be empty.
+        ConfigError: where a part of the split would be empty, or `config.augment` makes no copies.
         DataError: from the source.
     """
 
@@ -95,11 +106,27 @@ class DataModule:
             raise ConfigError([f"data.source: cannot be called with root={config.root!r} ({error})"]) from error
         self.name, self.num_classes = data.name, data.num_classes
         train, validation, test = split_rows(data, config)
-        order = torch.cat([train, validation, test])
+        order = torch.cat([train.repeat(1 + config.copies), validation, test])
         self.images, self.labels = data.images[order], data.labels[order]
-        self.sizes = (len(train), len(validation), len(test))
-        self.mean, self.std = _channel_statistics(self.images[: self.sizes[0]])
+        self.originals = len(train)
+        self.sizes = (len(order) - len(validation) - len(test), len(validation), len(test))
+        self._augment_copies()
+        self.mean, self.std = _channel_statistics(self.images[: self.originals])
         self._scale, self._shift = normaliser(self.mean, self.std)
+
+    def _augment_copies(self) -> None:
+        """Augment, in place, the copies, which are plain so far. What the k-th are does not depend on their number."""
+        for k in range(1, self.config.copies + 1):
+            assert self.config.augment is not None
+            draws = generator(self.config.split_seed, "copies", k)
+            for part in self.images[k * self.originals : (k + 1) * self.originals].split(COPIES_AT_ONCE):
+                try:
+                    copies = self.config.augment(part.clone(), draws)
+                except Exception as error:  # whatever the user's function raises is the fault
+                    raise ConfigError([f"data.augment: fails ({type(error).__name__}: {error})"]) from error
+                if (getattr(copies, "dtype", None), getattr(copies, "shape", None)) != (part.dtype, part.shape):
+                    raise ConfigError([f"data.augment: gives no {part.dtype} tensor of shape {tuple(part.shape)}"])
+                part.copy_(copies)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -107,7 +134,7 @@ class DataModule:
         rows = slice(0, self.validation.stop)
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.images[rows], self.labels[rows]):
-            digest.update(part.numpy().tobytes())
+            digest.update(part.numpy().data)
         digest.update(str(self.sizes).encode())
         return digest.hexdigest()
 
@@ -133,12 +160,13 @@ class DataModule:
         return range(self.sizes[0] + self.sizes[1], sum(self.sizes))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images (batch, C, H, W) to float32 of mean 0 and standard deviation 1 over the training rows."""
+        """uint8 images (batch, C, H, W) to float32 of mean 0 and standard deviation 1 over the training originals."""
         return images.to(torch.float32, copy=True).mul_(self._scale).add_(self._shift)
 
     def training_loader(self, batch_size: int, seed: int, stage: str, num_workers: int = 0) -> DataLoader[Batch]:
-        """Shuffled, augmented training batches; the order is a function of (seed, stage, epoch)."""
-        sampler = EpochSampler(self.training, batch_size, seed, stage, shuffle=True, augment=bool(self.config.augment))
+        """Shuffled training batches, augmented where no copies are; the order is a function of (seed, stage, epoch)."""
+        augment = self.config.augment is not None and self.config.copies == 0
+        sampler = EpochSampler(self.training, batch_size, seed, stage, shuffle=True, augment=augment)
         return self._loader(sampler, num_workers)
 
     def loader(self, rows: range, batch_size: int) -> DataLoader[Batch]:
