@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import signal
 import time
 import warnings
@@ -26,6 +27,7 @@ from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.progress import FitProgress
 
+logger = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes before every one of many fits
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data lies in memory
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # once an epoch is intended
@@ -75,7 +77,7 @@ class FitModule(L.LightningModule):
         mixed = settings.precision != "32-true"
         full_precision = torch.autocast(device.type, enabled=False) if mixed else nullcontext()
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress  # counts trainer.global_step
-        total, count = torch.zeros((), device=device), 0
+        total, count, skipped = torch.zeros((), device=device), 0, 0
         for batch in batches:
             if trainer.received_sigterm:
                 raise SIGTERMException
@@ -83,15 +85,23 @@ class FitModule(L.LightningModule):
             loss, _ = self.losses(Batch(*(part.to(device, non_blocking=True) for part in batch)))
             with full_precision:
                 scaler.scale(loss).backward()
+            usable = True
             if settings.gradient_clip is not None:
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
-            scaler.step(optimizer)
+                norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+                # one image that explodes in a model without norms must not take the weights with it
+                usable = scaler.is_enabled() or bool(norm.isfinite())
+            if usable:
+                scaler.step(optimizer)
+                total.add_(loss.detach(), alpha=len(batch.labels))  # stays on the device: read once an epoch
+                count += len(batch.labels)
+            else:
+                skipped += 1
             scaler.update()
             schedule.step()
             progress.increment_completed()
-            total.add_(loss.detach(), alpha=len(batch.labels))  # stays on the device: read once an epoch
-            count += len(batch.labels)
+        if skipped:
+            logger.warning("epoch %d: skipped %d steps, their gradients were not finite", self.current_epoch, skipped)
         self._sums["train_loss"], self._counts["train"] = total, count
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -106,8 +116,12 @@ class FitModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's means. Lightning validates at the end of each training epoch, so both parts are complete."""
-        means = {name: float(value) / self._counts[name.split("_")[0]] for name, value in self._sums.items()}
+        counts = {name: self._counts[name.split("_")[0]] or math.nan for name in self._sums}
+        means = {name: float(value) / counts[name] for name, value in self._sums.items()}
         self._sums, self._counts = {}, {}
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            logger.warning("epoch %d: weights are not finite any more, the fit ends", self.current_epoch)
+            self.trainer.should_stop = True
         self.log_dict(means, logger=False)
         for tracker in self.loggers:  # by optimiser step, where Lightning counts its own
             tracker.log_metrics({**means, "epoch": self.current_epoch}, step=self.global_step - 1)

@@ -29,6 +29,7 @@ NEEDS = {
     "student/paper_mnist": "mnist",
     "student/patches_medium": "cifar10",
     "teacher/paper_mnist": "mnist",
+    "teacher/paper_mnist_cosine": "mnist",
     "teacher/resnet18": "cifar10",
     "teacher/mamba_medium": "cifar10",
 }
