@@ -23,7 +23,7 @@ from pkd_lightning.config import BoostingConfig, TrainerConfig
 from pkd_lightning.data import epochs
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, BatchDataset, DataConfig, DataModule
-from pkd_lightning.errors import ConfigError
+from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitModule, Stage, fit
 from pkd_lightning.progress import FitProgress
 from pkd_lightning.schedules import constant, cosine
@@ -428,3 +428,29 @@ def test_the_default_backend_compiles_a_fit(tmp_path: Path) -> None:
         states.append(module.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-3)
+
+
+class Explodes(TeacherModule):
+    """A batch with this sample has an infinite loss, as one image can have in a model without norms."""
+
+    sample = 7
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss, logits = super().losses(batch)
+        return (loss * torch.inf if self.training and (batch.index == self.sample).any() else loss), logits
+
+
+def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, caplog):
+    module = Explodes(network(), settings(gradient_clip=1.0))
+    fit(module, images(), stage(tmp_path))
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    assert all(0 < line["train_loss"] < 2 for line in lines(tmp_path))
+    assert [record.message for record in caplog.records if "skipped 1 steps" in record.message] != []
+
+
+def test_a_fit_whose_weights_are_lost_ends(tmp_path, caplog):
+    module = Explodes(network(), settings(gradient_clip=None, max_epochs=5, patience=None))
+    with pytest.raises(RunError, match="not finite in any epoch"):
+        fit(module, images(), stage(tmp_path))
+    assert len(lines(tmp_path)) == 1
+    assert "weights are not finite" in caplog.text
