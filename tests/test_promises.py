@@ -37,7 +37,7 @@ def test_the_papers_architectures_run_through_on_real_mnist(tmp_path: Path) -> N
             f"run_root={tmp_path}",
         )
     )  # fmt: skip
-    assert results["sizes"] == {"train": 1260, "validation": 140, "test": 600}
+    assert results["sizes"] == {"train": 1260, "validation": 140, "test": 600, "originals": 1260}
     assert (results["teacher"]["params"], results["teacher"]["flops_published"]) == (34_674, 95_648)
     assert [(row["params"], row["flops_published"]) for row in results["rounds"]] == [(620, 686), (1_206, 1_372)]
     assert results["rounds"][1]["accepted_by"] in ("condition", "best_candidate")

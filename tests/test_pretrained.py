@@ -1,0 +1,70 @@
+"""The pretrained example loads with one call and is the run of the study it claims to be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.publish import publish
+from pkd_lightning import pretrained
+from pkd_lightning.cost import measure
+from pkd_lightning.data.idx import load_mnist
+from pkd_lightning.data.module import DataConfig, DataModule
+from pkd_lightning.errors import ConfigError, PKDError, RunError
+from pkd_lightning.fitting import predict
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "mnist_best" / "results" / "anchored-seed0.json"
+CPU = torch.device("cpu")
+
+
+def test_it_is_the_run_of_the_study():
+    ensemble, teacher = pretrained.load("mnist")
+    results = json.loads(RESULTS.read_text())
+    assert len(ensemble) == len(results["rounds"]) == 7
+    for member, row in zip(ensemble.members, results["rounds"], strict=True):
+        cost = measure(member, (1, 28, 28))
+        assert (cost.params, cost.macs_total) == (row["params"], row["macs_total"])
+    assert [list(scales) for scales in ensemble.scales] == [row["scales"] for row in results["rounds"]]
+    assert measure(teacher, (1, 28, 28)).params == results["teacher"]["params"]
+    assert not ensemble.training
+    assert not teacher.training
+
+
+def test_it_weighs_well_under_a_megabyte():
+    sizes = [path.stat().st_size for path in (pretrained.FOLDER / "mnist").iterdir()]
+    assert sum(sizes) < 500_000
+
+
+def test_images_go_in_and_logits_come_out():
+    ensemble, teacher = pretrained.load()
+    x = ensemble.preprocess(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    with torch.no_grad():
+        assert ensemble(x, members=3).shape == teacher(x).shape == (2, 10)
+
+
+def test_an_unknown_name_lists_those_there_are():
+    with pytest.raises(ConfigError, match="Did you mean 'mnist'"):
+        pretrained.load("minst")
+
+
+def test_publishing_what_is_not_there_leaves_what_is(tmp_path):
+    (tmp_path / "old").mkdir()
+    with pytest.raises(RunError, match="anchored-seed9"):
+        publish(ROOT / "experiments" / "mnist_best", "anchored-seed9", tmp_path / "old")
+    assert (tmp_path / "old").exists()
+
+
+@pytest.mark.slow
+def test_it_is_as_accurate_on_mnist_as_the_study_says():
+    try:
+        data = DataModule(DataConfig(load_mnist))
+    except PKDError as error:
+        pytest.skip(f"no MNIST: {error}")
+    ensemble, teacher = pretrained.load("mnist")
+    results = json.loads(RESULTS.read_text())
+    labels = data.labels[data.test.start : data.test.stop]
+    for model, row in ((ensemble, results["ensemble"]), (teacher, results["teacher"])):
+        accuracy = (predict(model, data, data.test, CPU).argmax(-1) == labels).float().mean()
+        assert abs(float(accuracy) - row["accuracy"]) < 2e-4  # a few images on another processor
