@@ -9,10 +9,10 @@ unexport PYTHONPATH
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow bench bench-gpu sweep lint types check clean
+.PHONY: help install run test test-slow bench bench-gpu sweep study readme-tables lint types check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with the pinned dependencies
 
@@ -32,10 +32,15 @@ test: $(READY) ## the default test suite
 test-slow: $(READY) ## the tests that need real MNIST or minutes of training
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-sweep: $(READY) ## a Hydra multirun: three objectives, three seeds, then one comparison
-	$(BIN)/python -m pkd_lightning.run --multirun experiment=digits run_root=runs/sweep seed=0,1,2 \
-	  boosting=default,additive,paper $(ARGS)
-	$(BIN)/python -m pkd_lightning.report runs/sweep --out runs/sweep/comparison.html
+sweep: $(READY) ## search the ladder of mnist_best with Optuna, within the paper's budgets; goes on where it stopped
+	$(BIN)/python -m experiments.search experiments/mnist_best $(ARGS)
+
+STUDY := mnist_best
+study: $(READY) ## run or go on with a study and collect its results: make study STUDY=digits
+	$(BIN)/python -m experiments.study $(STUDY) $(ARGS)
+
+readme-tables: $(READY) ## the tables and figures of the READMEs, from the collected results
+	$(BIN)/python -m experiments.tables
 
 bench: $(READY) ## timings of the scan, training and the data path on this machine, against their targets
 	$(BIN)/python -m benchmarks.bench $(ARGS)

@@ -36,167 +36,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.plan import COMPOSITION, KEEP, Job, Study, option_faults, read_study
 from pkd_lightning.checkpoint import read_json, write_json
-from pkd_lightning.cli import load_config, suggestions
-from pkd_lightning.config import suggest, unknown_keys
+from pkd_lightning.config import suggest
 from pkd_lightning.errors import ConfigError, PKDError, RunError
 from pkd_lightning.reporting.values import duration, number, percent
 from pkd_lightning.rundir import RunDirectory
 
 STUDIES = Path(__file__).parent
-DEFAULTS = ("logger=none", "threads=1", "trainer.progress=false")  # none of them changes a result
-KEEP = {
-    "teacher": ("teacher/teacher.safetensors", "teacher/teacher.json"),
-    "students": ("students/ensemble.json", "students/*.json", "students/*.safetensors"),
-    "metrics": ("metrics.jsonl",),
-    "figures": ("figures/*.png",),
-}
 LIMIT = 1_000_000  # bytes of a kept file: it goes into the repository
 FORWARDED = re.compile(r"round \d+/\d+: |teacher (trained|loaded|found)|resumed after |finished before: ")
 POLL = 0.2  # seconds between two looks at the processes
-COMPOSITION = (HydraException, OmegaConfBaseException)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of a study, once for each of its seeds; `overrides` are the common ones, then its own."""
-
-    name: str
-    overrides: tuple[str, ...]
-    seeds: tuple[int, ...]
-    keep: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run with one seed, of the study in `folder`."""
-
-    folder: Path
-    run: Run
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """`<run>-seed<S>`."""
-        return f"{self.run.name}-seed{self.seed}"
-
-    @property
-    def overrides(self) -> list[str]:
-        """Those of study.yaml, with the seed filled in."""
-        return [override.replace("{seed}", str(self.seed)) for override in self.run.overrides]
-
-    @property
-    def results(self) -> Path:
-        """Where its results are collected."""
-        return self.folder / "results" / f"{self.name}.json"
-
-    @property
-    def kept(self) -> Path:
-        """Where the files it keeps are collected."""
-        return self.folder / "kept" / self.name
-
-    def arguments(self, runs: Path) -> list[str]:
-        """What `pkd_lightning.run` is called with; the study's overrides come last and so win."""
-        root = str(runs / self.folder.name).replace("'", "\\'")
-        return [f"seed={self.seed}", f"run_root='{root}'", *DEFAULTS, *self.overrides]
-
-    def directory(self, runs: Path) -> RunDirectory:
-        """Its run directory; OSError where the teacher's checkpoint, whose content counts, is not there yet."""
-        return RunDirectory(load_config(*self.arguments(runs)))
-
-
-@dataclass(frozen=True)
-class Study:
-    """The folder of a study.yaml, and its runs in their order."""
-
-    folder: Path
-    runs: tuple[Run, ...] = ()
-
-    @property
-    def jobs(self) -> list[Job]:
-        """Every run with every seed."""
-        return [Job(self.folder, run, seed) for run in self.runs for seed in run.seeds]
-
-    def before(self, run: Run) -> list[Job]:
-        """What must be collected before `run` starts."""
-        return [job for job in self.jobs if job.run.name in run.after]
-
-
-def load_study(folder: Path) -> Study:
-    """Read `folder`/study.yaml.
-
-    Raises:
-        ConfigError: listing every fault, except of the overrides, into which only `option_faults` looks.
-    """
-    study, faults = read_study(folder)
-    if faults:
-        raise ConfigError(faults)
-    return study
-
-
-def read_study(folder: Path) -> tuple[Study, list[str]]:
-    """What is sound in `folder`/study.yaml, and every fault."""
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(folder / "study.yaml"))
-    except Exception as error:  # YAML, OmegaConf and the file system have their own kinds
-        return Study(folder), [f"cannot be read ({error})"]
-    if not isinstance(raw, dict):
-        return Study(folder), ["must hold seeds, common and runs"]
-    faults = unknown_keys(map(str, raw), ("seeds", "common", "runs"))
-    common = Run("", _strings(raw, "common", faults), _seeds(raw, (), faults) if "seeds" in raw else ())
-    entries = raw.get("runs")
-    if not isinstance(entries, dict) or not entries:
-        return Study(folder), [*faults, f"runs={entries!r}: must name at least one run"]
-    runs: list[Run] = []
-    for name, entry in entries.items():
-        found: list[str] = []
-        runs.append(_read_run(str(name), entry, common, [str(key) for key in entries], found))
-        faults += [f"runs.{name}.{fault}" for fault in found]
-    return Study(folder, tuple(runs)), faults
-
-
-def _read_run(name: str, raw: Any, common: Run, names: list[str], faults: list[str]) -> Run:
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        faults.append(f"name={name!r}: must be a file's name of letters, digits, '_', '-' and '.'")
-    if not isinstance(raw, dict):
-        faults.append(f"value={raw!r}: must be a mapping; {{}} is a run of the common overrides")
-        raw = {}
-    faults += unknown_keys(map(str, raw), ("overrides", "seeds", "keep", "after"))
-    overrides, keep, after = (_strings(raw, key, faults) for key in ("overrides", "keep", "after"))
-    for part in keep:
-        if part not in KEEP:
-            faults.append(f"keep={part!r}: must be one of {', '.join(KEEP)}.{suggest(part, KEEP)}")
-    earlier = names[: names.index(name)]
-    for other in after:
-        if other not in names:
-            faults.append(f"after={other!r}: no such run.{suggest(other, earlier)}")
-        elif other not in earlier:
-            faults.append(f"after={other!r}: only runs above {name!r} can be named")
-    return Run(name, common.overrides + overrides, _seeds(raw, common.seeds, faults), keep, after)
-
-
-def _strings(raw: dict[Any, Any], key: str, faults: list[str]) -> tuple[str, ...]:
-    value = raw.get(key, [])
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    faults.append(f"{key}={value!r}: must be a list of strings")
-    return ()
-
-
-def _seeds(raw: dict[Any, Any], default: tuple[int, ...], faults: list[str]) -> tuple[int, ...]:
-    value = raw.get("seeds", [*default])
-    if isinstance(value, list) and value and all(type(item) is int and item >= 0 for item in value):
-        return tuple(dict.fromkeys(value))
-    faults.append(f"seeds={value!r}: must be a list of whole numbers of at least 0, here or for the whole study")
-    return (0,)  # stands in, so that the faults of the overrides are found as well
 
 
 def collected(job: Job) -> dict[str, Any] | None:
@@ -224,45 +78,12 @@ def difference(recorded: Iterable[str], wanted: Iterable[str]) -> str:
     return "; ".join(f"{', '.join(p.elements())} only {where}" for p, where in parts if p) or "in another order"
 
 
-def option_faults(study: Study, runs: Path, todo: Sequence[Job]) -> list[str]:
-    """Faults of the overrides: every job is composed, and the parts of those in `todo` are built."""
-    found: dict[str, dict[str, None]] = {}  # a fault, and the runs that have it: that of a common override is said once
-    for job in study.jobs:
-        keeping = [other for other in study.before(job.run) if other in todo and "teacher" in other.run.keep]
-        coming = [other.kept.resolve() / "teacher.safetensors" for other in keeping]
-        for fault in _job_faults(job, runs, coming, job in todo):
-            found.setdefault(fault, {})[job.run.name] = None
-    return [f"{', '.join(names)}: {fault}" for fault, names in found.items()]
-
-
-def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> list[str]:
-    faults = []
-    try:
-        config = load_config(*job.arguments(runs))
-        if config.seed != job.seed:
-            faults.append(f"seed={config.seed}: seeds are set by `seeds`, not by an override")
-        checkpoint = config.teacher.checkpoint
-        if checkpoint is not None and "teacher" in job.run.keep:
-            faults.append("keep='teacher': a run with a teacher.checkpoint trains none; keep it in the run that does")
-        if checkpoint is not None and Path(checkpoint).resolve() in coming:
-            config.teacher.checkpoint = None
-        if build:
-            from pkd_lightning.experiment import assemble  # here: its import takes seconds that nothing else needs
-
-            assemble(config)
-    except ConfigError as error:
-        faults += error.faults
-    except COMPOSITION as error:
-        short = re.split("To append|Config search path|See https", str(error))[0].split()
-        faults.append(" ".join([*short, *suggestions(job.overrides)]))
-    return faults
-
-
 def collect(job: Job, directory: RunDirectory) -> dict[str, Any]:
     """Take over the results of a run and what it keeps; RunError where it is not finished, or keeps what it cannot."""
     if not directory.finished:
         raise RunError(f"{directory.path}: not finished, although the run ended well")
     results: dict[str, Any] = read_json(directory.results)
+    job.results.unlink(missing_ok=True)  # of an earlier time: they would vouch for files that are being replaced
     keep_files(job, directory.path)
     ended = datetime.fromtimestamp((directory.path / "DONE").stat().st_mtime, UTC)
     origin = {"run": job.run.name, "overrides": job.overrides, "date": ended.date().isoformat()}

@@ -1,50 +1,93 @@
-"""Tables of the READMEs, made from the studies' results files so that no figure is typed by hand.
+"""Tables and figures of the READMEs, made from the studies' results files so that no figure is typed by hand.
 
-    python -m experiments.tables                                  # rewrite the tables
-    python -m experiments.tables --collect runs/sweep experiments/digits   # first take over the results of runs
+    python -m experiments.tables          # or: make readme-tables
 
-A table stands between `<!-- table: STUDY NAME -->` and `<!-- end of table -->`.
+A table stands between `<!-- table: STUDY NAME [RUN ...] -->` and `<!-- end of table -->`; the runs are those it is made
+of, in this order, all of the study's where none is named. Figures are the files of `FIGURES`.
 """
 
-import argparse
+import hashlib
 import json
 import re
-import shutil
 import statistics
-from collections import defaultdict
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from matplotlib.figure import Figure
+
+from experiments.plan import load_study
+from experiments.study import collected
+from pkd_lightning.errors import PKDError, RunError
+from pkd_lightning.reporting import style
+
 ROOT = Path(__file__).parent.parent
-SLOT = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-OBJECTIVES = ("anchored", "additive", "published")
+SLOT = re.compile(r"(<!-- table: (\S+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+ERRORS = (0.3, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)  # percent, ticks
+Results = dict[str, Any]
+Runs = Mapping[str, list[Results]]  # a run's name to its results, one a seed
+GOALS_ALONE = (93.5, 96.0, 97.8, 98.4, 98.4, 98.7, 99.2)  # what we set out for in mnist_best
+GOALS_PREFIX = (93.5, 97.0, 98.3, 98.8, 99.0, 99.2, 99.5)
+GOAL_TEACHER = 99.5
+# Mamba-PKD (arXiv 2503.01727), Table 1: its text says 63% of the first student, its abstract 72%
+PAPER = (60, 76, 84, 88, 91, 93, 98)
+PAPER_TEACHER = 98
+PAPER_FLOPS = (686, 1_372, 2_744, 5_096, 7_448, 7_448, 51_744)
+PAPER_TEACHER_FLOPS = 95_648  # by the formula that gives the students'; printed: 94,684
 
 
-def load(study: Path) -> list[dict[str, Any]]:
-    """The results of a study's runs, by objective and seed."""
-    results = [json.loads(path.read_text()) for path in sorted((study / "results").glob("*.json"))]
-    return sorted(results, key=lambda r: (OBJECTIVES.index(r["objective"]), r["seed"]))
+def load(study: Path) -> Runs:
+    """The collected results of a study, by run in the order of its study.yaml, and by seed; not those not yet there.
+
+    Raises:
+        RunError: where results were made with other overrides than those of study.yaml.
+    """
+    found: dict[str, list[Results]] = {}
+    for job in load_study(study).jobs:
+        results = collected(job)
+        if results is not None:
+            found.setdefault(job.run.name, []).append(results)
+    return found
 
 
-def collect(runs: Path, study: Path) -> None:
-    """Copy the results of every finished run below `runs` into the study, and the figures of its first anchored run."""
-    target = study / "results"
-    target.mkdir(parents=True, exist_ok=True)
-    for done in sorted(runs.rglob("DONE")):
-        results = json.loads((done.parent / "results.json").read_text())
-        shutil.copy(done.parent / "results.json", target / f"{results['objective']}-seed{results['seed']}.json")
-        if (results["objective"], results["seed"]) == ("anchored", 0):
-            for figure in ("accuracy_students.png", "cost.png"):
-                shutil.copy(done.parent / "figures" / figure, study / figure)
+def chosen(study: str, names: Sequence[str]) -> Runs:
+    """The results of the named runs of a study, or of all.
+
+    Raises:
+        RunError: where there are none of a run.
+    """
+    runs = load(ROOT / "experiments" / study)
+    missing = [name for name in names if name not in runs] if names else [] if runs else ["any run"]
+    if missing:
+        raise RunError(f"experiments/{study}: no results of {', '.join(missing)}; make study STUDY={study}")
+    return {name: runs[name] for name in names} if names else runs
 
 
-def percent(values: list[float]) -> str:
+def percent(values: Sequence[float], digits: int = 1) -> str:
     """Mean and standard deviation in percent."""
-    mean = 100 * statistics.mean(values)
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
+    mean = f"{100 * statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
 
 
-def worst_prefix(results: dict[str, Any]) -> float:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(map(str, line))} |") for line in lines)
+
+
+def per_round(runs: list[Results], key: str) -> list[list[float]]:
+    """The values of `key`, a list over the seeds for each round that every seed has."""
+    return [list(values) for values in zip(*([row[key] for row in run["rounds"]] for run in runs), strict=False)]
+
+
+def of_teacher(runs: list[Results], key: str) -> list[float]:
+    """The teacher's values of `key` over the seeds."""
+    return [run["teacher"][key] for run in runs]
+
+
+def worst_prefix(results: Results) -> float:
     """The most by which a prefix falls short of its best member, in fractions of 1; at most 0 where none does."""
     rounds = results["rounds"]
     return max(
@@ -52,64 +95,258 @@ def worst_prefix(results: dict[str, Any]) -> float:
     )
 
 
-def students(results: list[dict[str, Any]]) -> str:
-    """One run, the first: a row a student, then the teacher."""
-    run = results[0]
+def students(runs: Runs) -> str:
+    """One seed of one run, the first: a row a student, then the teacher."""
+    run = next(iter(runs.values()))[0]
     teacher = run["teacher"]
-    lines = [
-        "| students | alone | together | same answer as the teacher | parameters together | MACs together |"
-        " published FLOPs together |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     totals = dict.fromkeys(("params", "macs_total", "flops_published"), 0)
     for row in run["rounds"]:
         totals = {name: value + row[name] for name, value in totals.items()}
-        cost = " | ".join(f"{value:,} ({100 * value / teacher[name]:.1f}%)" for name, value in totals.items())
-        lines.append(
-            f"| {row['round'] + 1} | {100 * row['accuracy']:.1f}% | {100 * row['prefix_accuracy']:.1f}% |"
-            f" {100 * row['prefix_agreement']:.1f}% | {cost} |"
-        )
-    cost = " | ".join(f"{teacher[name]:,}" for name in totals)
-    lines.append(f"| teacher | {100 * teacher['accuracy']:.1f}% | | | {cost} |")
-    return "\n".join(lines)
+        cost = [f"{value:,} ({100 * value / teacher[name]:.1f}%)" for name, value in totals.items()]
+        accuracies = [f"{100 * row[name]:.1f}%" for name in ("accuracy", "prefix_accuracy", "prefix_agreement")]
+        rows.append([row["round"] + 1, *accuracies, *cost])
+    rows.append(["teacher", f"{100 * teacher['accuracy']:.1f}%", "", "", *(f"{teacher[name]:,}" for name in totals)])
+    head = ["students", "alone", "together", "same answer as the teacher", "parameters together", "MACs together"]
+    return table([*head, "published FLOPs together"], rows)
 
 
-def summary(results: list[dict[str, Any]]) -> str:
-    """A row an objective, mean and standard deviation over its seeds."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for run in results:
-        groups[run["objective"], run["combine"]].append(run)
-    lines = [
-        "| objective, combination | seeds | teacher | ensemble | last student alone | prefix behind its best member, at"
-        " most | rounds after the first that met the condition | seconds a run |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (objective, combine), runs in groups.items():
-        later = [row for run in runs for row in run["rounds"][1:]]
+def summary(runs: Runs) -> str:
+    """A row a run, mean and standard deviation over its seeds."""
+    rows = []
+    for seeds in runs.values():
+        later = [row for run in seeds for row in run["rounds"][1:]]
         met = sum(row["edges"]["satisfied"] == row["edges"]["classes"] for row in later)
-        seconds = [run["wall_seconds"]["total"] for run in runs]
-        lines.append(
-            f"| {objective}, {combine} | {len(runs)}"
-            f" | {percent([run['teacher']['accuracy'] for run in runs])}"
-            f" | {percent([run['ensemble']['accuracy'] for run in runs])}"
-            f" | {percent([run['rounds'][-1]['accuracy'] for run in runs])}"
-            f" | {100 * max(worst_prefix(run) for run in runs):.1f} points"
-            f" | {met} of {len(later)} | {statistics.median(seconds):.0f} |"
+        rows.append(
+            [
+                f"{seeds[0]['objective']}, {seeds[0]['combine']}",
+                len(seeds),
+                percent(of_teacher(seeds, "accuracy")),
+                percent([run["ensemble"]["accuracy"] for run in seeds]),
+                percent([run["rounds"][-1]["accuracy"] for run in seeds]),
+                f"{100 * max(worst_prefix(run) for run in seeds):.1f} points",
+                f"{met} of {len(later)}",
+                f"{statistics.median(run['wall_seconds']['total'] for run in seeds):.0f}",
+            ]
         )
-    return "\n".join(lines)
+    head = ["objective, combination", "seeds", "teacher", "ensemble", "last student alone"]
+    head += ["prefix behind its best member, at most", "rounds after the first that met the condition"]
+    return table([*head, "seconds a run"], rows)
 
 
-TABLES = {"students": students, "summary": summary}
+def budgets(runs: Runs) -> str:
+    """One run over its seeds against the budgets of the paper's students and the goals we set: a row a student."""
+    (seeds,) = runs.values()
+    limits = yaml.safe_load((ROOT / "experiments" / "mnist_best" / "search.yaml").read_text())["rungs"]
+    costs = {
+        key: [values[0] for values in per_round(seeds, key)] for key in ("params", "macs_total", "flops_published")
+    }
+    rows = []
+    for t, (alone, prefix) in enumerate(
+        zip(per_round(seeds, "accuracy"), per_round(seeds, "prefix_accuracy"), strict=True)
+    ):
+        limit = limits[f"student-{t + 1}"]
+        cost = [f"{costs['params'][t]:,} of {limit['params']:,}", f"{costs['macs_total'][t]:,} of {limit['macs']:,}"]
+        rows.append(
+            [
+                t + 1,
+                *cost,
+                f"{costs['flops_published'][t]:,} against {PAPER_FLOPS[t]:,}",
+                PAPER[t],
+                GOALS_ALONE[t],
+                percent(alone, 2),
+                GOALS_PREFIX[t],
+                percent(prefix, 2),
+            ]
+        )
+    teacher, limit = seeds[0]["teacher"], limits["teacher"]
+    cost = [f"{teacher['params']:,} of {limit['params']:,}", f"{teacher['macs_total']:,} of {limit['macs']:,}"]
+    accuracy = percent(of_teacher(seeds, "accuracy"), 2)
+    cost.append(f"{teacher['flops_published']:,} against {PAPER_TEACHER_FLOPS:,}")
+    rows.append(["teacher", *cost, PAPER_TEACHER, GOAL_TEACHER, accuracy, "", ""])
+    head = ["student", "parameters", "total MACs", "published FLOPs", "paper", "goal, alone"]
+    head += [f"alone ({len(seeds)} seeds)", "goal, together"]
+    return table([*head, "first t together"], rows)
+
+
+def headline(runs: Runs) -> str:
+    """One run over its seeds beside the paper's accuracies: a row a student, as short as it can be."""
+    (seeds,) = runs.values()
+    rows = [
+        [t + 1, f"{params[0]:,}", f"{macs[0]:,}", f"{PAPER[t]}%", *(f"{percent(values)}%" for values in accuracies)]
+        for t, (params, macs, *accuracies) in enumerate(
+            zip(
+                *(per_round(seeds, key) for key in ("params", "macs_total", "accuracy", "prefix_accuracy")),
+                strict=True,
+            )
+        )
+    ]
+    teacher = seeds[0]["teacher"]
+    cost = [f"{teacher['params']:,}", f"{teacher['macs_total']:,}", f"{PAPER_TEACHER}%"]
+    rows.append(["teacher", *cost, f"{percent(of_teacher(seeds, 'accuracy'))}%", ""])
+    head = ["student", "parameters", "MACs", "Mamba-PKD, as published", f"student alone ({len(seeds)} seeds)"]
+    head.append("first t together")
+    return table(head, rows)
+
+
+def paper(runs: Runs) -> str:
+    """One run of the paper's architectures beside the paper's Table 1: a row a student."""
+    (seeds,) = runs.values()
+    rows = []
+    for t, row in enumerate(seeds[0]["rounds"]):
+        edges = "by definition" if t == 0 else ", ".join(
+            f"{run['rounds'][t]['edges']['satisfied']} of {run['rounds'][t]['edges']['classes']}" for run in seeds
+        )  # fmt: skip
+        rows.append(
+            [
+                t + 1,
+                f"{row['params']:,}",
+                f"{row['flops_published']:,}",
+                f"{row['macs_total']:,}",
+                PAPER[t],
+                percent([run["rounds"][t]["accuracy"] for run in seeds]),
+                percent([run["rounds"][t]["prefix_accuracy"] for run in seeds]),
+                edges,
+                ", ".join(str(run["rounds"][t]["epochs"]) for run in seeds),
+            ]
+        )
+    teacher = seeds[0]["teacher"]
+    cost = [f"{teacher[key]:,}" for key in ("params", "flops_published", "macs_total")]
+    rows.append(["teacher", *cost, PAPER_TEACHER, percent(of_teacher(seeds, "accuracy")), "", "", ""])
+    head = ["student", "parameters", "published FLOPs", "total MACs", "accuracy in the paper", "alone"]
+    return table([*head, "first t together", "edges above 0", "epochs"], rows)
+
+
+def rounds(runs: Runs) -> str:
+    """Two rows a run: each student alone, and each prefix; mean and standard deviation over the seeds."""
+    rows = []
+    most = max(len(seeds[0]["rounds"]) for seeds in runs.values())
+    for name, seeds in runs.items():
+        for label, key in (("alone", "accuracy"), ("together", "prefix_accuracy")):
+            cells = [percent(values) for values in per_round(seeds, key)]
+            rows.append([name, len(seeds), label, *cells, *[""] * (most - len(cells))])
+    return table(["run", "seeds", "", *range(1, most + 1)], rows)
+
+
+def first_students(runs: Runs) -> str:
+    """A row a run: its first student."""
+    rows = [
+        [name, len(seeds), seeds[0]["rounds"][0]["epochs"], percent(per_round(seeds, "accuracy")[0], 2)]
+        for name, seeds in runs.items()
+    ]
+    return table(["run", "seeds", "epochs", "accuracy"], rows)
+
+
+def ablation(runs: Runs) -> str:
+    """A row a run: the ensemble, its parts and what it costs; mean and standard deviation over the seeds."""
+    rows = []
+    for name, seeds in runs.items():
+        prefixes = per_round(seeds, "prefix_accuracy")
+        middle = percent(prefixes[2], 2) if len(prefixes) > 2 else ""
+        rows.append(
+            [
+                name,
+                len(seeds),
+                middle,
+                percent([run["ensemble"]["accuracy"] for run in seeds], 2),
+                percent([run["rounds"][-1]["accuracy"] for run in seeds], 2),
+                f"{100 * max(worst_prefix(run) for run in seeds):.2f}",
+                f"{seeds[0]['ensemble']['params']:,}",
+                f"{seeds[0]['ensemble']['macs_total']:,}",
+            ]
+        )
+    head = ["run", "seeds", "first three together", "all together", "last student alone"]
+    head += ["prefix behind its best member, at most (points)", "parameters", "total MACs"]
+    return table(head, rows)
+
+
+def time(runs: Runs) -> str:
+    """A row a run: seconds of the teacher and of the rounds, and the machine."""
+    rows = []
+    for name, seeds in runs.items():
+        hardware = seeds[0]["hardware"]
+        rows.append(
+            [
+                name,
+                len(seeds),
+                f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
+                f"{statistics.median(sum(run['wall_seconds']['rounds']) for run in seeds):,.0f}",
+                f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores a run",
+            ]
+        )
+    return table(["run", "seeds", "teacher (s, median)", "students (s, median)", "hardware"], rows)
+
+
+TABLES: dict[str, Callable[[Runs], str]] = {
+    function.__name__: function
+    for function in (students, summary, headline, budgets, paper, rounds, first_students, ablation, time)
+}
+
+
+def errors_over_seeds(runs: Runs, against_paper: bool) -> Figure:
+    """Mean test error of students alone and together over the seeds of each run, with bands of a standard deviation.
+
+    Logarithmic, because what matters above 99% of accuracy would be hidden beside 60%.
+    """
+    with style.styled():
+        figure = style.new_figure(3.8)
+        axes = figure.add_subplot()
+        axes.set_yscale("log")
+        colors = (style.BLUE, style.VERMILLION, style.ORANGE, style.PURPLE)
+        for index, (name, seeds) in enumerate(runs.items()):
+            for kind, (key, line, label) in enumerate(
+                (("prefix_accuracy", "o-", "first t together"), ("accuracy", "s--", "student t alone"))
+            ):
+                color = colors[kind if len(runs) == 1 else index]
+                values = [[100 - 100 * value for value in row] for row in per_round(seeds, key)]
+                means = [statistics.mean(row) for row in values]
+                count = range(1, len(means) + 1)
+                shown = label if len(runs) == 1 else f"{name}: {label}"
+                axes.plot(count, means, line, color=color, mfc="white" if line == "s--" else color, label=shown)
+                if len(seeds) > 1:
+                    spread = [statistics.stdev(row) for row in values]
+                    lower, upper = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+                    axes.fill_between(count, lower, upper, color=color, alpha=0.15, linewidth=0)
+        if against_paper:
+            published = [100 - accuracy for accuracy in PAPER]
+            axes.plot(range(1, len(PAPER) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
+        seeds = next(iter(runs.values()))
+        teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
+        axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
+        style.student_axis(axes, max(len(seeds[0]["rounds"]) for seeds in runs.values()), "number of students t")
+        axes.set_yticks(ERRORS, [f"{error:g}" for error in ERRORS])
+        axes.minorticks_off()
+        low, high = axes.dataLim.intervaly
+        axes.set_ylim(low / 1.25, high * 1.25)
+        axes.set_ylabel("test error (%)")
+        style.legend_above(axes, 2)
+        return figure
+
+
+# file below experiments/, the runs it is made of, and whether the paper's figures are drawn with them
+FIGURES = {
+    "digits/errors.png": (["anchored"], False),
+    "mnist_best/errors.png": (["anchored"], True),
+}
+
+
+def title(name: str) -> str:
+    """The title of a figure's file, with a digest of what is drawn in it."""
+    drawn = [
+        [run["teacher"]["accuracy"], [[row["accuracy"], row["prefix_accuracy"]] for row in run["rounds"]]]
+        for seeds in chosen(Path(name).parts[0], FIGURES[name][0]).values()
+        for run in seeds
+    ]
+    return f"Errors; data {hashlib.blake2b(json.dumps(drawn).encode(), digest_size=6).hexdigest()}"
 
 
 def fill(text: str) -> str:
     """`text` with every table made anew."""
 
-    def table(match: re.Match[str]) -> str:
-        study, name = match[2], match[3]
-        return f"{match[1]}{TABLES[name](load(ROOT / 'experiments' / study))}\n{match[5]}"
+    def made(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[3]](chosen(match[2], match[4].split()))}\n{match[6]}"
 
-    return SLOT.sub(table, text)
+    return SLOT.sub(made, text)
 
 
 def documents() -> list[Path]:
@@ -118,14 +355,15 @@ def documents() -> list[Path]:
 
 
 def main() -> None:
-    """Collect results where asked to, and rewrite the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", nargs=2, type=Path, metavar=("RUNS", "STUDY"))
-    options = parser.parse_args()
-    if options.collect:
-        collect(*options.collect)
-    for path in documents():
-        path.write_text(fill(path.read_text()))
+    """Rewrite the tables, and draw the figures."""
+    try:
+        for path in documents():
+            path.write_text(fill(path.read_text()))
+        for name, (runs, against_paper) in FIGURES.items():
+            figure = errors_over_seeds(chosen(Path(name).parts[0], runs), against_paper)
+            figure.savefig(ROOT / "experiments" / name, dpi=150, metadata={"Title": title(name)})
+    except PKDError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

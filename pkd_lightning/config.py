@@ -138,7 +138,7 @@ class TrainerConfig:
         max_epochs: most epochs of one fit.
         patience: epochs without a better validation loss before a fit stops; None never stops it early.
         batch_size: samples per step.
-        gradient_clip: largest gradient norm; None does not clip.
+        gradient_clip: largest gradient norm; a step whose norm is not finite is skipped. None does neither.
         accelerator: `cpu`, `gpu`, or `auto`: a GPU where mamba_ssm's CUDA scan can run on it, else the CPU.
         precision: `32-true`, `bf16-mixed` or `16-mixed`.
         matmul_precision: of float32 matrix products during the fit, as in `torch.set_float32_matmul_precision`:
@@ -258,8 +258,9 @@ class BoostingConfig:
         eta: step of the multiplicative update; None for sqrt(log(2N) / T) / B.
         bound_quantile: B is this quantile of abs(f - g) over the training rows and classes: 1, the theory's bound, is
             the largest. Below 1, residuals are clipped to [-B, B] where they enter K+ and K- or an edge.
-        weights: what weighs the samples in the distillation loss of rounds after the first: `none`, or `samples`:
-            sample i by sum_j abs(K+(i,j) - K-(i,j)), of mean 1 over the training rows.
+        weights: what weighs the samples in the distillation loss that students of rounds after the first are trained
+            with: `none`, or `samples`: sample i by sum_j abs(K+(i,j) - K-(i,j)), of mean 1 over the training rows.
+            Learned scales are solved for without weights.
         weak_learner: see `WeakLearnerConfig`.
     """
 

@@ -56,6 +56,7 @@ class FitModule(L.LightningModule):
         self._compiled = compiled(model) if trainer.compile else None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._skipped = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """The model's logits, by way of torch.compile where that is configured. `losses` calls the model like this."""
@@ -90,7 +91,7 @@ class FitModule(L.LightningModule):
                 scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
                 # one image that explodes in a model without norms must not take the weights with it
-                usable = scaler.is_enabled() or bool(norm.isfinite())
+                usable = bool(norm.isfinite())
             if usable:
                 scaler.step(optimizer)
                 total.add_(loss.detach(), alpha=len(batch.labels))  # stays on the device: read once an epoch
@@ -102,6 +103,7 @@ class FitModule(L.LightningModule):
             progress.increment_completed()
         if skipped:
             logger.warning("epoch %d: skipped %d steps, their gradients were not finite", self.current_epoch, skipped)
+            self._skipped += skipped
         self._sums["train_loss"], self._counts["train"] = total, count
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -118,6 +120,8 @@ class FitModule(L.LightningModule):
         """Log the epoch's means. Lightning validates at the end of each training epoch, so both parts are complete."""
         counts = {name: self._counts[name.split("_")[0]] or math.nan for name in self._sums}
         means = {name: float(value) / counts[name] for name, value in self._sums.items()}
+        if self._skipped:  # over the whole fit; the losses of these steps are not in train_loss
+            means["skipped_steps"] = self._skipped
         self._sums, self._counts = {}, {}
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             logger.warning("epoch %d: weights are not finite any more, the fit ends", self.current_epoch)

@@ -30,6 +30,8 @@ NEEDS = {
     "student/patches_medium": "cifar10",
     "teacher/paper_mnist": "mnist",
     "teacher/paper_mnist_cosine": "mnist",
+    "student/mnist_best": "mnist",
+    "teacher/mnist_best": "mnist",
     "teacher/resnet18": "cifar10",
     "teacher/mamba_medium": "cifar10",
 }
@@ -52,7 +54,7 @@ def test_every_yaml_runs(option: str, tmp_path: Path) -> None:
     sizes = ["data.limit=26", "data.test_fraction=0.2", "data.validation_fraction=0.2", "boosting.rounds=2"]
     sizes.append("boosting.weak_learner.on_failure=accept")  # one batch improves little
     results = run(load_config(*quick, *sizes, f"run_root={tmp_path}", *overrides_of(option)))
-    assert results["sizes"]["train"] <= 16
+    assert results["sizes"]["originals"] <= 16
     assert len(results["rounds"]) == 2
     assert 0 <= results["ensemble"]["accuracy"] <= 1
 

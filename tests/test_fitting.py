@@ -445,6 +445,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, caplog):
     fit(module, images(), stage(tmp_path))
     assert all(value.isfinite().all() for value in module.state_dict().values())
     assert all(0 < line["train_loss"] < 2 for line in lines(tmp_path))
+    assert [line["skipped_steps"] for line in lines(tmp_path)] == [1, 2]
     assert [record.message for record in caplog.records if "skipped 1 steps" in record.message] != []
 
 

@@ -11,7 +11,7 @@ from pkd_lightning import matrix
 from pkd_lightning.boosting import combine, objectives, weak_learner
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.residuals import ResidualMatrices
-from pkd_lightning.boosting.weak_learner import Candidate, find_weak_learner, fit_scales, judge
+from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner, fit_scales, judge
 from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult
@@ -39,7 +39,14 @@ ZERO = torch.tensor([0.1, 0.2, 0.3, 0.0])
 def test_judging_by_the_condition(
     round_: int, edges: torch.Tensor, require: str, options: dict[str, Any], expected: str | None
 ) -> None:
-    assert judge(round_, edges, 1.0, 0.5, require, WeakLearnerConfig(**options)) == expected
+    assert judge(round_, edges, edges, 1.0, 0.5, require, WeakLearnerConfig(**options)) == expected
+
+
+def test_the_condition_of_clipped_residuals_alone_is_a_relaxed_one() -> None:
+    config = WeakLearnerConfig()
+    assert judge(1, POSITIVE, MIXED, 1.0, 0.5, "condition", config) == "relaxed_condition"
+    assert judge(1, MIXED, POSITIVE, 1.0, 0.5, "condition", config) is None
+    assert describe(POSITIVE, MIXED)["satisfied"] == int((MIXED > 0).sum()) < len(MIXED)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,7 @@ def test_judging_by_the_condition(
 )
 def test_judging_by_improvement_never_claims_the_condition(loss: float, least: float, expected: str | None) -> None:
     config = WeakLearnerConfig(min_improvement=least)
-    assert judge(1, POSITIVE, loss, 1.0, "improvement", config) == expected
+    assert judge(1, POSITIVE, POSITIVE, loss, 1.0, "improvement", config) == expected
 
 
 def candidate(loss: float, accepted_by: Any = None) -> Candidate:
@@ -55,6 +62,7 @@ def candidate(loss: float, accepted_by: Any = None) -> Candidate:
         torch.nn.Identity(),
         (0.5, 0.5),
         torch.zeros(1, 1),
+        torch.zeros(1),
         torch.zeros(1),
         loss,
         FitResult(1, 0, 0.0),
@@ -324,9 +332,11 @@ def test_what_is_judged_is_what_enters_the_residual_matrices(tmp_path: Path, mon
     checked: list[torch.Tensor] = []
     entered: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def check(self: Any, logits: torch.Tensor) -> torch.Tensor:
-        checked.append(edges(self, logits))
-        return checked[-1]
+    def check(self: Any, logits: torch.Tensor, clipped: bool = True) -> torch.Tensor:
+        found = edges(self, logits, clipped)
+        if clipped:
+            checked.append(found)
+        return found
 
     def watched(matrices: ResidualMatrices, residual: Any, eta: float) -> None:
         whole = residual[slice(0, residual.shape[0])]
@@ -362,16 +372,23 @@ def test_what_is_judged_is_what_enters_the_residual_matrices(tmp_path: Path, mon
 def test_a_student_whose_logits_are_not_finite_is_refused(
     bad: float, quantile: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = BoostingLoop.train
+    from pkd_lightning.boosting import loop
 
-    def broken(loop: BoostingLoop, *args: int) -> Candidate:
-        candidate = train(loop, *args)
-        candidate.logits[5, 1] = bad
-        return candidate
+    asked = 0
 
-    monkeypatch.setattr(BoostingLoop, "train", broken)
-    with pytest.raises(ValueError, match="must be finite"):
-        tiny_run(tmp_path, f"boosting.bound_quantile={quantile}", "boosting.rounds=1")
+    def broken(*args: Any, out: torch.Tensor, **options: Any) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        predict(*args, out=out, **options)
+        if asked == 1:
+            out[5, 1] = bad
+        return out
+
+    predict = loop.predict
+    monkeypatch.setattr(loop, "predict", broken)
+    flags = (f"boosting.bound_quantile={quantile}", "boosting.rounds=1", "boosting.weak_learner.max_attempts=2")
+    (row,) = tiny_run(tmp_path, *flags)["rounds"]
+    assert (asked, row["attempts"]) == (2, 2)  # the first attempt failed, as one that diverged does
 
 
 @pytest.mark.parametrize("objective", ["anchored", "additive", "independent"])

@@ -588,6 +588,7 @@ def test_a_misspelt_option_suggests_the_right_one():
         ({"tokeniser": "convolutions", "stem_channels": 2, "patch_size": 5}, ["patch_size=5", "8x8"]),
         ({"tokeniser": "convolutions", "stem_channels": 2, "patch_size": 3, "head": "grid"}, ["1x1"]),
         ({"tokeniser": "convolutions", "patch_size": 3}, ["stem_channels=None"]),
+        ({"tokeniser": "convolutions", "patch_size": 1, "stem_channels": 2}, ["patch_stride=2", "patch_size=1"]),
         ({"tokeniser": "convolutions", "patch_size": 3, "stem_channels": 2, "seq_len": 4}, ["seq_len=4"]),
         ({"seq_len": 16, "stem_channels": 2}, ["stem_channels=2"]),
         ({"tokeniser": "patches", "padding": True}, ["padding=True"]),

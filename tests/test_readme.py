@@ -50,10 +50,13 @@ def test_every_command_composes_to_a_valid_experiment(
     assert experiment.student.rungs
 
 
-def test_the_python_snippet_runs(tmp_path: Path) -> None:
+def test_the_python_snippets_run(tmp_path: Path) -> None:
     import torch
 
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    pretrained, snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"images": torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)}
+    exec(pretrained, names)
+    assert names["logits"].shape == (4, 10)
     tiny_run(tmp_path)
     (done,) = tmp_path.rglob("DONE")
     names = {"images": torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)}

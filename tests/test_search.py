@@ -1,6 +1,5 @@
 """The search of a ladder under two budgets, on the embedded digits."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -74,9 +73,8 @@ def test_the_search_keeps_its_budgets_goes_on_and_writes_what_it_found(folder, m
 
 
 def test_no_model_is_trained_twice(folder, monkeypatch):
-    run(monkeypatch, folder, "--only", "student-1", "--trials", 4)
-    storage = search.JournalStorage(search.JournalFileBackend(str(folder / "search.journal")))
-    study = search.open_study(storage, "student-1", search.read(folder / "search.yaml"))
+    run(monkeypatch, folder, "--trials", 4)
+    _, study = studies(folder)
     trained = [str(sorted(trial.user_attrs["options"].items())) for trial in search.finished(study)]
     assert len(trained) == len(set(trained)) == 4
 
@@ -90,13 +88,88 @@ def test_the_width_is_the_largest_within_both_budgets(budget, width):
     assert found == (None if width is None else {"n_blocks": 1, "d_model": width})
 
 
-def test_a_wrong_entry_is_named(folder):
-    (folder / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, "trails": 3}))
-    with pytest.raises(ConfigError, match="trails is not an option"):
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"trails": 3}, "trails: no such option. Did you mean 'trials'"),
+        ({"trials": "many"}, "trials='many': must be of type int"),
+        ({"trainer": {"lr": 0.1}}, "trainer.batch_size: is missing"),
+        ({"rungs": {"student-1": {"params": 1}}}, "rungs.student-1.macs: is missing"),
+        ({"rungs": [1]}, "rungs=[1]: must be of type dict"),
+        ({"space": {"d_stat": [1]}}, "space.d_stat: no such option. Did you mean 'd_state'"),
+        ({"space": {"d_state": 3}}, "space.d_state=3: must be a list"),
+        ({"first": [{"patch_size": 3}]}, "first[0]={'patch_size': 3}: must have a value of the space"),
+        ({"experiment": ["data=digts"]}, "experiment=['data=digts']"),
+    ],
+)
+def test_a_wrong_entry_is_named(folder, changes, fault):
+    (folder / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, **changes}))
+    with pytest.raises(ConfigError) as caught:
         search.read(folder / "search.yaml")
-    shutil.rmtree(folder)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_a_file_that_is_no_mapping(folder, text):
+    (folder / "search.yaml").write_text(text)
+    with pytest.raises(ConfigError):
         search.read(folder / "search.yaml")
+
+
+def studies(folder: Path, name: str = "student-1") -> tuple[search.Search, search.optuna.Study]:
+    settings = search.read(folder / "search.yaml")
+    storage = search.JournalStorage(search.JournalFileBackend(str(folder / "search.journal")))
+    return settings, search.open_study(storage, name, settings)
+
+
+def test_other_settings_do_not_join_a_journal(folder):
+    studies(folder)
+    (folder / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, "epochs": 2}))
+    with pytest.raises(ConfigError, match="epochs=1, not 2"):
+        studies(folder)
+    (folder / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, "trials": 9}))
+    assert studies(folder)[0].trials["student-1"] == 9
+
+
+def test_a_trial_whose_process_was_killed_is_drawn_again(folder):
+    _, study = studies(folder)
+    trial = study.ask()  # the first draw, made by a process that is gone
+    trial.set_user_attr("process", [search.MACHINE, 2**22 + 1])
+    _, study = studies(folder)
+    states = [trial.state.name for trial in study.trials]
+    assert states == ["FAIL", "WAITING"]
+    assert search.first_draw(study.trials[1]) == SETTINGS["first"][0]
+    _, study = studies(folder)  # once only
+    assert len(study.trials) == 2
+
+
+def test_an_interrupted_trial_is_free_again(folder, monkeypatch):
+    settings, study = studies(folder)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "run_trial", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        search.advance(study, settings, "student-1", None)
+    assert [trial.state.name for trial in study.trials] == ["FAIL"]
+
+
+def test_what_another_process_trains_is_not_trained_as_well(folder):
+    settings, study = studies(folder)
+    data = search.DataModule(search.assemble(search.load_config(*settings.data)).data)
+    budget = settings.budgets["student-1"]
+    assert isinstance(search.run_trial(study.ask(), settings, budget, data), float)  # its trial is still RUNNING
+    study.enqueue_trial(SETTINGS["first"][0])
+    assert search.run_trial(study.ask(), settings, budget, data) == search.TrialState.FAIL
+
+
+def test_nothing_is_written_before_every_rung_is_complete(folder, monkeypatch, capsys):
+    run(monkeypatch, folder, "--only", "student-1")
+    assert "student-2 0 of 3" in capsys.readouterr().out
+    assert not (folder / "search.json").exists()
+    with pytest.raises(SystemExit, match="Did you mean 'student-1'"):
+        run(monkeypatch, folder, "--only", "studnt-1")
 
 
 def test_the_committed_ladder_is_what_the_committed_search_found():
@@ -105,6 +178,10 @@ def test_the_committed_ladder_is_what_the_committed_search_found():
     settings = search.read(folder / "search.yaml")
     for name, text in search.configurations(found, settings.common, folder.name).items():
         assert (ROOT / "conf" / name).read_text() == text
+    results = read_json(folder / "results" / "anchored-seed0.json")
+    assert [row["config"] for row in results["rounds"]] == [
+        row["options"] for name, row in found.items() if name != "teacher"
+    ]
     for name, budget in settings.budgets.items():
         cost = measure(MambaClassifier((1, 28, 28), 10, **found[name]["options"]), (1, 28, 28))
         assert cost.params <= budget.params

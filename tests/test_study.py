@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from experiments import study
-from experiments.study import collected, load_study
+from experiments import plan, study
+from experiments.plan import load_study
+from experiments.study import collected
 from pkd_lightning.cli import load_config
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
@@ -118,7 +119,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         return made.processes[-1]
 
     monkeypatch.setattr(study, "subprocess", processes(start))
-    monkeypatch.setattr(study, "load_config", compose)
+    monkeypatch.setattr(plan, "load_config", compose)
     return made
 
 

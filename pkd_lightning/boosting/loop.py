@@ -1,6 +1,7 @@
 """The boosting loop: a weak learner a round, the residual matrices, the growing ensemble, resumable between rounds."""
 
 import logging
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -144,14 +145,16 @@ class BoostingLoop:
             predict(model, data, data.validation, self.trainer.device, out=logits[n:])
         else:
             predict(model, data, range(data.validation.stop), self.trainer.device, out=logits)
-        edges = self.edges(logits[:n])
+        if not math.isfinite(largest(logits)):
+            raise RunError(f"{name}: the student's logits are not all finite")
+        edges, unclipped = self.edges(logits[:n]), self.edges(logits[:n], clipped=False)
         scales = module.scales
         if self.combination.learned and state.round > 0:
             scales = fit_scales(
                 state.ensemble_logits[:n], logits[:n], self.teacher_logits[:n], data.labels[:n], scales, self.config
             )
         loss, previous = self.validation_loss(logits, scales), self.validation_loss(logits, (1.0, 0.0))
-        accepted_by = judge(state.round, edges, loss, previous, require, self.config.weak_learner)
+        accepted_by = judge(state.round, edges, unclipped, loss, previous, require, self.config.weak_learner)
         per_class = " ".join(f"{edge:.3g}" for edge in edges.tolist())
         logger.debug("%s: edges of the classes: %s", description, per_class)
         if accepted_by is None:
@@ -161,9 +164,9 @@ class BoostingLoop:
                 description, require, self.config.weak_learner.margin,
                 int((edges > self.config.weak_learner.margin).sum()), len(edges), loss, previous,
             )  # fmt: skip
-        return Candidate(model, scales, logits, edges, loss, result, accepted_by)
+        return Candidate(model, scales, logits, edges, unclipped, loss, result, accepted_by)
 
-    def edges(self, logits: torch.Tensor) -> torch.Tensor:
+    def edges(self, logits: torch.Tensor, clipped: bool = True) -> torch.Tensor:
         """Edges of a candidate with logits (training rows, L): (L,).
 
         Where residuals are clipped, by the B that the round has if the candidate is accepted: what is judged is then
@@ -171,7 +174,7 @@ class BoostingLoop:
         it, one exploding entry would decide the edge of its class.
         """
         residual = Difference(logits, self.teacher_logits[: len(logits)])
-        if self.config.bound_quantile < 1:
+        if clipped and self.config.bound_quantile < 1:
             residual = replace(residual, bound=self.bound_with(residual))
         return self.state.residuals.edges(residual)
 
@@ -241,7 +244,7 @@ class BoostingLoop:
             "bound": state.bound,
             "largest_residual": largest_residual,
             "eta": eta,
-            "edges": describe(candidate.edges),
+            "edges": describe(candidate.edges, candidate.unclipped_edges),
             "accepted_by": candidate.accepted_by,
             "seconds": seconds,
         }

@@ -33,7 +33,8 @@ class Candidate:
         model: the student, with the weights kept.
         scales: (a_t, c_t), how it joins the ensemble.
         logits: (training + validation rows, L) f_t.
-        edges: (L,) weak-learning edges.
+        edges: (L,) weak-learning edges, of clipped residuals where `boosting.bound_quantile` clips them.
+        unclipped_edges: (L,) of the residuals as they are.
         validation_loss: distillation loss on the validation rows of the ensemble with the candidate.
         fit: what the fit gave.
         accepted_by: the rule that accepts it, or None.
@@ -43,6 +44,7 @@ class Candidate:
     scales: Scales
     logits: Tensor
     edges: Tensor
+    unclipped_edges: Tensor
     validation_loss: float
     fit: FitResult
     accepted_by: AcceptedBy | None
@@ -84,16 +86,24 @@ class WeakLearnerCheck(L.Callback):
 
 
 def judge(
-    round_: int, edges: Tensor, validation_loss: float, previous_loss: float, require: str, config: WeakLearnerConfig
+    round_: int,
+    edges: Tensor,
+    unclipped: Tensor,
+    validation_loss: float,
+    previous_loss: float,
+    require: str,
+    config: WeakLearnerConfig,
 ) -> AcceptedBy | None:
     """The rule that accepts a candidate, or None.
 
     In the first round K+ = K-, every edge is exactly 0, and the student is accepted by definition. Only a candidate
-    that meets the published condition, every edge above 0, is reported as `condition`.
+    that meets the published condition, every edge above 0 of clipped and of unclipped residuals, is reported as
+    `condition`.
 
     Args:
         round_: round from 0.
         edges: (L,) of the candidate.
+        unclipped: (L,) the same of residuals as they are.
         validation_loss: of the ensemble with the candidate.
         previous_loss: of the ensemble without it.
         require: `condition` or `improvement`.
@@ -104,7 +114,7 @@ def judge(
     if require == "improvement":
         return "improvement" if validation_loss < previous_loss * (1 - config.min_improvement) else None
     if condition_holds(edges, config.fraction, config.margin):
-        return "condition" if condition_holds(edges) else "relaxed_condition"
+        return "condition" if condition_holds(edges) and condition_holds(unclipped) else "relaxed_condition"
     return None
 
 
@@ -173,13 +183,16 @@ def fit_scales(
     return a, c
 
 
-def describe(edges: Tensor) -> dict[str, Any]:
-    """The edges as a round reports them: range, classes with a positive edge, and each class's edge."""
+def describe(edges: Tensor, unclipped: Tensor) -> dict[str, Any]:
+    """The edges as a round reports them: range, classes that meet the condition, and each class's edge.
+
+    A class meets it where its edge is positive, of clipped and of unclipped residuals.
+    """
     values = [float(edge) for edge in edges]
     return {
         "min": min(values),
         "max": max(values),
-        "satisfied": sum(value > 0 for value in values),
+        "satisfied": int(((edges > 0) & (unclipped > 0)).sum()),
         "classes": len(values),
         "per_class": values,
     }

@@ -47,8 +47,8 @@ class MambaClassifierConfig:
         seq_len: number of tokens L (pixels only).
         pixel_channels: `one`: tokens of the mean over colour channels; `all`: every channel's plane, one after another.
         patch_size: side of a square patch, or of the first convolution's kernel.
-        patch_stride: step between patches, smaller than patch_size for overlap; None for patch_size, and for 2 between
-            convolutions.
+        patch_stride: step between patches, or of the first convolution; smaller than patch_size for overlap. None for
+            patch_size, and for 2 with convolutions.
         stem_channels: channels between the two convolutions (convolutions only).
         padding: pad the convolutions with zeros (convolutions only).
         norm: normalisation before each block and before the head.
@@ -154,8 +154,11 @@ class MambaClassifierConfig:
             found.append(f"seq_len={self.seq_len}: with convolutions the length follows from their sizes and strides")
         if self.stem_channels is None:
             found.append("stem_channels=None: the convolutions tokeniser needs a number of channels")
+        stride = self.patch_stride or 2
+        if stride > self.patch_size:
+            found.append(f"patch_stride={stride}: larger than patch_size={self.patch_size}, pixels would be skipped")
         if image_shape is not None:
-            grid = convolved_grid(image_shape, self.patch_size, self.patch_stride or 2, self.padding)
+            grid = convolved_grid(image_shape, self.patch_size, stride, self.padding)
             size = f"{image_shape[1]}x{image_shape[2]}"
             if grid is None:
                 found.append(f"patch_size={self.patch_size}: the two convolutions do not fit into a {size} image")

@@ -1,0 +1,41 @@
+"""Trained models that come with the package: `load("mnist")` gives an ensemble and its teacher."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from pkd_lightning.config import suggest
+from pkd_lightning.ensemble import ProgressiveEnsemble, load_student
+from pkd_lightning.errors import ConfigError
+
+FOLDER = Path(__file__).parent
+
+
+class Pretrained(NamedTuple):
+    """A distilled ensemble and the teacher it was distilled from, both in evaluation mode.
+
+    Attributes:
+        ensemble: its `preprocess` makes uint8 images (batch, C, H, W) into what both read.
+        teacher: preprocessed images to logits (batch, L).
+    """
+
+    ensemble: ProgressiveEnsemble
+    teacher: nn.Module
+
+
+def names() -> list[str]:
+    """What `load` can load."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/ensemble.json"))
+
+
+def load(name: str = "mnist") -> Pretrained:
+    """The pretrained ensemble `name` and its teacher; experiments/mnist_best says how `mnist` was trained.
+
+    Raises:
+        ConfigError: where there is none of this name, listing those there are.
+    """
+    if name not in names():
+        raise ConfigError([f"pretrained {name!r}: must be one of {', '.join(names())}.{suggest(name, names())}"])
+    folder = FOLDER / name
+    return Pretrained(ProgressiveEnsemble.load(folder), load_student(folder / "teacher"))

@@ -1,0 +1,127 @@
+"""The tables and figures of the READMEs say what the results files say, and change with them."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments import tables
+from pkd_lightning.errors import RunError
+
+STUDY = "seeds: [0, 1]\nruns:\n  first: {}\n  second: {}\n  missing: {}\n"
+
+
+def result(run: str, seed: int, accuracies: list[float], **cost: int) -> dict[str, Any]:
+    """A results file of as many rounds as accuracies; the prefix is a point better than the student."""
+    costs = {"params": 100, "macs_total": 5000, "flops_published": 70, **cost}
+    rounds = [
+        {"round": t, "accuracy": a, "prefix_accuracy": a + 0.01, "prefix_agreement": 0.5, "epochs": 3 + seed, **costs,
+         "edges": {"satisfied": t, "classes": 2}}
+        for t, a in enumerate(accuracies)
+    ]  # fmt: skip
+    return {
+        "seed": seed,
+        "objective": run,
+        "combine": "mean",
+        "teacher": {"accuracy": 0.9 + 0.02 * seed, **costs},
+        "rounds": rounds,
+        "ensemble": {"accuracy": accuracies[-1] + 0.01, **costs},
+        "wall_seconds": {"teacher": 10.0, "rounds": [1.0, 2.0], "total": 14.0 + seed},
+        "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
+        "study": {"run": run, "overrides": []},
+    }
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Path:
+    """Runs of two seeds each: `first` with 60 and 70%, then 80 and 90%; `second` one student of 50%."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    folder = tmp_path / "experiments" / "some"
+    (folder / "results").mkdir(parents=True)
+    (folder / "study.yaml").write_text(STUDY)
+    for run, seed, accuracies in (
+        ("second", 0, [0.5]), ("second", 1, [0.5]), ("first", 1, [0.8, 0.9]), ("first", 0, [0.6, 0.7])
+    ):  # fmt: skip
+        path = folder / "results" / f"{run}-seed{seed}.json"
+        path.write_text(json.dumps(result(run, seed, accuracies)))
+    return folder
+
+
+def slot(name: str, runs: str = "") -> str:
+    return tables.fill(f"before\n<!-- table: some {name}{runs} -->\nold\n<!-- end of table -->\nafter\n")
+
+
+def test_runs_come_in_the_order_of_the_study_and_seeds_in_theirs(study):
+    runs = tables.load(study)
+    assert {name: [run["seed"] for run in seeds] for name, seeds in runs.items()} == {"first": [0, 1], "second": [0, 1]}
+    assert list(runs) == ["first", "second"]
+
+
+def test_a_slot_is_filled_and_what_is_around_it_stays(study):
+    text = slot("rounds")
+    assert text.startswith("before\n<!-- table: some rounds -->\n| run |")
+    assert text.endswith("<!-- end of table -->\nafter\n")
+    assert "old" not in text
+    assert tables.fill(text) == text
+
+
+def test_means_and_deviations_over_the_seeds(study):
+    lines = slot("rounds", " first").splitlines()
+    assert "| first | 2 | alone | 70.0 ± 14.1 | 80.0 ± 14.1 |" in lines
+    assert "| first | 2 | together | 71.0 ± 14.1 | 81.0 ± 14.1 |" in lines
+    assert not any("second" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["students", "summary", "rounds", "first_students", "ablation", "time", "paper"])
+def test_every_table_has_a_cell_for_each_column(study, name):
+    lines = [line for line in slot(name, " first").splitlines() if line.startswith("|")]
+    assert len(lines) > 2
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_tables_against_the_paper_have_its_budgets_and_accuracies(study):
+    for seed in (0, 1):
+        path = study / "results" / f"first-seed{seed}.json"
+        path.write_text(json.dumps(result("first", seed, [0.8 + 0.1 * seed] * 7)))
+    best = study.parent / "mnist_best"
+    best.mkdir()
+    limits = {"macs": 6000}
+    rungs = {f"student-{t}": {**limits, "params": 100 + t} for t in range(1, 8)} | {
+        "teacher": {**limits, "params": 900}
+    }
+    (best / "search.yaml").write_text(yaml.safe_dump({"rungs": rungs}))
+    lines = slot("budgets", " first").splitlines()
+    line = "| 2 | 100 of 102 | 5,000 of 6,000 | 70 against 1,372 | 76 | 96.0 | 85.00 ± 7.07 | 97.0 | 86.00 ± 7.07 |"
+    assert line in lines
+    assert "| teacher | 100 of 900 | 5,000 of 6,000 | 70 against 95,648 | 98 | 99.5 | 91.00 ± 1.41 | | |" in lines
+    lines = slot("headline", " first").splitlines()
+    assert "| 7 | 100 | 5,000 | 98% | 85.0 ± 7.1% | 86.0 ± 7.1% |" in lines
+    assert "(2 seeds)" in lines[2]
+
+
+def test_missing_and_outdated_results_are_named(study):
+    with pytest.raises(RunError, match="no results of missing"):
+        slot("rounds", " missing")
+    (study / "study.yaml").write_text(STUDY.replace("second: {}", "second: {overrides: [seed=3]}"))
+    with pytest.raises(RunError, match="second-seed0"):
+        slot("rounds")
+
+
+def test_a_table_and_a_figure_change_with_the_results(study, monkeypatch):
+    monkeypatch.setattr(tables, "FIGURES", {"some/errors.png": (["first"], False)})
+    text, title = slot("summary"), tables.title("some/errors.png")
+    path = study / "results" / "first-seed1.json"
+    changed = copy.deepcopy(json.loads(path.read_text()))
+    changed["rounds"][1]["accuracy"] += 0.05
+    path.write_text(json.dumps(changed))
+    assert slot("summary") != text
+    assert tables.title("some/errors.png") != title
+
+
+def test_a_prefix_behind_its_best_member_is_said():
+    run = result("first", 0, [0.6, 0.7])
+    run["rounds"][1]["prefix_accuracy"] = 0.55
+    assert tables.worst_prefix(run) == pytest.approx(0.15)
