@@ -231,8 +231,8 @@ def open_study(storage: JournalStorage, name: str, search: Search) -> optuna.Stu
     if "settings" not in study.user_attrs:
         study.set_user_attr("settings", settings)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        node, process = trial.user_attrs.get("process", (None, 0))
-        if node == MACHINE and not Path(f"/proc/{process}").exists():
+        machine, process = trial.user_attrs.get("process", (None, 0))
+        if machine == MACHINE and not runs(process):
             study.tell(trial.number, state=TrialState.FAIL)
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING, TrialState.RUNNING)
     made = [first_draw(trial) or trial.params for trial in study.get_trials(deepcopy=False, states=states)]
@@ -240,6 +240,17 @@ def open_study(storage: JournalStorage, name: str, search: Search) -> optuna.Stu
         if draw not in made:
             study.enqueue_trial(draw)
     return study
+
+
+def runs(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)  # signal 0 is not delivered
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # someone else's
+    return True
 
 
 def first_draw(trial: FrozenTrial) -> Options | None:
