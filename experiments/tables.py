@@ -173,7 +173,7 @@ def headline(runs: Runs) -> str:
     """One run over its seeds beside the paper's accuracies: a row a student, as short as it can be."""
     (seeds,) = runs.values()
     rows = [
-        [t + 1, f"{params[0]:,}", f"{macs[0]:,}", f"{PAPER[t]}%", *(f"{percent(values)}%" for values in accuracies)]
+        [t + 1, f"{params[0]:,}", f"{macs[0]:,}", f"{PAPER[t]}%", *(f"{percent(values, 2)}%" for values in accuracies)]
         for t, (params, macs, *accuracies) in enumerate(
             zip(
                 *(per_round(seeds, key) for key in ("params", "macs_total", "accuracy", "prefix_accuracy")),
@@ -183,7 +183,7 @@ def headline(runs: Runs) -> str:
     ]
     teacher = seeds[0]["teacher"]
     cost = [f"{teacher['params']:,}", f"{teacher['macs_total']:,}", f"{PAPER_TEACHER}%"]
-    rows.append(["teacher", *cost, f"{percent(of_teacher(seeds, 'accuracy'))}%", ""])
+    rows.append(["teacher", *cost, f"{percent(of_teacher(seeds, 'accuracy'), 2)}%", ""])
     head = ["student", "parameters", "MACs", "Mamba-PKD, as published", f"student alone ({len(seeds)} seeds)"]
     head.append("first t together")
     return table(head, rows)
