@@ -220,7 +220,10 @@ def open_study(storage: JournalStorage, name: str, search: Search) -> optuna.Stu
     Raises:
         ConfigError: where the journal's trials were made with other settings.
     """
-    study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    if name in optuna.get_all_study_names(storage):  # creating it once more would add a line to the journal
+        study = optuna.load_study(study_name=name, storage=storage)
+    else:
+        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
     settings = {key: value for key, value in search.settings.items() if key not in ("trials", "rungs", "first")}
     settings["budget"] = [search.budgets[name].params, search.budgets[name].macs_total]
     known = study.user_attrs.get("settings", settings)

@@ -67,8 +67,10 @@ def test_the_search_keeps_its_budgets_goes_on_and_writes_what_it_found(folder, m
     assert found["teacher"]["options"].items() <= teacher.items()
     capsys.readouterr()
     monkeypatch.setattr(search, "DataModule", lambda config: pytest.fail("a finished search trains nothing"))
+    journal = (folder / "search.journal").read_bytes()
     run(monkeypatch, folder)
     assert read_json(folder / "search.json") == found
+    assert (folder / "search.journal").read_bytes() == journal
     assert "student-2: " in capsys.readouterr().out
 
 
