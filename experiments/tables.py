@@ -172,21 +172,17 @@ def budgets(runs: Runs) -> str:
 def headline(runs: Runs) -> str:
     """One run over its seeds beside the paper's accuracies: a row a student, as short as it can be."""
     (seeds,) = runs.values()
+    accuracies = zip(per_round(seeds, "accuracy"), per_round(seeds, "prefix_accuracy"), strict=True)
+    costs = ("params", "macs_total", "flops_published")
     rows = [
-        [t + 1, f"{params[0]:,}", f"{macs[0]:,}", f"{PAPER[t]}%", *(f"{percent(values, 2)}%" for values in accuracies)]
-        for t, (params, macs, *accuracies) in enumerate(
-            zip(
-                *(per_round(seeds, key) for key in ("params", "macs_total", "accuracy", "prefix_accuracy")),
-                strict=True,
-            )
-        )
+        [t + 1, *(f"{seeds[0]['rounds'][t][key]:,}" for key in costs), f"{PAPER[t]}%"]
+        + [f"{percent(values, 2)}%" for values in pair]
+        for t, pair in enumerate(accuracies)
     ]
-    teacher = seeds[0]["teacher"]
-    cost = [f"{teacher['params']:,}", f"{teacher['macs_total']:,}", f"{PAPER_TEACHER}%"]
-    rows.append(["teacher", *cost, f"{percent(of_teacher(seeds, 'accuracy'), 2)}%", ""])
-    head = ["student", "parameters", "MACs", "Mamba-PKD, as published", f"student alone ({len(seeds)} seeds)"]
-    head.append("first t together")
-    return table(head, rows)
+    teacher = [f"{seeds[0]['teacher'][key]:,}" for key in costs]
+    rows.append(["teacher", *teacher, f"{PAPER_TEACHER}%", f"{percent(of_teacher(seeds, 'accuracy'), 2)}%", ""])
+    head = ["student", "parameters", "MACs", "published FLOPs", "Mamba-PKD, as published"]
+    return table([*head, f"student alone ({len(seeds)} seeds)", "first t together"], rows)
 
 
 def paper(runs: Runs) -> str:

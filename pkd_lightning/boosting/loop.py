@@ -147,7 +147,8 @@ class BoostingLoop:
             predict(model, data, range(data.validation.stop), self.trainer.device, out=logits)
         if not math.isfinite(largest(logits)):
             raise RunError(f"{name}: the student's logits are not all finite")
-        edges, unclipped = self.edges(logits[:n]), self.edges(logits[:n], clipped=False)
+        edges = self.edges(logits[:n])
+        unclipped = self.edges(logits[:n], clipped=False) if self.config.bound_quantile < 1 else edges
         scales = module.scales
         if self.combination.learned and state.round > 0:
             scales = fit_scales(
@@ -204,8 +205,10 @@ class BoostingLoop:
             Difference(candidate.logits[rows], self.teacher_logits[rows]) for rows in (slice(n), slice(n, None))
         )
         largest_residual = largest(residual)
-        state.bound = self.bound_with(residual)
-        if self.config.bound_quantile < 1:  # as in `edges`
+        if self.config.bound_quantile == 1:
+            state.bound = max(state.bound, largest_residual)
+        else:  # as in `edges`
+            state.bound = self.bound_with(residual)
             residual, on_validation = (replace(part, bound=state.bound) for part in (residual, on_validation))
         eta = self.config.eta
         if eta is None:
