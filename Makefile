@@ -40,7 +40,7 @@ study: $(READY) ## run or go on with a study and collect its results: make study
 	$(BIN)/python -m experiments.study $(STUDY) $(ARGS)
 
 readme-tables: $(READY) ## the tables and figures of the READMEs, from the collected results
-	$(BIN)/python -m experiments.tables
+	$(BIN)/python -m experiments.readme
 
 bench: $(READY) ## timings of the scan, training and the data path on this machine, against their targets
 	$(BIN)/python -m benchmarks.bench $(ARGS)

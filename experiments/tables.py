@@ -1,31 +1,18 @@
-"""Tables and figures of the READMEs, made from the studies' results files so that no figure is typed by hand.
+"""The tables of the READMEs, made from the studies' results files; `experiments.readme` puts them there."""
 
-    python -m experiments.tables          # or: make readme-tables
-
-A table stands between `<!-- table: STUDY NAME [RUN ...] -->` and `<!-- end of table -->`; the runs are those it is made
-of, in this order, all of the study's where none is named. Figures are the files of `FIGURES`.
-"""
-
-import hashlib
-import json
 import re
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 
 from experiments.plan import load_study
 from experiments.study import collected
-from pkd_lightning.errors import PKDError, RunError
-from pkd_lightning.reporting import style
+from pkd_lightning.errors import RunError
 
 ROOT = Path(__file__).parent.parent
-SLOT = re.compile(r"(<!-- table: (\S+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-ERRORS = (0.3, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)  # percent, ticks
 Results = dict[str, Any]
 Runs = Mapping[str, list[Results]]  # a run's name to its results, one a seed
 GOALS_ALONE = (93.5, 96.0, 97.8, 98.4, 98.4, 98.7, 99.2)  # what we set out for in mnist_best
@@ -277,90 +264,3 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     function.__name__: function
     for function in (students, summary, headline, budgets, paper, rounds, first_students, ablation, time)
 }
-
-
-def errors_over_seeds(runs: Runs, against_paper: bool) -> Figure:
-    """Mean test error of students alone and together over the seeds of each run, with bands of a standard deviation.
-
-    Logarithmic, because what matters above 99% of accuracy would be hidden beside 60%.
-    """
-    with style.styled():
-        figure = style.new_figure(3.8)
-        axes = figure.add_subplot()
-        axes.set_yscale("log")
-        colors = (style.BLUE, style.VERMILLION, style.ORANGE, style.PURPLE)
-        for index, (name, seeds) in enumerate(runs.items()):
-            for kind, (key, line, label) in enumerate(
-                (("prefix_accuracy", "o-", "first t together"), ("accuracy", "s--", "student t alone"))
-            ):
-                color = colors[kind if len(runs) == 1 else index]
-                values = [[100 - 100 * value for value in row] for row in per_round(seeds, key)]
-                means = [statistics.mean(row) for row in values]
-                count = range(1, len(means) + 1)
-                shown = label if len(runs) == 1 else f"{name}: {label}"
-                axes.plot(count, means, line, color=color, mfc="white" if line == "s--" else color, label=shown)
-                if len(seeds) > 1:
-                    spread = [statistics.stdev(row) for row in values]
-                    lower, upper = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-                    axes.fill_between(count, lower, upper, color=color, alpha=0.15, linewidth=0)
-        if against_paper:
-            published = [100 - accuracy for accuracy in PAPER]
-            axes.plot(range(1, len(PAPER) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
-        seeds = next(iter(runs.values()))
-        teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
-        axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
-        style.student_axis(axes, max(len(seeds[0]["rounds"]) for seeds in runs.values()), "number of students t")
-        axes.set_yticks(ERRORS, [f"{error:g}" for error in ERRORS])
-        axes.minorticks_off()
-        low, high = axes.dataLim.intervaly
-        axes.set_ylim(low / 1.25, high * 1.25)
-        axes.set_ylabel("test error (%)")
-        style.legend_above(axes, 2)
-        return figure
-
-
-# file below experiments/, the runs it is made of, and whether the paper's figures are drawn with them
-FIGURES = {
-    "digits/errors.png": (["anchored"], False),
-    "mnist_best/errors.png": (["anchored"], True),
-}
-
-
-def title(name: str) -> str:
-    """The title of a figure's file, with a digest of what is drawn in it."""
-    drawn = [
-        [run["teacher"]["accuracy"], [[row["accuracy"], row["prefix_accuracy"]] for row in run["rounds"]]]
-        for seeds in chosen(Path(name).parts[0], FIGURES[name][0]).values()
-        for run in seeds
-    ]
-    return f"Errors; data {hashlib.blake2b(json.dumps(drawn).encode(), digest_size=6).hexdigest()}"
-
-
-def fill(text: str) -> str:
-    """`text` with every table made anew."""
-
-    def made(match: re.Match[str]) -> str:
-        return f"{match[1]}{TABLES[match[3]](chosen(match[2], match[4].split()))}\n{match[6]}"
-
-    return SLOT.sub(made, text)
-
-
-def documents() -> list[Path]:
-    """Every Markdown file with tables."""
-    return [path for path in (ROOT / "README.md", *sorted((ROOT / "experiments").glob("*/README.md"))) if path.exists()]
-
-
-def main() -> None:
-    """Rewrite the tables, and draw the figures."""
-    try:
-        for path in documents():
-            path.write_text(fill(path.read_text()))
-        for name, (runs, against_paper) in FIGURES.items():
-            figure = errors_over_seeds(chosen(Path(name).parts[0], runs), against_paper)
-            figure.savefig(ROOT / "experiments" / name, dpi=150, metadata={"Title": title(name)})
-    except PKDError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import tables as bench_tables
-from experiments.tables import FIGURES, documents, fill, title
+from experiments.figures import FIGURES, digest
+from experiments.readme import documents, fill
 from pkd_lightning.cli import load_config
 from pkd_lightning.experiment import assemble
 from tests.support import tiny_run
@@ -85,7 +86,7 @@ def test_tables_are_those_of_the_results() -> None:
     assert documents()
     for document in documents():
         text = document.read_text()
-        assert fill(text) == text, f"run: python -m experiments.tables ({document.name} is out of date)"
+        assert fill(text) == text, f"run: make readme-tables ({document.name} is out of date)"
         assert text.count("<!-- table:") == text.count("<!-- end of table -->")
     assert README.count("<!-- table:") >= 2
 
@@ -93,7 +94,7 @@ def test_tables_are_those_of_the_results() -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_drawn_from_the_results(name: str) -> None:
     with Image.open(ROOT / "experiments" / name) as image:
-        assert image.info["Title"] == title(name), "run: make readme-tables"
+        assert image.info["Title"] == digest(FIGURES[name]()), "run: make readme-tables"
 
 
 def test_the_tables_of_the_performance_page_are_those_of_its_results() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments import tables
+from experiments import figures, readme, tables
 from pkd_lightning.errors import RunError
 
 STUDY = "seeds: [0, 1]\nruns:\n  first: {}\n  second: {}\n  missing: {}\n"
@@ -51,7 +51,7 @@ def study(tmp_path, monkeypatch) -> Path:
 
 
 def slot(name: str, runs: str = "") -> str:
-    return tables.fill(f"before\n<!-- table: some {name}{runs} -->\nold\n<!-- end of table -->\nafter\n")
+    return readme.fill(f"before\n<!-- table: some {name}{runs} -->\nold\n<!-- end of table -->\nafter\n")
 
 
 def test_runs_come_in_the_order_of_the_study_and_seeds_in_theirs(study):
@@ -65,7 +65,7 @@ def test_a_slot_is_filled_and_what_is_around_it_stays(study):
     assert text.startswith("before\n<!-- table: some rounds -->\n| run |")
     assert text.endswith("<!-- end of table -->\nafter\n")
     assert "old" not in text
-    assert tables.fill(text) == text
+    assert readme.fill(text) == text
 
 
 def test_means_and_deviations_over_the_seeds(study):
@@ -110,15 +110,37 @@ def test_missing_and_outdated_results_are_named(study):
         slot("rounds")
 
 
-def test_a_table_and_a_figure_change_with_the_results(study, monkeypatch):
-    monkeypatch.setattr(tables, "FIGURES", {"some/errors.png": (["first"], False)})
-    text, title = slot("summary"), tables.title("some/errors.png")
+def drawn() -> str:
+    return figures.digest(figures.errors_over_seeds("some", ["first"]))
+
+
+def test_a_table_and_a_figure_change_with_the_results(study):
+    text, before = slot("summary"), drawn()
+    assert drawn() == before
     path = study / "results" / "first-seed1.json"
     changed = copy.deepcopy(json.loads(path.read_text()))
     changed["rounds"][1]["accuracy"] += 0.05
     path.write_text(json.dumps(changed))
     assert slot("summary") != text
-    assert tables.title("some/errors.png") != title
+    assert drawn() != before
+
+
+def test_curves_are_those_of_the_kept_metrics(study):
+    folder = study / "kept" / "first-seed0"
+    folder.mkdir(parents=True)
+    records = [
+        {"stage": stage, "attempt": attempt, "epoch": epoch, "validation_accuracy": accuracy}
+        for stage, attempt, epoch, accuracy in (
+            ("teacher", 0, 0, 0.5), ("teacher", 0, 1, 0.75), ("round-00", 0, 0, 0.25), ("round-00", 1, 0, 0.3)
+        )
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    panels = {"one": {"a": ("first", "teacher")}, "two": {"b": ("first", "round-00")}}
+    figure = figures.curves("some", panels)
+    lines = [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
+    assert lines == [[[[1, 50], [2, 75]]], [[[1, 25]]]]
+    with pytest.raises(RunError, match="no metrics kept of second"):
+        figures.curves("some", {"one": {"a": ("second", "teacher")}, "two": {}})
 
 
 def test_a_prefix_behind_its_best_member_is_said():

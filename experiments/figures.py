@@ -1,0 +1,112 @@
+"""The figures of the READMEs, drawn from the studies' results files; `experiments.readme` saves them."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import tables
+from experiments.tables import PAPER, chosen, of_teacher, per_round
+from pkd_lightning.errors import RunError
+from pkd_lightning.reporting import style
+
+ERRORS = (0.3, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)  # percent, ticks
+
+
+def errors_over_seeds(study: str, names: Sequence[str], against_paper: bool = False) -> Figure:
+    """Mean test error of students alone and together over the seeds of each run, with bands of a standard deviation.
+
+    Logarithmic, because what matters above 99% of accuracy would be hidden beside 60%.
+    """
+    runs = chosen(study, names)
+    with style.styled():
+        figure = style.new_figure(3.8)
+        axes = figure.add_subplot()
+        axes.set_yscale("log")
+        colors = (style.BLUE, style.VERMILLION, style.ORANGE, style.PURPLE)
+        for index, (name, seeds) in enumerate(runs.items()):
+            for kind, (key, line, label) in enumerate(
+                (("prefix_accuracy", "o-", "first t together"), ("accuracy", "s--", "student t alone"))
+            ):
+                color = colors[kind if len(runs) == 1 else index]
+                values = [[100 - 100 * value for value in row] for row in per_round(seeds, key)]
+                means = [statistics.mean(row) for row in values]
+                count = range(1, len(means) + 1)
+                shown = label if len(runs) == 1 else f"{name}: {label}"
+                axes.plot(count, means, line, color=color, mfc="white" if line == "s--" else color, label=shown)
+                if len(seeds) > 1:
+                    spread = [statistics.stdev(row) for row in values]
+                    lower, upper = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+                    axes.fill_between(count, lower, upper, color=color, alpha=0.15, linewidth=0)
+        if against_paper:
+            published = [100 - accuracy for accuracy in PAPER]
+            axes.plot(range(1, len(PAPER) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
+        seeds = next(iter(runs.values()))
+        teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
+        axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
+        style.student_axis(axes, max(len(seeds[0]["rounds"]) for seeds in runs.values()), "number of students t")
+        axes.set_yticks(ERRORS, [f"{error:g}" for error in ERRORS])
+        axes.minorticks_off()
+        low, high = axes.dataLim.intervaly
+        axes.set_ylim(low / 1.25, high * 1.25)
+        axes.set_ylabel("test error (%)")
+        style.legend_above(axes, 2)
+    return figure
+
+
+def fits(study: str, run: str) -> dict[str, list[dict[str, Any]]]:
+    """The first fit of every stage, its epochs in order, from the metrics kept of a run's first seed.
+
+    Raises:
+        RunError: there are none.
+    """
+    found = sorted((tables.ROOT / "experiments" / study / "kept").glob(f"{run}-seed*/metrics.jsonl"))
+    if not found:
+        raise RunError(f"experiments/{study}: no metrics kept of {run}; make study STUDY={study}")
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for line in found[0].read_text().splitlines():
+        record = json.loads(line)
+        if record["attempt"] == 0:
+            stages.setdefault(record["stage"], []).append(record)
+    return stages
+
+
+def curves(study: str, panels: Mapping[str, Mapping[str, tuple[str, str]]]) -> Figure:
+    """Validation accuracy after each epoch; a panel is a title and, by label, the run and stage of each curve in it."""
+    with style.styled():
+        figure = style.new_figure(3.2, width=2 * style.WIDTH)
+        for axes, (name, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            for (label, (run, stage)), color, marker in zip(lines.items(), style.CYCLE, style.MARKERS, strict=False):
+                values = [100 * record["validation_accuracy"] for record in fits(study, run)[stage]]
+                every = max(1, len(values) // 10)
+                axes.plot(
+                    range(1, len(values) + 1), values, color=color, marker=marker, markevery=every, lw=1.2, label=label
+                )
+            axes.set_title(name, loc="left")
+            axes.set_xlabel("epoch")
+            axes.set_ylabel("validation accuracy (%)")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend()
+    return figure
+
+
+def digest(figure: Figure) -> str:
+    """What the lines of a figure show, in a few letters: the title of its file, so that a test can tell its age."""
+    drawn = [
+        [str(line.get_label()), [[f"{value:.6g}" for value in point] for point in np.asarray(line.get_xydata())]]
+        for axes in figure.axes
+        for line in axes.lines
+    ]
+    return f"data {hashlib.blake2b(json.dumps(drawn).encode(), digest_size=6).hexdigest()}"
+
+
+# file below experiments/, and how it is drawn
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "digits/errors.png": partial(errors_over_seeds, "digits", ["anchored"]),
+    "mnist_best/errors.png": partial(errors_over_seeds, "mnist_best", ["anchored"], against_paper=True),
+}

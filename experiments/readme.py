@@ -1,0 +1,48 @@
+"""Rewrites the tables and draws the figures of the READMEs, so that no figure in them is typed by hand.
+
+    python -m experiments.readme          # or: make readme-tables
+
+A table stands between `<!-- table: STUDY NAME [RUN ...] -->` and `<!-- end of table -->`, NAME a function of
+`experiments.tables`; the runs are those it is made of, in this order, all of the study's where none is named.
+Figures are the files of `experiments.figures.FIGURES`.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from experiments.figures import FIGURES, digest
+from experiments.tables import ROOT, TABLES, chosen
+from pkd_lightning.errors import PKDError
+
+SLOT = re.compile(r"(<!-- table: (\S+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """`text` with every table made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[3]](chosen(match[2], match[4].split()))}\n{match[6]}"
+
+    return SLOT.sub(made, text)
+
+
+def documents() -> list[Path]:
+    """Every Markdown file with tables."""
+    return [path for path in (ROOT / "README.md", *sorted((ROOT / "experiments").glob("*/README.md"))) if path.exists()]
+
+
+def main() -> None:
+    """Rewrite the tables, and draw the figures."""
+    try:
+        for path in documents():
+            path.write_text(fill(path.read_text()))
+        for name, draw in FIGURES.items():
+            figure = draw()
+            figure.savefig(ROOT / "experiments" / name, dpi=150, metadata={"Title": digest(figure)})
+    except PKDError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
