@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.utils import instantiate
 
 pytest.importorskip("optuna")
 
 from experiments import search
+from experiments.plan import load_study
 from pkd_lightning.checkpoint import read_json
+from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Cost, measure
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.ladder import Ladder
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -188,3 +192,17 @@ def test_the_committed_ladder_is_what_the_committed_search_found():
         cost = measure(MambaClassifier((1, 28, 28), 10, **found[name]["options"]), (1, 28, 28))
         assert cost.params <= budget.params
         assert cost.macs_total <= budget.macs_total
+
+
+def test_the_ablation_is_of_the_committed_ladder():
+    def ladder(overrides: tuple[str, ...]) -> Ladder:
+        built: Ladder = instantiate(load_config(*overrides).student)
+        return built
+
+    def params(built: Ladder) -> int:
+        return sum(measure(built.build(i, (1, 28, 28), 10), (1, 28, 28)).params for i in range(len(built)))
+
+    runs = {run.name: ladder(run.overrides) for run in load_study(ROOT / "experiments" / "mnist_ablation").runs}
+    whole = ladder(("experiment=mnist_best",))
+    assert runs["temperature_4"].rungs == [whole.rungs[3]]
+    assert params(runs["single"]) <= params(whole) < params(runs["single"]) * 1.05
