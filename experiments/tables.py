@@ -220,6 +220,21 @@ def first_students(runs: Runs) -> str:
     return table(["run", "seeds", "epochs", "accuracy"], rows)
 
 
+def teachers(runs: Runs) -> str:
+    """A row a run: its teacher."""
+    rows = [
+        [
+            name,
+            len(seeds),
+            f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
+            percent(of_teacher(seeds, "accuracy")),
+            f"{statistics.mean(of_teacher(seeds, 'nll')):.3f}",
+        ]
+        for name, seeds in runs.items()
+    ]
+    return table(["run", "seeds", "seconds of training", "accuracy", "cross-entropy"], rows)
+
+
 def ablation(runs: Runs) -> str:
     """A row a run: the ensemble, its parts and what it costs; mean and standard deviation over the seeds."""
     rows = []
@@ -262,5 +277,5 @@ def time(runs: Runs) -> str:
 
 TABLES: dict[str, Callable[[Runs], str]] = {
     function.__name__: function
-    for function in (students, summary, headline, budgets, paper, rounds, first_students, ablation, time)
+    for function in (students, summary, headline, budgets, paper, rounds, first_students, teachers, ablation, time)
 }

@@ -26,7 +26,7 @@ def result(run: str, seed: int, accuracies: list[float], **cost: int) -> dict[st
         "seed": seed,
         "objective": run,
         "combine": "mean",
-        "teacher": {"accuracy": 0.9 + 0.02 * seed, **costs},
+        "teacher": {"accuracy": 0.9 + 0.02 * seed, "nll": 0.1, **costs},
         "rounds": rounds,
         "ensemble": {"accuracy": accuracies[-1] + 0.01, **costs},
         "wall_seconds": {"teacher": 10.0, "rounds": [1.0, 2.0], "total": 14.0 + seed},
@@ -75,7 +75,9 @@ def test_means_and_deviations_over_the_seeds(study):
     assert not any("second" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["students", "summary", "rounds", "first_students", "ablation", "time", "paper"])
+@pytest.mark.parametrize(
+    "name", ["students", "summary", "rounds", "first_students", "teachers", "ablation", "time", "paper"]
+)
 def test_every_table_has_a_cell_for_each_column(study, name):
     lines = [line for line in slot(name, " first").splitlines() if line.startswith("|")]
     assert len(lines) > 2
