@@ -1,6 +1,8 @@
 """Make a run of a study a pretrained example of the package: its students, their scales, and its teacher.
 
-python -m experiments.publish mnist_best anchored-seed0 mnist    # then: pkd_lightning.pretrained.load("mnist")
+    python -m experiments.publish mnist_best anchored-seed0 mnist [--teacher KEPT/teacher.safetensors]
+
+Then `pkd_lightning.pretrained.load("mnist")` loads them.
 """
 
 import argparse
@@ -16,8 +18,14 @@ from pkd_lightning.ensemble import ProgressiveEnsemble, load_student
 from pkd_lightning.errors import PKDError, RunError
 
 
-def publish(study: Path, job: str, target: Path) -> None:
+def publish(study: Path, job: str, target: Path, teacher: Path | None = None) -> None:
     """Write `target` from the results of `job` and what it kept; where that fails, `target` stays as it was.
+
+    Args:
+        study: its folder.
+        job: `<run>-seed<S>`.
+        target: folder to write, or to replace.
+        teacher: weights of its teacher, where `job` did not train but load it.
 
     Raises:
         RunError: where the study lacks them, or the teacher's weights do not fit its description.
@@ -29,9 +37,9 @@ def publish(study: Path, job: str, target: Path) -> None:
         fresh = Path(folder) / target.name
         try:
             shutil.copytree(kept / "students", fresh)
-            shutil.copy(kept / "teacher.safetensors", fresh)
+            shutil.copy(teacher or kept / "teacher.safetensors", fresh / "teacher.safetensors")
         except OSError as error:
-            raise RunError(f"{kept}: does not keep a teacher and students ({error})") from error
+            raise RunError(f"{kept}: does not keep students, or there is no teacher ({error})") from error
         write_json(fresh / "teacher.json", {**student, "model": model["_target_"], "options": options})
         ProgressiveEnsemble.load(fresh)
         load_student(fresh / "teacher")  # each raises where weights and description do not fit
@@ -43,11 +51,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", help="folder below experiments")
-    parser.add_argument("job", help="<run>-seed<S>, which keeps its teacher and its students")
+    parser.add_argument("job", help="<run>-seed<S>, which keeps its students, and its teacher where it trained one")
     parser.add_argument("name", help="what it is loaded by")
+    parser.add_argument("--teacher", type=Path, help="weights of its teacher, where the run loaded it")
     options = parser.parse_args()
     try:
-        publish(STUDIES / options.study, options.job, pretrained.FOLDER / options.name)
+        publish(STUDIES / options.study, options.job, pretrained.FOLDER / options.name, options.teacher)
     except PKDError as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,7 @@
 """The pretrained example loads with one call and is the run of the study it claims to be."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from pkd_lightning import pretrained
 from pkd_lightning.cost import measure
 from pkd_lightning.data.idx import load_mnist
 from pkd_lightning.data.module import DataConfig, DataModule
+from pkd_lightning.ensemble import ProgressiveEnsemble, load_student
 from pkd_lightning.errors import ConfigError, PKDError, RunError
 from pkd_lightning.fitting import predict
+from tests.support import tiny_run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "mnist_best" / "results" / "anchored-seed0.json"
@@ -54,6 +57,25 @@ def test_publishing_what_is_not_there_leaves_what_is(tmp_path):
     with pytest.raises(RunError, match="anchored-seed9"):
         publish(ROOT / "experiments" / "mnist_best", "anchored-seed9", tmp_path / "old")
     assert (tmp_path / "old").exists()
+
+
+def test_a_run_is_published_with_its_teacher_or_the_one_it_loaded(tmp_path):
+    results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=accept")
+    (run,) = tmp_path.glob("*/*/results.json")
+    (tmp_path / "study" / "results").mkdir(parents=True)
+    (tmp_path / "study" / "results" / "one-seed0.json").write_text(json.dumps(results))
+    kept = tmp_path / "study" / "kept" / "one-seed0"
+    shutil.copytree(run.parent / "students", kept / "students")
+    weights = run.parent / "teacher" / "teacher.safetensors"
+    target = tmp_path / "published"
+    with pytest.raises(RunError, match="no teacher"):
+        publish(tmp_path / "study", "one-seed0", target)
+    assert not target.exists()
+    publish(tmp_path / "study", "one-seed0", target, weights)
+    shutil.copy(weights, kept)
+    publish(tmp_path / "study", "one-seed0", target)  # replaces it
+    assert len(ProgressiveEnsemble.load(target)) == len(results["rounds"])
+    assert measure(load_student(target / "teacher"), (1, 8, 8)).params == results["teacher"]["params"]
 
 
 @pytest.mark.slow
