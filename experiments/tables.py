@@ -259,20 +259,25 @@ def ablation(runs: Runs) -> str:
 
 
 def time(runs: Runs) -> str:
-    """A row a run: seconds of the teacher and of the rounds, and the machine."""
-    rows = []
+    """A row a run: seconds of the teacher and of the rounds, hours of one core of all its seeds, and the machine."""
+    rows: list[list[object]] = []
+    hours = []
     for name, seeds in runs.items():
-        hardware = seeds[0]["hardware"]
+        hours.append(sum(run["wall_seconds"]["total"] * run["hardware"]["threads"] for run in seeds) / 3600)
         rows.append(
             [
                 name,
                 len(seeds),
                 f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
                 f"{statistics.median(sum(run['wall_seconds']['rounds']) for run in seeds):,.0f}",
-                f"{hardware['cpu']}, {hardware['threads']} of {hardware['cores']} cores a run",
+                f"{hours[-1]:.2f}",
+                seeds[0]["hardware"]["threads"],
             ]
         )
-    return table(["run", "seeds", "teacher (s, median)", "students (s, median)", "hardware"], rows)
+    rows.append(["all", sum(len(seeds) for seeds in runs.values()), "", "", f"{sum(hours):.2f}", ""])
+    hardware = next(iter(runs.values()))[0]["hardware"]
+    head = ["run", "seeds", "teacher (s, median)", "students (s, median)", "hours of one core, all seeds"]
+    return table([*head, f"threads a run ({hardware['cpu']}, {hardware['cores']} cores)"], rows)
 
 
 TABLES: dict[str, Callable[[Runs], str]] = {

@@ -104,6 +104,18 @@ def test_the_tables_against_the_paper_have_its_budgets_and_accuracies(study):
     assert "(2 seeds)" in lines[2]
 
 
+def test_time_is_that_of_all_seeds_and_cores(study):
+    for seed in (0, 1):
+        path = study / "results" / f"second-seed{seed}.json"
+        run = json.loads(path.read_text())
+        run["wall_seconds"]["total"], run["hardware"]["threads"] = 1800.0, 2
+        path.write_text(json.dumps(run))
+    lines = slot("time").splitlines()
+    assert "| second | 2 | 10 | 3 | 2.00 | 2 |" in lines
+    assert "| first | 2 | 10 | 3 | 0.01 | 1 |" in lines
+    assert "| all | 4 | | | 2.01 | |" in lines
+
+
 def test_missing_and_outdated_results_are_named(study):
     with pytest.raises(RunError, match="no results of missing"):
         slot("rounds", " missing")
