@@ -41,8 +41,9 @@ def errors_over_seeds(study: str, names: Sequence[str], against_paper: bool = Fa
                 axes.plot(count, means, line, color=color, mfc="white" if line == "s--" else color, label=shown)
                 if len(seeds) > 1:
                     spread = [statistics.stdev(row) for row in values]
-                    pairs = [(max(m - s, m / 10), m + s) for m, s in zip(means, spread, strict=True)]  # above 0
-                    axes.fill_between(count, *zip(*pairs, strict=True), color=color, alpha=0.15, linewidth=0)
+                    lower = [max(m - s, m / 10) for m, s in zip(means, spread, strict=True)]  # above 0
+                    upper = [m + s for m, s in zip(means, spread, strict=True)]
+                    axes.fill_between(count, lower, upper, color=color, alpha=0.15, linewidth=0)
         if against_paper:
             published = [100 - accuracy for accuracy in PAPER]
             axes.plot(range(1, len(PAPER) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
