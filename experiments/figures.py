@@ -110,4 +110,15 @@ def digest(figure: Figure) -> str:
 FIGURES: dict[str, Callable[[], Figure]] = {
     "digits/errors.png": partial(errors_over_seeds, "digits", ["anchored"]),
     "mnist_best/errors.png": partial(errors_over_seeds, "mnist_best", ["anchored"], against_paper=True),
+    "mnist_paper/errors.png": partial(errors_over_seeds, "mnist_paper", ["published"], against_paper=True),
+    "mnist_paper/curves.png": partial(
+        curves,
+        "mnist_paper",
+        {
+            "teacher": {"AdamW, cosine from 0.01, batches of 128": ("teacher", "teacher")},
+            "the first t students while the t-th trains, published settings": {
+                f"t = {t + 1}": ("published", f"round-{t:02d}") for t in range(7)
+            },
+        },
+    ),
 }

@@ -227,7 +227,7 @@ def teachers(runs: Runs) -> str:
             name,
             len(seeds),
             f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
-            percent(of_teacher(seeds, "accuracy")),
+            percent(of_teacher(seeds, "accuracy"), 2),
             f"{statistics.mean(of_teacher(seeds, 'nll')):.3f}",
         ]
         for name, seeds in runs.items()
