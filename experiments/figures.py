@@ -115,7 +115,10 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         curves,
         "mnist_paper",
         {
-            "teacher": {"AdamW, cosine from 0.01, batches of 128": ("teacher", "teacher")},
+            "teacher": {
+                "ours: AdamW, cosine from 0.01, batches of 128": ("teacher", "teacher"),
+                "published settings, 3 epochs of 50": ("teacher_published", "teacher"),
+            },
             "the first t students while the t-th trains, published settings": {
                 f"t = {t + 1}": ("published", f"round-{t:02d}") for t in range(7)
             },
