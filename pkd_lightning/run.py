@@ -44,7 +44,9 @@ def run(config: DictConfig) -> dict[str, object]:
         with directory.open(config):
             tracker = open_tracker(config, directory.path)
             stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl")
-            teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", stage, tracker)
+            teacher = prepare_teacher(
+                experiment.teacher, data, directory.path / "teacher", directory.teacher_logits, stage, tracker
+            )
             loop = BoostingLoop(
                 experiment.boosting, experiment.student, experiment.trainer, data, teacher,
                 directory.path, config.seed, tracker,

@@ -26,11 +26,8 @@ VOLATILE = (
 )
 
 
-def config_hash(config: DictConfig) -> str:
-    """12 hexadecimal digits of the resolved configuration without its volatile keys.
-
-    Of a teacher's checkpoint the content counts, not the path.
-    """
+def plain_config(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without its volatile keys; of a teacher's checkpoint the content, not the path."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     checkpoint = plain["teacher"]["checkpoint"]
     if checkpoint is not None:
@@ -41,6 +38,11 @@ def config_hash(config: DictConfig) -> str:
         for parent in parents:
             node = node.get(parent, {})
         node.pop(leaf, None)
+    return plain
+
+
+def plain_hash(plain: dict[str, Any]) -> str:
+    """12 hexadecimal digits of a plain configuration, or of a part of it."""
     return hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
 
 
@@ -49,10 +51,17 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
+        teacher_logits: file of the teacher's logits. Of a loaded teacher it is shared, by the runs of the experiment
+            that load the same one and ask it on the same data: `run_root/<experiment>/teachers/<hash>.safetensors`.
     """
 
     def __init__(self, config: DictConfig) -> None:
-        self.path = Path(config.run_root) / str(config.name) / config_hash(config)
+        plain = plain_config(config)
+        self.path = Path(config.run_root) / str(config.name) / plain_hash(plain)
+        self.teacher_logits = self.path / "teacher" / "logits.safetensors"
+        if plain["teacher"]["checkpoint"] is not None:
+            asked = plain_hash({part: plain[part] for part in ("teacher", "data")})
+            self.teacher_logits = self.path.parent / "teachers" / f"{asked}.safetensors"
 
     @property
     def finished(self) -> bool:

@@ -1,5 +1,6 @@
 """The teacher: trained here or loaded, frozen, its logits computed once."""
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -84,14 +85,15 @@ class Teacher:
 
 
 def prepare_teacher(
-    config: TeacherConfig, data: DataModule, directory: Path, stage: Stage, tracker: Tracker
+    config: TeacherConfig, data: DataModule, directory: Path, logits: Path, stage: Stage, tracker: Tracker
 ) -> Teacher:
     """Load or train the teacher, then compute its logits or find those computed before.
 
     Args:
         config: see `TeacherConfig`.
         data: the data module.
-        directory: where weights and logits are kept; a teacher finished here is not trained again.
+        directory: where the weights of a teacher trained here are kept; one finished here is not trained again.
+        logits: file of its logits.
         stage: the fit's name and seed.
         tracker: where the fit's curves go.
 
@@ -131,8 +133,7 @@ def prepare_teacher(
         logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)
-    logits = cached_logits(model, data, directory / "logits.safetensors", key, config.trainer.device)
-    return Teacher(model, logits, key, seconds)
+    return Teacher(model, cached_logits(model, data, logits, key, config.trainer.device), key, seconds)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -160,14 +161,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:
-    """Logits of `model` on the training and validation rows, computed once for the fingerprint `key`."""
-    if path.exists():
-        stored = load_file(path)
-        if key in stored:
-            return stored[key]
+    """Logits of `model` on the training and validation rows, computed once for the fingerprint `key`.
+
+    Where another process is computing them for the same file, it is waited for.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: write_logits(model, data, temporary, key, device))
-    return load_file(path)[key]  # mapped from the file: it takes memory only where it is read
+    with path.with_suffix(".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for the teacher's logits, which another run computes")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        stored = load_file(path) if path.exists() else {}
+        if key not in stored:
+            atomic_write(path, lambda temporary: write_logits(model, data, temporary, key, device))
+            stored = load_file(path)
+    return stored[key]  # mapped from the file: it takes memory only where it is read
 
 
 def write_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> None:

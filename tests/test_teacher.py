@@ -1,16 +1,21 @@
 """Teachers: trained here, loaded from a checkpoint, from another library; and what is refused."""
 
+import fcntl
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from pkd_lightning import teacher
 from pkd_lightning.cli import load_config
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
+from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.teacher import cached_logits, fingerprint, load_weights
 from tests.support import TINY, tiny_config, tiny_run
 
@@ -41,7 +46,7 @@ def test_a_torchvision_resnet_from_a_checkpoint_teaches(form: str, tmp_path: Pat
     config = load_config(*RGB, f"teacher.checkpoint={path}", f"run_root={tmp_path}")
     data = DataModule(assemble(config).data)
     resnet.eval()
-    (stored,) = tmp_path.rglob("logits.safetensors")
+    (stored,) = tmp_path.rglob("teachers/*.safetensors")
     logits = cached_logits(resnet, data, stored, fingerprint(resnet, data), torch.device("cpu"))
     with torch.no_grad():
         direct = resnet(data.normalise(data.images[data.validation.start : data.validation.start + 4]))
@@ -83,6 +88,47 @@ def test_a_trained_teacher_can_be_given_to_another_run(tmp_path: Path) -> None:
     second = tiny_run(tmp_path, f"teacher.checkpoint={weights}", "seed=5")
     assert second["teacher"]["nll"] == first["teacher"]["nll"]
     assert second["rounds"][0]["nll"] != first["rounds"][0]["nll"]
+
+
+def test_runs_that_load_the_same_teacher_share_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_run(tmp_path / "first")
+    (weights,) = tmp_path.rglob("teacher.safetensors")
+    asked = []
+    write = teacher.write_logits
+    monkeypatch.setattr(teacher, "write_logits", lambda *args: asked.append(args) or write(*args))
+    loads = (f"teacher.checkpoint={weights}", "boosting.rounds=1")
+    alone = tiny_run(tmp_path / "alone", *loads, "seed=7")
+    tiny_run(tmp_path / "shared", *loads)
+    shared = tiny_run(tmp_path / "shared", *loads, "seed=7")
+    assert len(asked) == 2
+    assert shared["rounds"][0]["nll"] == alone["rounds"][0]["nll"]
+    for other in ("teacher.model.d_state=2", "data.limit=100", "data.split_seed=1"):  # other logits
+        config = tiny_config(tmp_path / "shared", *loads, other)
+        assert not RunDirectory(config).teacher_logits.exists()
+    assert RunDirectory(tiny_config(tmp_path / "shared", *loads, "seed=8", "threads=2")).teacher_logits.exists()
+
+
+def test_logits_that_another_process_computes_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = DataModule(assemble(tiny_config(tmp_path)).data)
+    path, key, expected = tmp_path / "logits.safetensors", "key", torch.ones(data.validation.stop, 3)
+    lock = path.with_suffix(".lock").open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def other_process() -> None:
+        while "waiting" not in caplog.text:
+            time.sleep(0.01)
+        save_file({key: expected}, path)
+        lock.close()
+
+    monkeypatch.setattr(teacher, "write_logits", None)  # asking the model itself would fail
+    thread = threading.Thread(target=other_process, daemon=True)
+    with caplog.at_level("INFO"):
+        thread.start()
+        found = cached_logits(torch.nn.Identity(), data, path, key, torch.device("cpu"))
+    thread.join()
+    assert torch.equal(found, expected)
 
 
 def test_the_fingerprint_follows_weights_and_images(tmp_path: Path) -> None:
