@@ -145,9 +145,11 @@ def test_nothing_private_is_imported_from_lightning() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_so_by_its_exit_code(number: int, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pkd_lightning.run", *TINY, "trainer.max_epochs=100000", "trainer.patience=null"]
+    inherited = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and so would the run
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
     )
+    signal.signal(number, inherited)
     try:
         for _ in range(600):
             time.sleep(0.1)
