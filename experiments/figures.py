@@ -11,11 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import tables
+from experiments.plan import load_study
+from experiments.study import collected
 from experiments.tables import PAPER, chosen, of_teacher, per_round
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting import style
+from pkd_lightning.reporting.load import read_metrics
 
-ERRORS = (0.3, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)  # percent, ticks
+ERRORS = (0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)  # percent, ticks
 
 
 def errors_over_seeds(study: str, names: Sequence[str], against_paper: bool = False) -> Figure:
@@ -50,7 +53,7 @@ def errors_over_seeds(study: str, names: Sequence[str], against_paper: bool = Fa
         seeds = next(iter(runs.values()))
         teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
         axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
-        style.student_axis(axes, max(len(seeds[0]["rounds"]) for seeds in runs.values()), "number of students t")
+        style.student_axis(axes, max(len(seeds[0]["rounds"]) for seeds in runs.values()), "student t, or the first t")
         axes.set_yticks(ERRORS, [f"{error:g}" for error in ERRORS])
         axes.minorticks_off()
         low, high = axes.dataLim.intervaly
@@ -66,12 +69,12 @@ def fits(study: str, run: str) -> dict[str, list[dict[str, Any]]]:
     Raises:
         RunError: there are none.
     """
-    found = sorted((tables.ROOT / "experiments" / study / "kept").glob(f"{run}-seed*/metrics.jsonl"))
-    if not found:
+    jobs = [job for job in load_study(tables.ROOT / "experiments" / study).jobs if job.run.name == run]
+    records = read_metrics(jobs[0].kept / "metrics.jsonl")[0] if jobs and collected(jobs[0]) else []
+    if not records:
         raise RunError(f"experiments/{study}: no metrics kept of {run}; make study STUDY={study}")
     stages: dict[str, list[dict[str, Any]]] = {}
-    for line in found[0].read_text().splitlines():
-        record = json.loads(line)
+    for record in records:
         if record["attempt"] == 0:
             stages.setdefault(record["stage"], []).append(record)
     return stages
@@ -88,20 +91,26 @@ def curves(study: str, panels: Mapping[str, Mapping[str, tuple[str, str]]]) -> F
                 axes.plot(
                     range(1, len(values) + 1), values, color=color, marker=marker, markevery=every, lw=1.2, label=label
                 )
+            slowest = min(line.get_ydata()[len(line.get_ydata()) // 4] for line in axes.lines)
+            axes.set_ylim(bottom=slowest)  # first epochs far below would flatten the rest
             axes.set_title(name, loc="left")
             axes.set_xlabel("epoch")
             axes.set_ylabel("validation accuracy (%)")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend()
+            axes.legend(ncols=1 + len(lines) // 4)
     return figure
 
 
 def digest(figure: Figure) -> str:
-    """What the lines of a figure show, in a few letters: the title of its file, so that a test can tell its age."""
+    """What a figure's lines and bands show, in a few letters: the title of its file, which lets a test tell its age."""
     drawn = [
-        [str(line.get_label()), [[f"{value:.6g}" for value in point] for point in np.asarray(line.get_xydata())]]
+        [label, [[f"{value:.6g}" for value in point] for point in np.asarray(points)]]
         for axes in figure.axes
-        for line in axes.lines
+        for label, points in (
+            *((str(line.get_label()), line.get_xydata()) for line in axes.lines),
+            *(("band", path.vertices) for band in axes.collections for path in band.get_paths()),
+            ("limits", (axes.get_xlim(), axes.get_ylim())),
+        )
     ]
     return f"data {hashlib.blake2b(json.dumps(drawn).encode(), digest_size=6).hexdigest()}"
 

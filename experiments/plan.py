@@ -163,16 +163,21 @@ def _seeds(raw: dict[Any, Any], default: tuple[int, ...], faults: list[str]) -> 
 def option_faults(study: Study, runs: Path, todo: Sequence[Job]) -> list[str]:
     """Faults of the overrides: every job is composed, and the parts of those in `todo` are built."""
     found: dict[str, dict[str, None]] = {}  # a fault, and the runs that have it: that of a common override is said once
+    seen: dict[Path, Job] = {}
     for job in study.jobs:
         keeping = [other for other in study.before(job.run) if other in todo and "teacher" in other.run.keep]
         coming = [other.kept.resolve() / "teacher.safetensors" for other in keeping]
-        for fault in _job_faults(job, runs, coming, job in todo):
+        path, faults = _job_faults(job, runs, coming, job in todo)
+        if path is not None and seen.setdefault(path, job) != job:  # would be shown the results of the other
+            faults.append(f"the same configuration as {seen[path].run.name}")
+        for fault in faults:
             found.setdefault(fault, {})[job.run.name] = None
     return [f"{', '.join(names)}: {fault}" for fault, names in found.items()]
 
 
-def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> list[str]:
-    faults = []
+def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> tuple[Path | None, list[str]]:
+    """Its run directory, None where it cannot be told yet, and the faults of its overrides."""
+    path, faults = None, []
     try:
         config = load_config(*job.arguments(runs))
         if config.seed != job.seed:
@@ -180,6 +185,8 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> list[s
         checkpoint = config.teacher.checkpoint
         if checkpoint is not None and "teacher" in job.run.keep:
             faults.append("keep='teacher': a run with a teacher.checkpoint trains none; keep it in the run that does")
+        if checkpoint is None or Path(checkpoint).is_file():
+            path = RunDirectory(config).path
         if checkpoint is not None and Path(checkpoint).resolve() in coming:
             config.teacher.checkpoint = None
         if build:
@@ -191,4 +198,4 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> list[s
     except COMPOSITION as error:
         short = re.split("To append|Config search path|See https", str(error))[0].split()
         faults.append(" ".join([*short, *suggestions(job.overrides)]))
-    return faults
+    return path, faults

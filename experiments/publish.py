@@ -6,6 +6,7 @@ Then `pkd_lightning.pretrained.load("mnist")` loads them.
 """
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -33,7 +34,7 @@ def publish(study: Path, job: str, target: Path, teacher: Path | None = None) ->
     kept, model = study / "kept" / job, read_json(study / "results" / f"{job}.json")["teacher"]["config"]
     student = read_json(kept / "students" / "00.json")
     options = {key: value for key, value in model.items() if not key.startswith("_")}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
         fresh = Path(folder) / target.name
         try:
             shutil.copytree(kept / "students", fresh)
@@ -44,7 +45,7 @@ def publish(study: Path, job: str, target: Path, teacher: Path | None = None) ->
         ProgressiveEnsemble.load(fresh)
         load_student(fresh / "teacher")  # each raises where weights and description do not fit
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(fresh, target)
+        fresh.rename(target)
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("name", help="what it is loaded by")
     parser.add_argument("--teacher", type=Path, help="weights of its teacher, where the run loaded it")
     options = parser.parse_args()
+    if not re.fullmatch(r"\w[\w-]*", options.name):
+        parser.error(f"{options.name!r}: a name is of letters, digits, '_' and '-'")
     try:
         publish(STUDIES / options.study, options.job, pretrained.FOLDER / options.name, options.teacher)
     except PKDError as error:

@@ -13,18 +13,29 @@ from pathlib import Path
 
 from experiments.figures import FIGURES, digest
 from experiments.tables import ROOT, TABLES, chosen
-from pkd_lightning.errors import PKDError
+from pkd_lightning.checkpoint import atomic_write
+from pkd_lightning.errors import PKDError, RunError
 
-SLOT = re.compile(r"(<!-- table: (\S+) (\S+)((?: \S+)*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+END = "<!-- end of table -->"
+SLOT = re.compile(rf"(<!-- table: (\S+) (\S+)((?: \S+)*) -->\n)((?:(?!<!--).)*)({END})", re.DOTALL)
 
 
 def fill(text: str) -> str:
-    """`text` with every table made anew."""
+    """`text` with every table made anew.
+
+    Raises:
+        RunError: a slot lacks its beginning or end, or names a table or a run that there is not.
+    """
 
     def made(match: re.Match[str]) -> str:
+        if match[3] not in TABLES:
+            raise RunError(f"{match[1].strip()}: no such table. Tables: {', '.join(TABLES)}")
         return f"{match[1]}{TABLES[match[3]](chosen(match[2], match[4].split()))}\n{match[6]}"
 
-    return SLOT.sub(made, text)
+    filled, count = SLOT.subn(made, text)
+    if not count == text.count("<!-- table:") == text.count(END):
+        raise RunError(f"a `<!-- table: STUDY NAME [RUN ...] -->` without its `{END}`, or the other way round")
+    return filled
 
 
 def documents() -> list[Path]:
@@ -36,7 +47,11 @@ def main() -> None:
     """Rewrite the tables, and draw the figures."""
     try:
         for path in documents():
-            path.write_text(fill(path.read_text()))
+            try:
+                text = fill(path.read_text())
+            except PKDError as error:
+                raise RunError(f"{path}: {error}") from error
+            atomic_write(path, lambda temporary, text=text: temporary.write_text(text))  # type: ignore[misc]
         for name, draw in FIGURES.items():
             figure = draw()
             figure.savefig(ROOT / "experiments" / name, dpi=150, metadata={"Title": digest(figure)})

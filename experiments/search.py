@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import textwrap
@@ -110,8 +111,14 @@ def read(path: Path, trials: int | None = None) -> Search:
         for name, values in given["space"].items():
             if not isinstance(values, list) or not values:
                 faults.append(f"space.{name}={values!r}: must be a list of values")
+            if name in given["common"] or name == "d_model":
+                faults.append(f"space.{name}: is {'in common' if name in given['common'] else 'found by the budget'}")
         for index, draw in enumerate(given["first"] if not faults else []):
-            if draw.keys() != given["space"].keys() or any(draw[name] not in given["space"][name] for name in draw):
+            if (
+                not isinstance(draw, dict)
+                or draw.keys() != given["space"].keys()
+                or any(draw[name] not in given["space"][name] for name in draw)
+            ):
                 faults.append(f"first[{index}]={draw}: must have a value of the space for each of its options")
     if faults:
         raise ConfigError([f"{path}: {fault}" for fault in faults])
@@ -220,18 +227,21 @@ def open_study(storage: JournalStorage, name: str, search: Search) -> optuna.Stu
     Raises:
         ConfigError: where the journal's trials were made with other settings.
     """
-    if name in optuna.get_all_study_names(storage):  # creating it once more would add a line to the journal
-        study = optuna.load_study(study_name=name, storage=storage)
-    else:
-        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
     settings = {key: value for key, value in search.settings.items() if key not in ("trials", "rungs", "first")}
     settings["budget"] = [search.budgets[name].params, search.budgets[name].macs_total]
-    known = study.user_attrs.get("settings", settings)
-    different = [key for key in settings if known.get(key) != settings[key]]
-    if different:
-        key = different[0]
-        raise ConfigError([f"{name}: search.journal was made with {key}={known.get(key)}, not {settings[key]}"])
-    if "settings" not in study.user_attrs:
+    study = None
+    if name in optuna.get_all_study_names(storage):  # creating it once more would add a line to the journal
+        study = optuna.load_study(study_name=name, storage=storage)
+        known = study.user_attrs.get("settings", settings)
+        different = [key for key in settings if known.get(key) != settings[key]]
+        if different and finished(study):
+            key = different[0]
+            raise ConfigError([f"{name}: search.journal was made with {key}={known.get(key)}, not {settings[key]}"])
+        if different:  # a mistake in search.yaml, seen before anything was trained
+            optuna.delete_study(study_name=name, storage=storage)
+            study = None
+    if study is None:
+        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         study.set_user_attr("settings", settings)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         machine, process = trial.user_attrs.get("process", (None, 0))
@@ -267,10 +277,19 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
+def complete(study: optuna.Study, search: Search, name: str) -> bool:
+    """Whether a rung has its trials, or no more can be had."""
+    return len(finished(study)) >= search.trials[name] or "exhausted" in study.user_attrs
+
+
 def advance(study: optuna.Study, search: Search, name: str, data: DataModule) -> None:
     """Run trials of a rung until it has as many as it should, or too many draws in a row gave nothing new."""
     idle = 0
-    while len(finished(study)) < search.trials[name] and idle < IDLE:
+    while not complete(study, search, name):
+        if idle == IDLE:
+            print(f"{name}: {IDLE} draws in a row were over budget or known: no more are made", flush=True)
+            study.set_user_attr("exhausted", True)
+            return
         # each draw has a seed of its own: a search that goes on, or one beside it, must not draw the same again
         seed = derive(search.seed, name, len(study.trials)) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=STARTUP)
@@ -360,21 +379,28 @@ def main() -> None:
         unknown = unknown_keys(names, studies)
         if unknown:
             raise ConfigError([f"--only {fault}" for fault in unknown])
-        if any(len(finished(studies[name])) < search.trials[name] for name in names):
+        if not all(complete(studies[name], search, name) for name in names):
             data = DataModule(assemble(load_config(*search.data)).data)
             for name in names:
                 advance(studies[name], search, name, data)
     except PKDError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
-    missing = {name: f"{len(finished(studies[name]))} of {count}" for name, count in search.trials.items()}
-    missing = {name: text for name, text in missing.items() if len(finished(studies[name])) < search.trials[name]}
+    except (KeyboardInterrupt, SystemExit) as stop:  # in a fit it is the latter
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
+    missing = {
+        name: f"{len(finished(study))} of {search.trials[name]}"
+        for name, study in studies.items()
+        if not complete(study, search, name)
+    }
     if missing:
         print("not complete, so nothing is written: " + ", ".join(f"{name} {text}" for name, text in missing.items()))
         if options.only and not missing.keys() & set(options.only):
             return
         sys.exit(1)
+    empty = [name for name, study in studies.items() if not finished(study)]
+    if empty:
+        sys.exit(f"error: no model of the space is within the budget of {', '.join(empty)}; nothing is written")
     found = {name: chosen(study) for name, study in studies.items()}
     write_json(folder / "search.json", found)
     for name, text in configurations(found, search.common, folder.name).items():

@@ -83,7 +83,6 @@ def collect(job: Job, directory: RunDirectory) -> dict[str, Any]:
     if not directory.finished:
         raise RunError(f"{directory.path}: not finished, although the run ended well")
     results: dict[str, Any] = read_json(directory.results)
-    job.results.unlink(missing_ok=True)  # of an earlier time: they would vouch for files that are being replaced
     keep_files(job, directory.path)
     ended = datetime.fromtimestamp((directory.path / "DONE").stat().st_mtime, UTC)
     origin = {"run": job.run.name, "overrides": job.overrides, "date": ended.date().isoformat()}
@@ -106,6 +105,7 @@ def keep_files(job: Job, directory: Path) -> None:
         target = fresh / (inside.name if inside.parts[0] == "teacher" else inside)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+    job.results.unlink(missing_ok=True)  # of an earlier time: they would vouch for files that are being replaced
     if files:
         shutil.rmtree(job.kept, ignore_errors=True)
         fresh.rename(job.kept)
@@ -240,7 +240,7 @@ def print_states(study: Study, runs: Path) -> None:
         table.add_column(head, justify="left" if head in ("run", "state") else "right", no_wrap=True)
     for job in study.jobs:
         table.add_row(job.name, *state(job, runs))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def state(job: Job, runs: Path) -> list[str]:

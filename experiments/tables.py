@@ -11,6 +11,8 @@ import yaml
 from experiments.plan import load_study
 from experiments.study import collected
 from pkd_lightning.errors import RunError
+from pkd_lightning.reporting.load import COST_KEYS
+from pkd_lightning.reporting.values import condition_counts, prefix_cost
 
 ROOT = Path(__file__).parent.parent
 Results = dict[str, Any]
@@ -23,6 +25,9 @@ PAPER = (60, 76, 84, 88, 91, 93, 98)
 PAPER_TEACHER = 98
 PAPER_FLOPS = (686, 1_372, 2_744, 5_096, 7_448, 7_448, 51_744)
 PAPER_TEACHER_FLOPS = 95_648  # by the formula that gives the students'; printed: 94,684
+
+FLOPS = "FLOPs, counted as in the paper"  # heads of columns
+COST_TOGETHER = "parameters / MACs together, % of the teacher's"
 
 
 def load(study: Path) -> Runs:
@@ -43,13 +48,24 @@ def chosen(study: str, names: Sequence[str]) -> Runs:
     """The results of the named runs of a study, or of all.
 
     Raises:
-        RunError: where there are none of a run.
+        RunError: where there are none of a run, or its seeds have different students, so that they have no mean.
     """
     runs = load(ROOT / "experiments" / study)
     missing = [name for name in names if name not in runs] if names else [] if runs else ["any run"]
     if missing:
         raise RunError(f"experiments/{study}: no results of {', '.join(missing)}; make study STUDY={study}")
+    for name in names or runs:
+        models = {str([[row[key] for key in COST_KEYS] for row in run["rounds"]]) for run in runs[name]}
+        if len(models) > 1:
+            raise RunError(f"experiments/{study}: the seeds of {name} differ in the number or cost of their students")
     return {name: runs[name] for name in names} if names else runs
+
+
+def only(runs: Runs) -> list[Results]:
+    """The results of the one run that a table is made of; RunError where there are more."""
+    if len(runs) > 1:
+        raise RunError(f"a table of one run, but {', '.join(runs)} are named")
+    return next(iter(runs.values()))
 
 
 def percent(values: Sequence[float], digits: int = 1) -> str:
@@ -65,13 +81,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def per_round(runs: list[Results], key: str) -> list[list[float]]:
-    """The values of `key`, a list over the seeds for each round that every seed has."""
-    return [list(values) for values in zip(*([row[key] for row in run["rounds"]] for run in runs), strict=False)]
+    """The values of `key`, a list over the seeds for each round."""
+    return [list(values) for values in zip(*([row[key] for row in run["rounds"]] for run in runs), strict=True)]
 
 
 def of_teacher(runs: list[Results], key: str) -> list[float]:
-    """The teacher's values of `key` over the seeds."""
-    return [run["teacher"][key] for run in runs]
+    """The teacher's values of `key` over the seeds; one value where all of them loaded the same teacher."""
+    values = [run["teacher"][key] for run in runs]
+    loaded = not any(run["wall_seconds"]["teacher"] for run in runs)
+    return values[:1] if loaded and len(set(values)) == 1 else values
 
 
 def worst_prefix(results: Results) -> float:
@@ -82,15 +100,23 @@ def worst_prefix(results: Results) -> float:
     )
 
 
+def cost_together(results: Results) -> list[str]:
+    """For each prefix its parameters and multiply-accumulates, in percent of the teacher's."""
+    shares = [
+        [f"{100 * total / results['teacher'][key]:.0f}" for total in prefix_cost(results, key)]
+        for key in ("params", "macs_total")
+    ]
+    return [" / ".join(pair) for pair in zip(*shares, strict=True)]
+
+
 def students(runs: Runs) -> str:
     """One seed of one run, the first: a row a student, then the teacher."""
-    run = next(iter(runs.values()))[0]
+    run = only(runs)[0]
     teacher = run["teacher"]
     rows = []
-    totals = dict.fromkeys(("params", "macs_total", "flops_published"), 0)
-    for row in run["rounds"]:
-        totals = {name: value + row[name] for name, value in totals.items()}
-        cost = [f"{value:,} ({100 * value / teacher[name]:.1f}%)" for name, value in totals.items()]
+    totals = {key: prefix_cost(run, key) for key in ("params", "macs_total", "flops_published")}
+    for t, row in enumerate(run["rounds"]):
+        cost = [f"{values[t]:,.0f} ({100 * values[t] / teacher[key]:.1f}%)" for key, values in totals.items()]
         accuracies = [f"{100 * row[name]:.1f}%" for name in ("accuracy", "prefix_accuracy", "prefix_agreement")]
         rows.append([row["round"] + 1, *accuracies, *cost])
     rows.append(["teacher", f"{100 * teacher['accuracy']:.1f}%", "", "", *(f"{teacher[name]:,}" for name in totals)])
@@ -102,8 +128,7 @@ def summary(runs: Runs) -> str:
     """A row a run, mean and standard deviation over its seeds."""
     rows = []
     for seeds in runs.values():
-        later = [row for run in seeds for row in run["rounds"][1:]]
-        met = sum(row["edges"]["satisfied"] == row["edges"]["classes"] for row in later)
+        met, later = (sum(counts) for counts in zip(*map(condition_counts, seeds), strict=True))
         rows.append(
             [
                 f"{seeds[0]['objective']}, {seeds[0]['combine']}",
@@ -112,7 +137,7 @@ def summary(runs: Runs) -> str:
                 percent([run["ensemble"]["accuracy"] for run in seeds]),
                 percent([run["rounds"][-1]["accuracy"] for run in seeds]),
                 f"{100 * max(worst_prefix(run) for run in seeds):.1f} points",
-                f"{met} of {len(later)}",
+                f"{met} of {later}",
                 f"{statistics.median(run['wall_seconds']['total'] for run in seeds):.0f}",
             ]
         )
@@ -123,12 +148,12 @@ def summary(runs: Runs) -> str:
 
 def budgets(runs: Runs) -> str:
     """One run over its seeds against the budgets of the paper's students and the goals we set: a row a student."""
-    (seeds,) = runs.values()
+    seeds = only(runs)
     limits = yaml.safe_load((ROOT / "experiments" / "mnist_best" / "search.yaml").read_text())["rungs"]
     costs = {
         key: [values[0] for values in per_round(seeds, key)] for key in ("params", "macs_total", "flops_published")
     }
-    rows = []
+    rows, together = [], cost_together(seeds[0])
     for t, (alone, prefix) in enumerate(
         zip(per_round(seeds, "accuracy"), per_round(seeds, "prefix_accuracy"), strict=True)
     ):
@@ -144,37 +169,37 @@ def budgets(runs: Runs) -> str:
                 percent(alone, 2),
                 GOALS_PREFIX[t],
                 percent(prefix, 2),
+                together[t],
             ]
         )
     teacher, limit = seeds[0]["teacher"], limits["teacher"]
     cost = [f"{teacher['params']:,} of {limit['params']:,}", f"{teacher['macs_total']:,} of {limit['macs']:,}"]
     accuracy = percent(of_teacher(seeds, "accuracy"), 2)
     cost.append(f"{teacher['flops_published']:,} against {PAPER_TEACHER_FLOPS:,}")
-    rows.append(["teacher", *cost, PAPER_TEACHER, GOAL_TEACHER, accuracy, "", ""])
-    head = ["student", "parameters", "total MACs", "published FLOPs", "paper", "goal, alone"]
-    head += [f"alone ({len(seeds)} seeds)", "goal, together"]
-    return table([*head, "first t together"], rows)
+    rows.append(["teacher", *cost, PAPER_TEACHER, GOAL_TEACHER, accuracy, "", "", ""])
+    head = ["student", "parameters", "MACs", FLOPS, "paper", "goal, alone"]
+    head += [f"alone ({len(seeds)} seeds)", "goal, together", "first t together", COST_TOGETHER]
+    return table(head, rows)
 
 
 def headline(runs: Runs) -> str:
     """One run over its seeds beside the paper's accuracies: a row a student, as short as it can be."""
-    (seeds,) = runs.values()
+    seeds = only(runs)
     accuracies = zip(per_round(seeds, "accuracy"), per_round(seeds, "prefix_accuracy"), strict=True)
-    costs = ("params", "macs_total", "flops_published")
-    rows = [
-        [t + 1, *(f"{seeds[0]['rounds'][t][key]:,}" for key in costs), f"{PAPER[t]}%"]
-        + [f"{percent(values, 2)}%" for values in pair]
-        for t, pair in enumerate(accuracies)
-    ]
+    costs, together = ("params", "macs_total", "flops_published"), cost_together(seeds[0])
+    rows = []
+    for t, pair in enumerate(accuracies):
+        cost = [f"{seeds[0]['rounds'][t][key]:,}" for key in costs]
+        rows.append([t + 1, *cost, f"{PAPER[t]}%", *(f"{percent(values, 2)}%" for values in pair), together[t]])
     teacher = [f"{seeds[0]['teacher'][key]:,}" for key in costs]
-    rows.append(["teacher", *teacher, f"{PAPER_TEACHER}%", f"{percent(of_teacher(seeds, 'accuracy'), 2)}%", ""])
-    head = ["student", "parameters", "MACs", "published FLOPs", "Mamba-PKD, as published"]
-    return table([*head, f"student alone ({len(seeds)} seeds)", "first t together"], rows)
+    rows.append(["teacher", *teacher, f"{PAPER_TEACHER}%", f"{percent(of_teacher(seeds, 'accuracy'), 2)}%", "", ""])
+    head = ["student", "parameters", "MACs", FLOPS, "Mamba-PKD, as published"]
+    return table([*head, f"student alone ({len(seeds)} seeds)", "first t together", COST_TOGETHER], rows)
 
 
 def paper(runs: Runs) -> str:
     """One run of the paper's architectures beside the paper's Table 1: a row a student."""
-    (seeds,) = runs.values()
+    seeds = only(runs)
     rows = []
     for t, row in enumerate(seeds[0]["rounds"]):
         edges = "by definition" if t == 0 else ", ".join(
@@ -275,9 +300,10 @@ def time(runs: Runs) -> str:
             ]
         )
     rows.append(["all", sum(len(seeds) for seeds in runs.values()), "", "", f"{sum(hours):.2f}", ""])
-    hardware = next(iter(runs.values()))[0]["hardware"]
+    hardware = [run["hardware"] for seeds in runs.values() for run in seeds]
+    machines = {f"{machine['cpu']}, {machine['cores']} cores" for machine in hardware}
     head = ["run", "seeds", "teacher (s, median)", "students (s, median)", "hours of one core, all seeds"]
-    return table([*head, f"threads a run ({hardware['cpu']}, {hardware['cores']} cores)"], rows)
+    return table([*head, f"threads a run ({'; '.join(sorted(machines))})"], rows)
 
 
 TABLES: dict[str, Callable[[Runs], str]] = {

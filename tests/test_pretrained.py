@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.publish import publish
+from experiments.publish import main, publish
 from pkd_lightning import pretrained
 from pkd_lightning.cost import measure
 from pkd_lightning.data.idx import load_mnist
@@ -57,6 +57,15 @@ def test_publishing_what_is_not_there_leaves_what_is(tmp_path):
     with pytest.raises(RunError, match="anchored-seed9"):
         publish(ROOT / "experiments" / "mnist_best", "anchored-seed9", tmp_path / "old")
     assert (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize("name", ["/tmp/elsewhere", ".", "..", "a/b", ""])
+def test_a_name_that_would_be_another_folder_is_refused(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["publish", "mnist_best", "anchored-seed0", name])
+    monkeypatch.setattr("experiments.publish.publish", None)  # nothing is to be written
+    with pytest.raises(SystemExit):
+        main()
+    assert "a name is of letters" in capsys.readouterr().err
 
 
 def test_a_run_is_published_with_its_teacher_or_the_one_it_loaded(tmp_path):

@@ -105,6 +105,9 @@ def test_the_width_is_the_largest_within_both_budgets(budget, width):
         ({"space": {"d_stat": [1]}}, "space.d_stat: no such option. Did you mean 'd_state'"),
         ({"space": {"d_state": 3}}, "space.d_state=3: must be a list"),
         ({"first": [{"patch_size": 3}]}, "first[0]={'patch_size': 3}: must have a value of the space"),
+        ({"first": [1]}, "first[0]=1: must have a value of the space"),
+        ({"space": {"norm": ["rms", "none"]}}, "space.norm: is in common"),
+        ({"space": {"d_model": [3]}}, "space.d_model: is found by the budget"),
         ({"experiment": ["data=digts"]}, "experiment=['data=digts']"),
     ],
 )
@@ -128,8 +131,40 @@ def studies(folder: Path, name: str = "student-1") -> tuple[search.Search, searc
     return settings, search.open_study(storage, name, settings)
 
 
-def test_other_settings_do_not_join_a_journal(folder):
-    studies(folder)
+def test_a_mistake_seen_before_anything_is_trained_can_be_corrected(folder):
+    _, study = studies(folder)
+    study.ask().suggest_categorical("n_blocks", [1])
+    corrected = {**SETTINGS, "common": {"tokeniser": "patches", "norm": "none"}}
+    (folder / "search.yaml").write_text(yaml.safe_dump(corrected))
+    _, study = studies(folder)
+    assert len(study.trials) == len(SETTINGS["first"])
+
+
+def test_a_space_that_is_used_up_completes_its_rung(folder, monkeypatch, capsys):
+    rungs = {"student-1": {"params": 400, "macs": 8000, "trials": 5}}
+    space = {"patch_size": [4], "d_state": [2], "n_blocks": [1], "shared": [False]}
+    (folder / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, "space": space, "rungs": rungs}))
+    monkeypatch.setattr(search, "IDLE", 3)
+    run(monkeypatch, folder)
+    assert "3 draws in a row" in capsys.readouterr().out
+    assert read_json(folder / "search.json")["student-1"]["trials"] == 1
+    before = (folder / "search.journal").read_text()
+    run(monkeypatch, folder)
+    assert (folder / "search.journal").read_text() == before
+
+
+def test_a_budget_that_nothing_meets_is_said(folder, monkeypatch):
+    rungs = {"student-1": {"params": 20, "macs": 8000}}
+    (folder / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, "rungs": rungs}))
+    monkeypatch.setattr(search, "IDLE", 3)
+    with pytest.raises(SystemExit, match="within the budget of student-1"):
+        run(monkeypatch, folder)
+    assert not (folder / "search.json").exists()
+
+
+def test_other_settings_do_not_join_trials_of_a_journal(folder):
+    _, study = studies(folder)
+    study.tell(study.ask(), 0.5)
     (folder / "search.yaml").write_text(yaml.safe_dump({**SETTINGS, "epochs": 2}))
     with pytest.raises(ConfigError, match="epochs=1, not 2"):
         studies(folder)

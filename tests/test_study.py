@@ -273,7 +273,7 @@ def test_an_interrupted_study_goes_on_with_the_same_command(
 ) -> None:
     # the children of `then` send the signal when they are first started
     bench.write(f"seeds: [0]\nruns: {{first: {{}}, then: {{overrides: [trainer.max_epochs={100 + number}], "
-                f"seeds: [1, 2], after: [first]}}, last: {{after: [then]}}}}")  # fmt: skip
+                f"seeds: [1, 2], after: [first]}}, last: {{seeds: [3], after: [then]}}}}")  # fmt: skip
 
     def unhandled(*_: object) -> None:
         raise AssertionError("the runner does not handle the signal")
@@ -291,7 +291,7 @@ def test_an_interrupted_study_goes_on_with_the_same_command(
     while bench.run("--jobs", "3") == code:  # where the signal came before the second child had noted its own
         pass
     assert "first-seed0" not in bench.started
-    assert bench.collected() == {"first-seed0", "then-seed1", "then-seed2", "last-seed0"}
+    assert bench.collected() == {"first-seed0", "then-seed1", "then-seed2", "last-seed3"}
 
 
 def test_all_faults_are_found_at_once_before_anything_starts(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +347,15 @@ runs:
     assert "search path" not in said
 
 
+def test_two_runs_of_one_configuration_are_a_fault(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write("seeds: [0, 1]\nruns: {one: {}, same: {overrides: [threads=2]}, other: {overrides: [boosting=paper]}}")
+    assert bench.run() == 1
+    assert bench.started == []
+    said = capsys.readouterr().err
+    assert said.count("the same configuration as one") == 1
+    assert "other" not in said
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "seeds: [0", "seeds: [0]", "seeds: [0]\nruns: {}", None])
 def test_a_study_that_is_none_says_so(text: str | None, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     if text is not None:
@@ -381,6 +390,10 @@ def test_nothing_large_is_kept(bench: Bench, capsys: pytest.CaptureFixture[str])
     assert not (bench.folder / "kept").exists()
     bench.write("seeds: [0]\nruns: {one: {overrides: [trainer.max_epochs=14], keep: [metrics]}}")
     assert bench.run() == 0
+    bench.write("seeds: [0]\nruns: {one: {overrides: [trainer.max_epochs=14], keep: [students]}}")
+    assert bench.run("--again") == 1
+    assert bench.collected() == {"one-seed0"}  # what was there before stays
+    assert (bench.folder / "kept" / "one-seed0" / "metrics.jsonl").exists()
 
 
 def test_the_list_tells_done_from_unfinished_and_missing_and_starts_nothing(

@@ -96,12 +96,70 @@ def test_the_tables_against_the_paper_have_its_budgets_and_accuracies(study):
     }
     (best / "search.yaml").write_text(yaml.safe_dump({"rungs": rungs}))
     lines = slot("budgets", " first").splitlines()
-    line = "| 2 | 100 of 102 | 5,000 of 6,000 | 70 against 1,372 | 76 | 96.0 | 85.00 ± 7.07 | 97.0 | 86.00 ± 7.07 |"
+    cost = "| 2 | 100 of 102 | 5,000 of 6,000 | 70 against 1,372 | 76"
+    line = f"{cost} | 96.0 | 85.00 ± 7.07 | 97.0 | 86.00 ± 7.07 | 200 / 200 |"
     assert line in lines
-    assert "| teacher | 100 of 900 | 5,000 of 6,000 | 70 against 95,648 | 98 | 99.5 | 91.00 ± 1.41 | | |" in lines
+    assert "| teacher | 100 of 900 | 5,000 of 6,000 | 70 against 95,648 | 98 | 99.5 | 91.00 ± 1.41 | | | |" in lines
     lines = slot("headline", " first").splitlines()
-    assert "| 7 | 100 | 5,000 | 70 | 98% | 85.00 ± 7.07% | 86.00 ± 7.07% |" in lines
+    assert "| 7 | 100 | 5,000 | 70 | 98% | 85.00 ± 7.07% | 86.00 ± 7.07% | 700 / 700 |" in lines
     assert "(2 seeds)" in lines[2]
+
+
+def test_every_cell_of_a_row(study):
+    """Numbers that differ from each other, so that no column can be taken for another."""
+    run = json.loads((study / "results" / "first-seed0.json").read_text())
+    rounds = run["rounds"][:1] * 3
+    run["rounds"] = [{**row, "round": t} for t, row in enumerate(rounds)]
+    for t, accuracy, prefix, met in ((0, 0.5, 0.5, 0), (1, 0.7, 0.62, 2), (2, 0.6, 0.8, 1)):
+        run["rounds"][t] |= {"accuracy": accuracy, "prefix_accuracy": prefix, "edges": {"satisfied": met, "classes": 2}}
+        run["rounds"][t] |= {"params": 10 * t + 1, "macs_total": 100 * t + 7, "flops_published": t + 3, "epochs": t + 4}
+    run["ensemble"] = {"accuracy": 0.8, "params": 33, "macs_total": 321}
+    run["teacher"] |= {"params": 50, "macs_total": 642, "flops_published": 24, "accuracy": 0.95}
+    (study / "results" / "first-seed0.json").write_text(json.dumps(run))
+    (study / "results" / "first-seed1.json").unlink()
+    for name, row in {
+        "summary": "| first, mean | 1 | 95.0 | 80.0 | 60.0 | 8.0 points | 1 of 2 | 14 |",
+        "students": "| 3 | 60.0% | 80.0% | 50.0% | 33 (66.0%) | 321 (50.0%) | 12 (50.0%) |",
+        "paper": "| 2 | 11 | 4 | 107 | 76 | 70.0 | 62.0 | 2 of 2 | 5 |",
+        "ablation": "| first | 1 | 80.00 | 80.00 | 60.00 | 8.00 | 33 | 321 |",
+        "first_students": "| first | 1 | 4 | 50.00 |",
+        "teachers": "| first | 1 | 10 | 95.00 | 0.100 |",
+    }.items():
+        assert row in slot(name, " first").splitlines()
+
+
+def test_a_teacher_that_all_seeds_loaded_has_no_spread(study):
+    for seed in (0, 1):
+        path = study / "results" / f"second-seed{seed}.json"
+        run = json.loads(path.read_text())
+        run["teacher"]["accuracy"], run["wall_seconds"]["teacher"] = 0.99, 0.0
+        path.write_text(json.dumps(run))
+    assert "| second, mean | 2 | 99.0 | 51.0 ± 0.0 |" in slot("summary")
+
+
+@pytest.mark.parametrize("key", ["params", "rounds"])
+def test_seeds_of_different_models_are_not_averaged(key, study):
+    path = study / "results" / "first-seed1.json"
+    run = json.loads(path.read_text())
+    run["rounds"] = run["rounds"][:1] if key == "rounds" else [{**row, "params": 101} for row in run["rounds"]]
+    path.write_text(json.dumps(run))
+    with pytest.raises(RunError, match="the seeds of first differ"):
+        slot("summary")
+    assert "second" in slot("summary", " second")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("<!-- table: some rounds -->\n\n# Prose\n<!-- table: some time -->\n<!-- end of table -->\n", "without its"),
+        ("<!-- table: some time -->\n<!-- end of table -->\n<!-- end of table -->\n", "without its"),
+        ("<!-- table: some tiem -->\n<!-- end of table -->\n", "no such table"),
+        ("<!-- table: some headline first second -->\n<!-- end of table -->\n", "a table of one run"),
+    ],
+)
+def test_a_wrong_slot_is_an_error(text, fault, study):
+    with pytest.raises(RunError, match=fault):
+        readme.fill(text)
 
 
 def test_time_is_that_of_all_seeds_and_cores(study):
@@ -145,14 +203,19 @@ def test_curves_are_those_of_the_kept_metrics(study):
     records = [
         {"stage": stage, "attempt": attempt, "epoch": epoch, "validation_accuracy": accuracy}
         for stage, attempt, epoch, accuracy in (
+            ("teacher", 0, 0, 0.1),  # of a fit that was interrupted and began again
             ("teacher", 0, 0, 0.5), ("teacher", 0, 1, 0.75), ("round-00", 0, 0, 0.25), ("round-00", 1, 0, 0.3)
         )
     ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    torn = '{"stage": "round-00", "att'
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + torn)
     panels = {"one": {"a": ("first", "teacher")}, "two": {"b": ("first", "round-00")}}
     figure = figures.curves("some", panels)
     lines = [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
     assert lines == [[[[1, 50], [2, 75]]], [[[1, 25]]]]
+    (study / "study.yaml").write_text(STUDY.replace("first: {}", "first: {overrides: [seed=3]}"))
+    with pytest.raises(RunError, match="other overrides"):
+        figures.curves("some", panels)
     with pytest.raises(RunError, match="no metrics kept of second"):
         figures.curves("some", {"one": {"a": ("second", "teacher")}, "two": {}})
 
