@@ -3,7 +3,8 @@
     python -m experiments.readme          # or: make readme-tables
 
 A table stands between `<!-- table: STUDY NAME [RUN ...] -->` and `<!-- end of table -->`, NAME a function of
-`experiments.tables`; the runs are those it is made of, in this order, all of the study's where none is named.
+`experiments.tables`; the runs are those it is made of, in this order, all of the study's where none is named. STUDY
+`*` is every study.
 Figures are the files of `experiments.figures.FIGURES`.
 """
 
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 from experiments.figures import FIGURES, digest
-from experiments.tables import ROOT, TABLES, chosen
+from experiments.tables import ROOT, TABLES, chosen, every_study
 from pkd_lightning.checkpoint import atomic_write
 from pkd_lightning.errors import PKDError, RunError
 
@@ -30,7 +31,8 @@ def fill(text: str) -> str:
     def made(match: re.Match[str]) -> str:
         if match[3] not in TABLES:
             raise RunError(f"{match[1].strip()}: no such table. Tables: {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[match[3]](chosen(match[2], match[4].split()))}\n{match[6]}"
+        runs = every_study() if match[2] == "*" else chosen(match[2], match[4].split())
+        return f"{match[1]}{TABLES[match[3]](runs)}\n{match[6]}"
 
     filled, count = SLOT.subn(made, text)
     if not count == text.count("<!-- table:") == text.count(END):
@@ -40,7 +42,7 @@ def fill(text: str) -> str:
 
 def documents() -> list[Path]:
     """Every Markdown file with tables."""
-    return [path for path in (ROOT / "README.md", *sorted((ROOT / "experiments").glob("*/README.md"))) if path.exists()]
+    return [path for path in (ROOT / "README.md", *sorted((ROOT / "experiments").rglob("README.md"))) if path.exists()]
 
 
 def main() -> None:

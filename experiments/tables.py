@@ -61,6 +61,12 @@ def chosen(study: str, names: Sequence[str]) -> Runs:
     return {name: runs[name] for name in names} if names else runs
 
 
+def every_study() -> Runs:
+    """By the name of the study, all its results."""
+    folders = sorted(path.parent for path in (ROOT / "experiments").glob("*/study.yaml"))
+    return {folder.name: [run for seeds in load(folder).values() for run in seeds] for folder in folders}
+
+
 def only(runs: Runs) -> list[Results]:
     """The results of the one run that a table is made of; RunError where there are more."""
     if len(runs) > 1:
@@ -107,6 +113,11 @@ def cost_together(results: Results) -> list[str]:
         for key in ("params", "macs_total")
     ]
     return [" / ".join(pair) for pair in zip(*shares, strict=True)]
+
+
+def core_hours(results: list[Results]) -> float:
+    """The wall time of all `results`, times their threads, in hours."""
+    return sum(run["wall_seconds"]["total"] * run["hardware"]["threads"] for run in results) / 3600
 
 
 def students(runs: Runs) -> str:
@@ -285,28 +296,46 @@ def ablation(runs: Runs) -> str:
 
 def time(runs: Runs) -> str:
     """A row a run: seconds of the teacher and of the rounds, hours of one core of all its seeds, and the machine."""
-    rows: list[list[object]] = []
-    hours = []
-    for name, seeds in runs.items():
-        hours.append(sum(run["wall_seconds"]["total"] * run["hardware"]["threads"] for run in seeds) / 3600)
-        rows.append(
-            [
-                name,
-                len(seeds),
-                f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
-                f"{statistics.median(sum(run['wall_seconds']['rounds']) for run in seeds):,.0f}",
-                f"{hours[-1]:.2f}",
-                seeds[0]["hardware"]["threads"],
-            ]
-        )
-    rows.append(["all", sum(len(seeds) for seeds in runs.values()), "", "", f"{sum(hours):.2f}", ""])
+    rows: list[list[object]] = [
+        [
+            name,
+            len(seeds),
+            f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
+            f"{statistics.median(sum(run['wall_seconds']['rounds']) for run in seeds):,.0f}",
+            f"{core_hours(seeds):.2f}",
+            seeds[0]["hardware"]["threads"],
+        ]
+        for name, seeds in runs.items()
+    ]
+    total = sum(map(core_hours, runs.values()))
+    rows.append(["all", sum(len(seeds) for seeds in runs.values()), "", "", f"{total:.2f}", ""])
     hardware = [run["hardware"] for seeds in runs.values() for run in seeds]
     machines = {f"{machine['cpu']}, {machine['cores']} cores" for machine in hardware}
     head = ["run", "seeds", "teacher (s, median)", "students (s, median)", "hours of one core, all seeds"]
     return table([*head, f"threads a run ({'; '.join(sorted(machines))})"], rows)
 
 
+def hours(runs: Runs) -> str:
+    """A row a run, or a study where the runs are those of `every_study`: hours of one core."""
+    rows = [[name, len(results), f"{core_hours(results):.1f}"] for name, results in runs.items()]
+    total = sum(map(core_hours, runs.values()))
+    rows.append(["all", sum(len(results) for results in runs.values()), f"{total:.1f}"])
+    return table(["study", "runs", "hours of one core"], rows)
+
+
 TABLES: dict[str, Callable[[Runs], str]] = {
     function.__name__: function
-    for function in (students, summary, headline, budgets, paper, rounds, first_students, teachers, ablation, time)
+    for function in (
+        students,
+        summary,
+        headline,
+        budgets,
+        paper,
+        rounds,
+        first_students,
+        teachers,
+        ablation,
+        time,
+        hours,
+    )
 }

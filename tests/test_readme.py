@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 MARKDOWN = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "experiments").glob("*/README.md")),
+    *sorted((ROOT / "experiments").rglob("README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 

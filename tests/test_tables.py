@@ -174,6 +174,17 @@ def test_time_is_that_of_all_seeds_and_cores(study):
     assert "| all | 4 | | | 2.01 | |" in lines
 
 
+def test_every_study_is_counted(study):
+    other = study.parent / "other"
+    (other / "results").mkdir(parents=True)
+    (other / "study.yaml").write_text("seeds: [0]\nruns: {only: {}}\n")
+    run = result("only", 0, [0.5])
+    run["wall_seconds"]["total"] = 7200.0
+    (other / "results" / "only-seed0.json").write_text(json.dumps(run))
+    lines = readme.fill("<!-- table: * hours -->\n<!-- end of table -->\n").splitlines()
+    assert lines[3:6] == ["| other | 1 | 2.0 |", "| some | 4 | 0.0 |", "| all | 5 | 2.0 |"]
+
+
 def test_missing_and_outdated_results_are_named(study):
     with pytest.raises(RunError, match="no results of missing"):
         slot("rounds", " missing")
