@@ -3,17 +3,18 @@
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import tables
 from experiments.plan import load_study
 from experiments.study import collected
-from experiments.tables import PAPER, chosen, of_teacher, per_round
+from experiments.tables import PAPER, Results, chosen, of_teacher, per_round
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.load import read_metrics
@@ -21,45 +22,58 @@ from pkd_lightning.reporting.load import read_metrics
 ERRORS = (0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)  # percent, ticks
 
 
-def errors_over_seeds(study: str, names: Sequence[str], against_paper: bool = False) -> Figure:
-    """Mean test error of students alone and together over the seeds of each run, with bands of a standard deviation.
+def draw_errors(axes: Axes, seeds: list[Results], key: str, line: str, color: str, label: str) -> None:
+    """The mean over the seeds of the test error by `key`, with a band of a standard deviation."""
+    values = [[100 - 100 * value for value in row] for row in per_round(seeds, key)]
+    means = [statistics.mean(row) for row in values]
+    count = range(1, len(means) + 1)
+    axes.plot(count, means, line, color=color, mfc="white" if line == "s--" else color, label=label)
+    if len(seeds) > 1:
+        spread = [statistics.stdev(row) for row in values]
+        lower = [max(m - s, m / 10) for m, s in zip(means, spread, strict=True)]  # above 0
+        upper = [m + s for m, s in zip(means, spread, strict=True)]
+        axes.fill_between(count, lower, upper, color=color, alpha=0.15, linewidth=0)
 
-    Logarithmic, because what matters above 99% of accuracy would be hidden beside 60%.
-    """
-    runs = chosen(study, names)
+
+def error_axis(axes: Axes) -> None:
+    """Logarithmic, because what matters above 99% of accuracy would be hidden beside 60%."""
+    axes.set_yscale("log")
+    axes.set_yticks(ERRORS, [f"{error:g}" for error in ERRORS])
+    axes.minorticks_off()
+    axes.margins(y=0.06)
+    axes.set_ylabel("test error (%)")
+
+
+def errors(study: str, run: str, against_paper: bool = False) -> Figure:
+    """Mean test error of students alone and together over the seeds of a run."""
+    seeds = chosen(study, [run])[run]
     with style.styled():
         figure = style.new_figure(3.8)
         axes = figure.add_subplot()
-        axes.set_yscale("log")
-        colors = (style.BLUE, style.VERMILLION, style.ORANGE, style.PURPLE)
-        for index, (name, seeds) in enumerate(runs.items()):
-            for kind, (key, line, label) in enumerate(
-                (("prefix_accuracy", "o-", "first t together"), ("accuracy", "s--", "student t alone"))
-            ):
-                color = colors[kind if len(runs) == 1 else index]
-                values = [[100 - 100 * value for value in row] for row in per_round(seeds, key)]
-                means = [statistics.mean(row) for row in values]
-                count = range(1, len(means) + 1)
-                shown = label if len(runs) == 1 else f"{name}: {label}"
-                axes.plot(count, means, line, color=color, mfc="white" if line == "s--" else color, label=shown)
-                if len(seeds) > 1:
-                    spread = [statistics.stdev(row) for row in values]
-                    lower = [max(m - s, m / 10) for m, s in zip(means, spread, strict=True)]  # above 0
-                    upper = [m + s for m, s in zip(means, spread, strict=True)]
-                    axes.fill_between(count, lower, upper, color=color, alpha=0.15, linewidth=0)
+        draw_errors(axes, seeds, "prefix_accuracy", "o-", style.BLUE, "first t together")
+        draw_errors(axes, seeds, "accuracy", "s--", style.VERMILLION, "student t alone")
         if against_paper:
             published = [100 - accuracy for accuracy in PAPER]
             axes.plot(range(1, len(PAPER) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
-        seeds = next(iter(runs.values()))
         teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
         axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
-        style.student_axis(axes, max(len(seeds[0]["rounds"]) for seeds in runs.values()), "student t, or the first t")
-        axes.set_yticks(ERRORS, [f"{error:g}" for error in ERRORS])
-        axes.minorticks_off()
-        low, high = axes.dataLim.intervaly
-        axes.set_ylim(low / 1.25, high * 1.25)
-        axes.set_ylabel("test error (%)")
+        style.student_axis(axes, len(seeds[0]["rounds"]), "student t, or the first t")
+        error_axis(axes)
         style.legend_above(axes, 2)
+    return figure
+
+
+def errors_by_run(lines: Mapping[str, tuple[str, str]]) -> Figure:
+    """Mean test errors, students alone in one panel and together in the other; a line is the run of a study."""
+    with style.styled():
+        figure = style.new_figure(3.8, width=2 * style.WIDTH)
+        panels = {"student t alone": "accuracy", "the first t together": "prefix_accuracy"}
+        for axes, (title, key) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            for (label, (study, run)), color, marker in zip(lines.items(), style.CYCLE, style.MARKERS, strict=False):
+                draw_errors(axes, chosen(study, [run])[run], key, f"{marker}-", color, label)
+            style.student_axis(axes, len(axes.lines[0].get_xdata()), title)
+            error_axis(axes)
+            style.legend_above(axes, 2)
     return figure
 
 
@@ -117,9 +131,9 @@ def digest(figure: Figure) -> str:
 
 # file below experiments/, and how it is drawn
 FIGURES: dict[str, Callable[[], Figure]] = {
-    "digits/errors.png": partial(errors_over_seeds, "digits", ["anchored"]),
-    "mnist_best/errors.png": partial(errors_over_seeds, "mnist_best", ["anchored"], against_paper=True),
-    "mnist_paper/errors.png": partial(errors_over_seeds, "mnist_paper", ["published"], against_paper=True),
+    "digits/errors.png": partial(errors, "digits", "anchored"),
+    "mnist_best/errors.png": partial(errors, "mnist_best", "anchored", against_paper=True),
+    "mnist_paper/errors.png": partial(errors, "mnist_paper", "published", against_paper=True),
     "mnist_paper/curves.png": partial(
         curves,
         "mnist_paper",

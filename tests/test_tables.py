@@ -194,7 +194,7 @@ def test_missing_and_outdated_results_are_named(study):
 
 
 def drawn() -> str:
-    return figures.digest(figures.errors_over_seeds("some", ["first"]))
+    return figures.digest(figures.errors("some", "first"))
 
 
 def test_a_table_and_a_figure_change_with_the_results(study):
@@ -235,3 +235,11 @@ def test_a_prefix_behind_its_best_member_is_said():
     run = result("first", 0, [0.6, 0.7])
     run["rounds"][1]["prefix_accuracy"] = 0.55
     assert tables.worst_prefix(run) == pytest.approx(0.15)
+
+
+def test_runs_side_by_side_are_drawn_with_their_means(study):
+    figure = figures.errors_by_run({"one": ("some", "first"), "other": ("some", "second")})
+    lines = [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
+    alone, together = ([[[t, pytest.approx(y)] for t, y in points] for points in panel] for panel in lines)
+    assert alone == [[[1, 30], [2, 20]], [[1, 50]]]
+    assert together == [[[1, 29], [2, 19]], [[1, 49]]]
