@@ -3,7 +3,7 @@
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,35 @@ def errors_by_run(lines: Mapping[str, tuple[str, str]]) -> Figure:
             style.student_axis(axes, len(axes.lines[0].get_xdata()), title)
             error_axis(axes)
             style.legend_above(axes, 2)
+    return figure
+
+
+def final_errors(study: str, names: Sequence[str]) -> Figure:
+    """Test errors of each run's ensemble and last student: means and standard deviations over its seeds.
+
+    The axis ends at twice the worst ensemble: a student that is nothing alone would hide what is between the others.
+    """
+    runs = chosen(study, names)
+    parts = (("prefix_accuracy", "o", style.BLUE, "all together"), ("accuracy", "s", style.VERMILLION, "last alone"))
+    with style.styled():
+        figure = style.new_figure(1 + 0.33 * len(runs), width=1.3 * style.WIDTH)
+        axes = figure.add_subplot()
+        for key, marker, color, label in parts:
+            errors = [[100 - 100 * run["rounds"][-1][key] for run in seeds] for seeds in runs.values()]
+            means = [statistics.mean(row) for row in errors]
+            spread = [statistics.stdev(row) if len(row) > 1 else 0 for row in errors]
+            rows = [row + (0.12 if marker == "o" else -0.12) for row in range(len(runs), 0, -1)]  # the first on top
+            axes.errorbar(means, rows, xerr=spread, fmt=marker, color=color, label=label)
+        teacher = 100 - 100 * statistics.mean(of_teacher(next(iter(runs.values())), "accuracy"))
+        axes.axvline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
+        axes.set_xscale("log")
+        axes.set_xticks(ERRORS, [f"{error:g}" for error in ERRORS])
+        axes.minorticks_off()
+        axes.margins(x=0.06, y=0.08)
+        axes.set_xlim(right=2 * max(axes.lines[0].get_xdata()))
+        axes.set_xlabel("test error (%)")
+        axes.set_yticks(range(len(runs), 0, -1), list(runs))
+        style.legend_above(axes, 3)
     return figure
 
 

@@ -96,6 +96,25 @@ def test_a_diverged_candidate_is_a_failed_attempt() -> None:
     assert attempts == 2
 
 
+@pytest.mark.parametrize("max_attempts", [1, 2])
+@pytest.mark.parametrize("diverged", [{0}, {0, 1}, {0, 1, 2}])
+def test_one_more_candidate_is_tried_where_one_diverged(max_attempts: int, diverged: set[int]) -> None:
+    tried = []
+
+    def train(attempt: int) -> Candidate:
+        tried.append(attempt)
+        if attempt in diverged:
+            raise RunError("the loss was not finite")
+        return candidate(float(attempt))
+
+    config = WeakLearnerConfig(max_attempts=max_attempts, on_failure="accept")
+    best, attempts = find_weak_learner(1, train, config)
+    assert tried == list(range(max_attempts + 1))
+    assert attempts == max_attempts + 1
+    sound = set(tried) - diverged
+    assert best is None if not sound else best is not None and best.validation_loss == min(sound)
+
+
 def test_fitted_scales_minimise_the_loss_over_positive_scales() -> None:
     torch.manual_seed(0)
     teacher, student = torch.randn(200, 5) * 2, torch.randn(200, 5)

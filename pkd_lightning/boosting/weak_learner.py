@@ -128,7 +128,7 @@ def find_weak_learner(
     train: Callable[[int], Candidate],
     config: WeakLearnerConfig,
 ) -> tuple[Candidate | None, int]:
-    """Train up to `max_attempts` candidates of one model class.
+    """Train up to `max_attempts` candidates of one model class; one more where one diverged.
 
     Args:
         round_: round from 0, for messages.
@@ -136,23 +136,27 @@ def find_weak_learner(
         config: attempts, and what happens when all fail.
 
     Returns:
-        The candidate and the number of attempts; None where the class failed. With `on_failure=accept` a class does not
-        fail: the candidate with the lowest validation loss is taken, with `accepted_by` "best_candidate".
+        The candidate and the number of attempts; None where the class failed. With `on_failure=accept` a class fails
+        only by divergence: else the candidate with the lowest validation loss is taken, with `accepted_by`
+        "best_candidate".
     """
     best: Candidate | None = None
-    for attempt in range(config.max_attempts):
+    attempt, attempts = 0, config.max_attempts
+    while attempt < attempts:
+        attempt += 1
         try:
-            candidate = train(attempt)
+            candidate = train(attempt - 1)
         except RunError as error:  # a candidate that diverged is a failed attempt, not the end of the run
-            logger.warning("round %d, attempt %d failed: %s", round_ + 1, attempt + 1, error)
+            logger.warning("round %d, attempt %d failed: %s", round_ + 1, attempt, error)
+            attempts = config.max_attempts + 1
             continue
         if candidate.accepted_by is not None:
-            return candidate, attempt + 1
+            return candidate, attempt
         if best is None or candidate.validation_loss < best.validation_loss:
             best = candidate
     if config.on_failure == "accept" and best is not None:
-        return replace(best, accepted_by="best_candidate"), config.max_attempts
-    return None, config.max_attempts
+        return replace(best, accepted_by="best_candidate"), attempt
+    return None, attempt
 
 
 def fit_scales(
