@@ -163,6 +163,15 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "digits/errors.png": partial(errors, "digits", "anchored"),
     "mnist_best/errors.png": partial(errors, "mnist_best", "anchored", against_paper=True),
     "mnist_paper/errors.png": partial(errors, "mnist_paper", "published", against_paper=True),
+    "mnist_objectives/errors.png": partial(
+        errors_by_run,
+        {
+            "published objective": ("mnist_objectives", "published"),
+            "additive": ("mnist_objectives", "additive"),
+            "anchored": ("mnist_objectives", "anchored"),
+            "published objective and settings": ("mnist_paper", "published"),
+        },
+    ),
     "mnist_paper/curves.png": partial(
         curves,
         "mnist_paper",
