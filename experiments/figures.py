@@ -64,7 +64,10 @@ def errors(study: str, run: str, against_paper: bool = False) -> Figure:
 
 
 def errors_by_run(lines: Mapping[str, tuple[str, str]]) -> Figure:
-    """Mean test errors, students alone in one panel and together in the other; a line is the run of a study."""
+    """Mean test errors, students alone in one panel and together in the other; a line is the run of a study.
+
+    The axis ends a little above the worst ensemble, as in `final_errors`.
+    """
     with style.styled():
         figure = style.new_figure(3.8, width=2 * style.WIDTH)
         panels = {"student t alone": "accuracy", "the first t together": "prefix_accuracy"}
@@ -74,6 +77,7 @@ def errors_by_run(lines: Mapping[str, tuple[str, str]]) -> Figure:
             style.student_axis(axes, len(axes.lines[0].get_xdata()), title)
             error_axis(axes)
             style.legend_above(axes, 2)
+        axes.set_ylim(top=1.2 * max(line.get_ydata().max() for line in axes.lines))
     return figure
 
 
