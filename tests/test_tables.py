@@ -243,3 +243,17 @@ def test_runs_side_by_side_are_drawn_with_their_means(study):
     alone, together = ([[[t, pytest.approx(y)] for t, y in points] for points in panel] for panel in lines)
     assert alone == [[[1, 30], [2, 20]], [[1, 50]]]
     assert together == [[[1, 29], [2, 19]], [[1, 49]]]
+
+
+def test_final_errors_are_those_of_the_last_round_and_the_axis_is_that_of_the_ensembles(study):
+    path = study / "results" / "second-seed0.json"
+    run = json.loads(path.read_text())
+    run["rounds"][0]["accuracy"] = 0.0  # a student that is nothing alone
+    path.write_text(json.dumps(run))
+    axes = figures.final_errors("some", ["first", "second"]).axes[0]
+    together, alone, teacher = (line.get_xdata() for line in axes.lines)
+    assert list(together) == [pytest.approx(19), pytest.approx(49)]
+    assert list(alone) == [pytest.approx(20), pytest.approx(75)]
+    assert teacher[0] == pytest.approx(9)
+    assert axes.get_xlim()[1] == pytest.approx(98)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second"]
