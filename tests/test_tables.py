@@ -1,7 +1,8 @@
 """The tables and figures of the READMEs say what the results files say, and change with them."""
 
-import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def study(tmp_path, monkeypatch) -> Path:
         path = folder / "results" / f"{run}-seed{seed}.json"
         path.write_text(json.dumps(result(run, seed, accuracies)))
     return folder
+
+
+@contextmanager
+def changed(study: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The results of a job, written back as the block leaves them."""
+    path = study / "results" / f"{name}.json"
+    run = json.loads(path.read_text())
+    yield run
+    path.write_text(json.dumps(run))
 
 
 def slot(name: str, runs: str = "") -> str:
@@ -107,15 +117,23 @@ def test_the_tables_against_the_paper_have_its_budgets_and_accuracies(study):
 
 def test_every_cell_of_a_row(study):
     """Numbers that differ from each other, so that no column can be taken for another."""
-    run = json.loads((study / "results" / "first-seed0.json").read_text())
-    rounds = run["rounds"][:1] * 3
-    run["rounds"] = [{**row, "round": t} for t, row in enumerate(rounds)]
-    for t, accuracy, prefix, met in ((0, 0.5, 0.5, 0), (1, 0.7, 0.62, 2), (2, 0.6, 0.8, 1)):
-        run["rounds"][t] |= {"accuracy": accuracy, "prefix_accuracy": prefix, "edges": {"satisfied": met, "classes": 2}}
-        run["rounds"][t] |= {"params": 10 * t + 1, "macs_total": 100 * t + 7, "flops_published": t + 3, "epochs": t + 4}
-    run["ensemble"] = {"accuracy": 0.8, "params": 33, "macs_total": 321}
-    run["teacher"] |= {"params": 50, "macs_total": 642, "flops_published": 24, "accuracy": 0.95}
-    (study / "results" / "first-seed0.json").write_text(json.dumps(run))
+    with changed(study, "first-seed0") as run:
+        rounds = run["rounds"][:1] * 3
+        run["rounds"] = [{**row, "round": t} for t, row in enumerate(rounds)]
+        for t, accuracy, prefix, met in ((0, 0.5, 0.5, 0), (1, 0.7, 0.62, 2), (2, 0.6, 0.8, 1)):
+            run["rounds"][t] |= {
+                "accuracy": accuracy,
+                "prefix_accuracy": prefix,
+                "edges": {"satisfied": met, "classes": 2},
+            }
+            run["rounds"][t] |= {
+                "params": 10 * t + 1,
+                "macs_total": 100 * t + 7,
+                "flops_published": t + 3,
+                "epochs": t + 4,
+            }
+        run["ensemble"] = {"accuracy": 0.8, "params": 33, "macs_total": 321}
+        run["teacher"] |= {"params": 50, "macs_total": 642, "flops_published": 24, "accuracy": 0.95}
     (study / "results" / "first-seed1.json").unlink()
     for name, row in {
         "summary": "| first, mean | 1 | 95.0 | 80.0 | 60.0 | 8.0 points | 1 of 2 | 14 |",
@@ -130,19 +148,15 @@ def test_every_cell_of_a_row(study):
 
 def test_a_teacher_that_all_seeds_loaded_has_no_spread(study):
     for seed in (0, 1):
-        path = study / "results" / f"second-seed{seed}.json"
-        run = json.loads(path.read_text())
-        run["teacher"]["accuracy"], run["wall_seconds"]["teacher"] = 0.99, 0.0
-        path.write_text(json.dumps(run))
+        with changed(study, f"second-seed{seed}") as run:
+            run["teacher"]["accuracy"], run["wall_seconds"]["teacher"] = 0.99, 0.0
     assert "| second, mean | 2 | 99.0 | 51.0 ± 0.0 |" in slot("summary")
 
 
 @pytest.mark.parametrize("key", ["params", "rounds"])
 def test_seeds_of_different_models_are_not_averaged(key, study):
-    path = study / "results" / "first-seed1.json"
-    run = json.loads(path.read_text())
-    run["rounds"] = run["rounds"][:1] if key == "rounds" else [{**row, "params": 101} for row in run["rounds"]]
-    path.write_text(json.dumps(run))
+    with changed(study, "first-seed1") as run:
+        run["rounds"] = run["rounds"][:1] if key == "rounds" else [{**row, "params": 101} for row in run["rounds"]]
     with pytest.raises(RunError, match="the seeds of first differ"):
         slot("summary")
     assert "second" in slot("summary", " second")
@@ -164,10 +178,8 @@ def test_a_wrong_slot_is_an_error(text, fault, study):
 
 def test_time_is_that_of_all_seeds_and_cores(study):
     for seed in (0, 1):
-        path = study / "results" / f"second-seed{seed}.json"
-        run = json.loads(path.read_text())
-        run["wall_seconds"]["total"], run["hardware"]["threads"] = 1800.0, 2
-        path.write_text(json.dumps(run))
+        with changed(study, f"second-seed{seed}") as run:
+            run["wall_seconds"]["total"], run["hardware"]["threads"] = 1800.0, 2
     lines = slot("time").splitlines()
     assert "| second | 2 | 10 | 3 | 2.00 | 2 |" in lines
     assert "| first | 2 | 10 | 3 | 0.01 | 1 |" in lines
@@ -200,10 +212,8 @@ def drawn() -> str:
 def test_a_table_and_a_figure_change_with_the_results(study):
     text, before = slot("summary"), drawn()
     assert drawn() == before
-    path = study / "results" / "first-seed1.json"
-    changed = copy.deepcopy(json.loads(path.read_text()))
-    changed["rounds"][1]["accuracy"] += 0.05
-    path.write_text(json.dumps(changed))
+    with changed(study, "first-seed1") as run:
+        run["rounds"][1]["accuracy"] += 0.05
     assert slot("summary") != text
     assert drawn() != before
 
@@ -246,10 +256,8 @@ def test_runs_side_by_side_are_drawn_with_their_means(study):
 
 
 def test_final_errors_are_those_of_the_last_round_and_the_axis_is_that_of_the_ensembles(study):
-    path = study / "results" / "second-seed0.json"
-    run = json.loads(path.read_text())
-    run["rounds"][0]["accuracy"] = 0.0  # a student that is nothing alone
-    path.write_text(json.dumps(run))
+    with changed(study, "second-seed0") as run:
+        run["rounds"][0]["accuracy"] = 0.0  # a student that is nothing alone
     axes = figures.final_errors("some", ["first", "second"]).axes[0]
     together, alone, teacher = (line.get_xdata() for line in axes.lines)
     assert list(together) == [pytest.approx(19), pytest.approx(49)]
