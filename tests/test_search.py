@@ -234,10 +234,17 @@ def test_the_ablation_is_of_the_committed_ladder():
         built: Ladder = instantiate(load_config(*overrides).student)
         return built
 
+    def costs(built: Ladder) -> list[Cost]:
+        return [measure(built.build(i, (1, 28, 28), 10), (1, 28, 28)) for i in range(len(built))]
+
     def params(built: Ladder) -> int:
-        return sum(measure(built.build(i, (1, 28, 28), 10), (1, 28, 28)).params for i in range(len(built)))
+        return sum(cost.params for cost in costs(built))
 
     runs = {run.name: ladder(run.overrides) for run in load_study(ROOT / "experiments" / "mnist_ablation").runs}
     whole = ladder(("experiment=mnist_best",))
     assert runs["temperature_4"].rungs == [whole.rungs[3]]
     assert params(runs["single"]) <= params(whole) < params(runs["single"]) * 1.05
+    assert params(runs["anchored_convolutions"]) <= params(whole)
+    for mamba, convolution in zip(costs(whole), costs(runs["anchored_convolutions"]), strict=True):
+        assert convolution.params <= 1.04 * mamba.params
+        assert convolution.macs_total <= mamba.macs_total
