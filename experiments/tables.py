@@ -74,9 +74,9 @@ def only(runs: Runs) -> list[Results]:
     return next(iter(runs.values()))
 
 
-def percent(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and standard deviation in percent."""
-    mean = f"{100 * statistics.mean(values):.{digits}f}"
+def percent(values: Sequence[float], digits: int = 1, sign: str = "-") -> str:
+    """Mean and standard deviation in percent; `sign="+"` for a difference."""
+    mean = f"{100 * statistics.mean(values):{sign}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
 
 
@@ -272,24 +272,32 @@ def teachers(runs: Runs) -> str:
 
 
 def ablation(runs: Runs) -> str:
-    """A row a run: the ensemble, its parts and what it costs; mean and standard deviation over the seeds."""
+    """A row a run: the ensemble, its parts and what it costs; mean and standard deviation over the seeds.
+
+    The difference to the first run is taken seed by seed: runs of one seed share initialisation and order of images.
+    """
     rows = []
+    first, reference = next(iter(runs.items()))
+    ends = {run["seed"]: run["ensemble"]["accuracy"] for run in reference}
     for name, seeds in runs.items():
         prefixes = per_round(seeds, "prefix_accuracy")
         middle = percent(prefixes[2], 2) if len(prefixes) > 2 else ""
+        shared = [run for run in seeds if run["seed"] in ends and name != first]
+        differences = [run["ensemble"]["accuracy"] - ends[run["seed"]] for run in shared]
         rows.append(
             [
                 name,
                 len(seeds),
                 middle,
                 percent([run["ensemble"]["accuracy"] for run in seeds], 2),
+                percent(differences, 2, "+") if differences else "",
                 percent([run["rounds"][-1]["accuracy"] for run in seeds], 2),
                 f"{100 * max(worst_prefix(run) for run in seeds):.2f}",
                 f"{seeds[0]['ensemble']['params']:,}",
                 f"{seeds[0]['ensemble']['macs_total']:,}",
             ]
         )
-    head = ["run", "seeds", "first three together", "all together", "last student alone"]
+    head = ["run", "seeds", "first three together", "all together", f"against {first}", "last student alone"]
     head += ["prefix behind its best member, at most (points)", "parameters", "total MACs"]
     return table(head, rows)
 
