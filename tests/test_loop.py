@@ -115,6 +115,17 @@ def test_one_more_candidate_is_tried_where_one_diverged(max_attempts: int, diver
     assert best is None if not sound else best is not None and best.validation_loss == min(sound)
 
 
+@pytest.mark.parametrize("initial", [(0.5, 0.5), (1.0, 1e-5), (1e-5, 1e-5), (30.0, 30.0), (1e-3, 10.0)])
+def test_fitted_scales_minimise_the_loss_from_wherever_they_start(initial: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    teacher, noise = torch.randn(200, 5) * 2, torch.randn(200, 5)
+    ensemble, student = teacher * 0.5 + noise * 0.3, teacher * 4 + torch.randn(200, 5) * 5
+    target = teacher.argmax(-1)
+    assert fit_scales(ensemble, student, teacher, target, initial, BoostingConfig()) == pytest.approx(
+        fit_scales(ensemble, student, teacher, target, (0.5, 0.5), BoostingConfig()), rel=1e-3
+    )
+
+
 def test_fitted_scales_minimise_the_loss_over_positive_scales() -> None:
     torch.manual_seed(0)
     teacher, student = torch.randn(200, 5) * 2, torch.randn(200, 5)
@@ -384,6 +395,16 @@ def test_what_is_judged_is_what_enters_the_residual_matrices(tmp_path: Path, mon
     assert len(checked) > len(rounds)  # the checks during the fits ask the same function
     assert any(row["largest_residual"] > row["bound"] for row in rounds)
     assert [row["bound"] for row in rounds] == sorted(row["bound"] for row in rounds)
+
+
+def test_a_student_whose_ensemble_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pkd_lightning.boosting import loop
+
+    answers = [(float("nan"), float("nan")), (0.5, 0.5)]
+    monkeypatch.setattr(loop, "fit_scales", lambda *args: answers.pop(0))
+    rounds = tiny_run(tmp_path, "boosting.rounds=2", "boosting.weak_learner.on_failure=accept")["rounds"]
+    assert [row["attempts"] for row in rounds] == [1, 2]
+    assert rounds[1]["scales"] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("quantile", [1.0, 0.9])

@@ -155,6 +155,8 @@ class BoostingLoop:
                 state.ensemble_logits[:n], logits[:n], self.teacher_logits[:n], data.labels[:n], scales, self.config
             )
         loss, previous = self.validation_loss(logits, scales), self.validation_loss(logits, (1.0, 0.0))
+        if not math.isfinite(loss):  # its NaN would be in every later prefix
+            raise RunError(f"{name}: the validation loss of the ensemble with the student is not finite")
         accepted_by = judge(state.round, edges, unclipped, loss, previous, require, self.config.weak_learner)
         per_class = " ".join(f"{edge:.3g}" for edge in edges.tolist())
         logger.debug("%s: edges of the classes: %s", description, per_class)

@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.combine import Scales
@@ -22,6 +25,7 @@ from pkd_lightning.matrix import chunks
 
 logger = logging.getLogger(__name__)
 
+LEAST_SCALE = 1e-6  # of a fitted scale: every student stays a member
 AcceptedBy = Literal["first_round", "condition", "relaxed_condition", "improvement", "best_candidate"]
 
 
@@ -165,25 +169,23 @@ def fit_scales(
     """(a, c) > 0 that minimise the distillation loss of a * F + c * f on the given rows, from `initial` on.
 
     An objective that sees the ensemble learns its scales with the student, but they lag behind the student in its few
-    steps; for the other objectives this is the only way to learn them.
+    steps; for the other objectives this is the only way to learn them. The loss is convex in (a, c); in their
+    logarithms, as they are learned, it is so flat towards c = 0 that a quasi-Newton step from there overflows.
     """
-    log_scales = torch.tensor(initial).log().requires_grad_()
-    optimizer = torch.optim.LBFGS([log_scales], max_iter=50, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        total = torch.zeros(())
+    def loss_and_gradient(values: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        scales = torch.from_numpy(values).requires_grad_()
+        total, gradient = 0.0, torch.zeros_like(scales)
         for rows in chunks(student.shape):
-            a, c = log_scales.exp()
-            mixed = a * ensemble[rows] + c * student[rows]
-            loss = distillation_loss(mixed, teacher[rows], target[rows], config.alpha, config.temperature)
+            mixed = scales[0] * ensemble[rows].double() + scales[1] * student[rows].double()
+            loss = distillation_loss(mixed, teacher[rows].double(), target[rows], config.alpha, config.temperature)
             loss = loss * (len(mixed) / len(student))
-            loss.backward()
-            total += loss.detach()
-        return total
+            gradient += torch.autograd.grad(loss, scales)[0]
+            total += float(loss.detach())
+        return total, gradient.numpy()
 
-    optimizer.step(closure)
-    a, c = log_scales.detach().exp().tolist()
+    fitted = minimize(loss_and_gradient, initial, jac=True, method="L-BFGS-B", bounds=[(LEAST_SCALE, None)] * 2)
+    a, c = map(float, fitted.x)
     return a, c
 
 
