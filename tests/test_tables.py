@@ -85,6 +85,13 @@ def test_means_and_deviations_over_the_seeds(study):
     assert not any("second" in line for line in lines)
 
 
+def test_accuracies_near_one_hundred_percent_are_shown_to_a_hundredth_of_a_point(study):
+    with changed(study, "first-seed1") as run:
+        run["rounds"][1]["prefix_accuracy"] = 0.9912
+    assert "| first | 2 | together | 71.00 ± 14.14 | 85.06 ± 19.88 |" in slot("rounds", " first").splitlines()
+    assert "| second | 2 | together | 51.0 ± 0.0 |" in slot("rounds", " second").splitlines()
+
+
 @pytest.mark.parametrize(
     "name", ["students", "summary", "rounds", "first_students", "teachers", "ablation", "time", "paper"]
 )
@@ -139,7 +146,7 @@ def test_every_cell_of_a_row(study):
         "summary": "| first, mean | 1 | 95.0 | 80.0 | 60.0 | 8.0 points | 1 of 2 | 14 |",
         "students": "| 3 | 60.0% | 80.0% | 50.0% | 33 (66.0%) | 321 (50.0%) | 12 (50.0%) |",
         "paper": "| 2 | 11 | 4 | 107 | 76 | 70.0 | 62.0 | 2 of 2 | 5 |",
-        "ablation": "| first | 1 | 80.00 | 80.00 | | 60.00 | 8.00 | 33 | 321 |",
+        "ablation": "| first | 1 | 80.00 | 80.00 | | 60.00 | 8.00 | 1 of 2 | 33 | 321 |",
         "first_students": "| first | 1 | 4 | 50.00 |",
         "teachers": "| first | 1 | 10 | 95.00 | 0.100 |",
     }.items():
