@@ -176,6 +176,37 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "published objective and settings": ("mnist_paper", "published"),
         },
     ),
+    "mnist_ablation/errors.png": partial(
+        errors_by_run,
+        {
+            label: ("mnist_ablation", run)
+            for label, run in {
+                "anchored": "anchored",
+                "independent, learned": "independent_learned",
+                "independent, mean": "independent",
+                "published": "published",
+                "additive": "additive",
+                "anchored, convolutions": "anchored_convolutions",
+            }.items()
+        },
+    ),
+    "mnist_ablation/final.png": partial(
+        final_errors,
+        "mnist_ablation",
+        [
+            "anchored",
+            "anchored_weighted",
+            "independent_learned",
+            "no_teacher_learned",
+            "independent",
+            "no_teacher",
+            "published",
+            "additive",
+            "anchored_convolutions",
+            "single",
+            "single_longer",
+        ],
+    ),
     "mnist_paper/curves.png": partial(
         curves,
         "mnist_paper",
