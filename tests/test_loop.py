@@ -16,6 +16,7 @@ from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult
 from pkd_lightning.losses import distillation_loss
+from pkd_lightning.matrix import chunks
 from tests.support import ACCEPT, tiny_run
 
 POSITIVE = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -115,34 +116,57 @@ def test_one_more_candidate_is_tried_where_one_diverged(max_attempts: int, diver
     assert best is None if not sound else best is not None and best.validation_loss == min(sound)
 
 
-@pytest.mark.parametrize("initial", [(0.5, 0.5), (1.0, 1e-5), (1e-5, 1e-5), (30.0, 30.0), (1e-3, 10.0)])
-def test_fitted_scales_minimise_the_loss_from_wherever_they_start(initial: tuple[float, float]) -> None:
+def scale_problem(useless: bool) -> tuple[torch.Tensor, ...]:
+    """An ensemble, a student that helps it or is noise, a teacher and labels: 200 samples of 5 classes."""
     torch.manual_seed(0)
     teacher, noise = torch.randn(200, 5) * 2, torch.randn(200, 5)
-    ensemble, student = teacher * 0.5 + noise * 0.3, teacher * 4 + torch.randn(200, 5) * 5
-    target = teacher.argmax(-1)
-    assert fit_scales(ensemble, student, teacher, target, initial, BoostingConfig()) == pytest.approx(
-        fit_scales(ensemble, student, teacher, target, (0.5, 0.5), BoostingConfig()), rel=1e-3
-    )
-
-
-def test_fitted_scales_minimise_the_loss_over_positive_scales() -> None:
-    torch.manual_seed(0)
-    teacher, student = torch.randn(200, 5) * 2, torch.randn(200, 5)
     ensemble = teacher * 0.5 + torch.randn(200, 5) * 0.3
-    target = teacher.argmax(-1)
-    config = BoostingConfig()
-    a, c = fit_scales(ensemble, student, teacher, target, (0.5, 0.5), config)
+    return ensemble, noise if useless else teacher * 4 + noise * 5, teacher, teacher.argmax(-1)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e4, 1e8])
+@pytest.mark.parametrize("useless", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_fitted_scales_minimise_the_loss_over_positive_scales(useless: bool, size: float, alpha: float) -> None:
+    ensemble, student, teacher, target = scale_problem(useless)
+    student = student * size
+    config = BoostingConfig(alpha=alpha, temperature=3.0)
+    a, c = fit_scales(ensemble, student, teacher, target, config)
 
     def loss(a: float, c: float) -> float:
-        mixed = a * ensemble + c * student
-        return float(distillation_loss(mixed, teacher, target, config.alpha, config.temperature))
+        mixed = a * ensemble.double() + c * student.double()
+        return float(distillation_loss(mixed, teacher.double(), target, config.alpha, config.temperature))
 
-    best = loss(a, c)
     assert a > 0
     assert c > 0
-    for da, dc in ((0.9, 1), (1.1, 1), (1, 0.5), (1, 2)):
-        assert best <= loss(a * da, c * dc) + 1e-6
+    assert (c * size > 0.01) != useless
+    best = loss(a, c)
+    for da, dc in ((0.99, 1), (1.01, 1), (1, 0.95), (1, 1.05), (1.01, 0.95), (0.99, 1.05)):
+        assert best <= loss(a * da, c * dc) + 1e-8  # the bound of a useless student costs 2e-9
+
+
+def test_scales_are_fitted_over_all_chunks_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = scale_problem(useless=False)
+    whole = fit_scales(*problem, BoostingConfig())
+    monkeypatch.setattr("pkd_lightning.matrix.CHUNK_BYTES", 1)
+    assert len(list(chunks(problem[0].shape))) == 13
+    assert fit_scales(*problem, BoostingConfig()) == pytest.approx(whole, rel=1e-6)
+
+
+def test_one_image_that_explodes_does_not_keep_the_scales_from_being_fitted() -> None:
+    ensemble, student, teacher, target = scale_problem(useless=False)
+    sound = fit_scales(ensemble, student, teacher, target, BoostingConfig())
+    student[0] *= 1e6
+    a, c = fit_scales(ensemble, student, teacher, target, BoostingConfig())
+    assert 0 < c < 1e-3  # to hold that image's loss, nothing else is left of the student
+    assert a > sound[0]
+
+
+def test_a_student_of_zeros_leaves_the_ensemble_as_good_as_it_was() -> None:
+    ensemble, student, teacher, target = scale_problem(useless=False)
+    a, c = fit_scales(ensemble, torch.zeros_like(student), teacher, target, BoostingConfig())
+    assert a > 1  # towards the teacher, of which the ensemble is half
+    assert c < 10
 
 
 def never(*args: Any) -> None:

@@ -152,7 +152,7 @@ class BoostingLoop:
         scales = module.scales
         if self.combination.learned and state.round > 0:
             scales = fit_scales(
-                state.ensemble_logits[:n], logits[:n], self.teacher_logits[:n], data.labels[:n], scales, self.config
+                state.ensemble_logits[:n], logits[:n], self.teacher_logits[:n], data.labels[:n], self.config
             )
         loss, previous = self.validation_loss(logits, scales), self.validation_loss(logits, (1.0, 0.0))
         if not math.isfinite(loss):  # its NaN would be in every later prefix

@@ -21,11 +21,11 @@ from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, matmul_precision, predict
 from pkd_lightning.losses import distillation_loss
-from pkd_lightning.matrix import chunks
+from pkd_lightning.matrix import chunks, quantile
 
 logger = logging.getLogger(__name__)
 
-LEAST_SCALE = 1e-6  # of a fitted scale: every student stays a member
+LEAST_SCALE = 1e-6  # of a fitted scale, for logits of median 1: every student stays a member
 AcceptedBy = Literal["first_round", "condition", "relaxed_condition", "improvement", "best_candidate"]
 
 
@@ -163,18 +163,26 @@ def find_weak_learner(
     return None, attempt
 
 
-def fit_scales(
-    ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tensor, initial: Scales, config: BoostingConfig
-) -> Scales:
-    """(a, c) > 0 that minimise the distillation loss of a * F + c * f on the given rows, from `initial` on.
+def fit_scales(ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tensor, config: BoostingConfig) -> Scales:
+    """(a, c) > 0 that minimise the distillation loss of a * F + c * f on the given rows.
 
     An objective that sees the ensemble learns its scales with the student, but they lag behind the student in its few
-    steps; for the other objectives this is the only way to learn them. The loss is convex in (a, c); in their
-    logarithms, as they are learned, it is so flat towards c = 0 that a quasi-Newton step from there overflows.
+    steps; for the other objectives this is the only way to learn them. The loss is convex in (a, c), so the scales that
+    were learned need not be its start. In their logarithms it is not, and so flat towards 0 that a quasi-Newton method
+    stands still there, or overflows.
+
+    Args:
+        ensemble: (rows, L) F_{t-1}.
+        student: (rows, L) f_t.
+        teacher: (rows, L) g.
+        target: (rows,) labels.
+        config: alpha and temperature of the loss.
     """
+    # each in units of its own logits: on one scale a student of far larger logits would make the problem stiff
+    units = [quantile(logits, 0.5) or 1.0 for logits in (ensemble, student)]
 
     def loss_and_gradient(values: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        scales = torch.from_numpy(values).requires_grad_()
+        scales = torch.from_numpy(values / units).requires_grad_()
         total, gradient = 0.0, torch.zeros_like(scales)
         for rows in chunks(student.shape):
             mixed = scales[0] * ensemble[rows].double() + scales[1] * student[rows].double()
@@ -182,10 +190,15 @@ def fit_scales(
             loss = loss * (len(mixed) / len(student))
             gradient += torch.autograd.grad(loss, scales)[0]
             total += float(loss.detach())
-        return total, gradient.numpy()
+        return total, gradient.numpy() / units
 
-    fitted = minimize(loss_and_gradient, initial, jac=True, method="L-BFGS-B", bounds=[(LEAST_SCALE, None)] * 2)
-    a, c = map(float, fitted.x)
+    fitted = minimize(
+        loss_and_gradient, (1.0, 1.0), jac=True, method="L-BFGS-B", bounds=[(LEAST_SCALE, None)] * 2,
+        options={"maxiter": 50, "ftol": 1e-12, "gtol": 1e-8},
+    )  # fmt: skip
+    if not fitted.success:
+        logger.warning("the fit of the scales ended before it converged: %s", fitted.message)
+    a, c = map(float, fitted.x / units)
     return a, c
 
 
