@@ -4,18 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra.utils import instantiate
 
 pytest.importorskip("optuna")
 
 from experiments import search
-from experiments.plan import load_study
 from pkd_lightning.checkpoint import read_json
-from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Cost, measure
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.classifier import MambaClassifier
-from pkd_lightning.models.ladder import Ladder
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -227,24 +223,3 @@ def test_the_committed_ladder_is_what_the_committed_search_found():
         cost = measure(MambaClassifier((1, 28, 28), 10, **found[name]["options"]), (1, 28, 28))
         assert cost.params <= budget.params
         assert cost.macs_total <= budget.macs_total
-
-
-def test_the_ablation_is_of_the_committed_ladder():
-    def ladder(overrides: tuple[str, ...]) -> Ladder:
-        built: Ladder = instantiate(load_config(*overrides).student)
-        return built
-
-    def costs(built: Ladder) -> list[Cost]:
-        return [measure(built.build(i, (1, 28, 28), 10), (1, 28, 28)) for i in range(len(built))]
-
-    def params(built: Ladder) -> int:
-        return sum(cost.params for cost in costs(built))
-
-    runs = {run.name: ladder(run.overrides) for run in load_study(ROOT / "experiments" / "mnist_ablation").runs}
-    whole = ladder(("experiment=mnist_best",))
-    assert runs["temperature_4"].rungs == [whole.rungs[3]]
-    assert params(runs["single"]) <= params(whole) < params(runs["single"]) * 1.05
-    assert params(runs["anchored_convolutions"]) <= params(whole)
-    for mamba, convolution in zip(costs(whole), costs(runs["anchored_convolutions"]), strict=True):
-        assert convolution.params <= 1.04 * mamba.params
-        assert convolution.macs_total <= mamba.macs_total
