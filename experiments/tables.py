@@ -76,7 +76,7 @@ def only(runs: Runs) -> list[Results]:
 
 def percent(values: Sequence[float], digits: int = 1, sign: str = "-") -> str:
     """Mean and standard deviation in percent; `sign="+"` for a difference."""
-    mean = f"{100 * statistics.mean(values):{sign}.{digits}f}"
+    mean = f"{100 * statistics.mean(values):{sign}z.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.{digits}f}"
 
 
@@ -239,7 +239,7 @@ def paper(runs: Runs) -> str:
 def rounds(runs: Runs) -> str:
     """Two rows a run: each student alone, and each prefix; mean and standard deviation over the seeds.
 
-    To a hundredth of a point where any is above 99%.
+    To a hundredth of a point where any prefix is above 99%.
     """
     rows = []
     most = max(len(seeds[0]["rounds"]) for seeds in runs.values())
@@ -279,7 +279,8 @@ def teachers(runs: Runs) -> str:
 def ablation(runs: Runs) -> str:
     """A row a run: the ensemble, its parts and what it costs; mean and standard deviation over the seeds.
 
-    The difference to the first run is taken seed by seed: runs of one seed share initialisation and order of images.
+    The difference to the first run is taken seed by seed, over the seeds that both have: runs of one seed share the
+    order of images and, where their architectures are the same, initialisation.
     """
     rows = []
     first, reference = next(iter(runs.items()))
@@ -297,6 +298,7 @@ def ablation(runs: Runs) -> str:
                 middle,
                 percent([run["ensemble"]["accuracy"] for run in seeds], 2),
                 percent(differences, 2, "+") if differences else "",
+                f"{statistics.mean(run['ensemble']['nll'] for run in seeds):.3f}",
                 percent([run["rounds"][-1]["accuracy"] for run in seeds], 2),
                 f"{100 * max(worst_prefix(run) for run in seeds):.2f}",
                 f"{met} of {later}" if later else "",
@@ -304,9 +306,9 @@ def ablation(runs: Runs) -> str:
                 f"{seeds[0]['ensemble']['macs_total']:,}",
             ]
         )
-    head = ["run", "seeds", "first three together", "all together", f"against {first}", "last student alone"]
-    head += ["prefix behind its best member, at most (points)", "rounds after the first that met the condition"]
-    head += ["parameters", "total MACs"]
+    head = ["run", "seeds", "first three together", "all together", f"against {first}", "cross-entropy"]
+    head += ["last student alone", "prefix behind its best member, at most (points)"]
+    head += ["rounds after the first that met the condition", "parameters", "total MACs"]
     return table(head, rows)
 
 

@@ -29,7 +29,7 @@ def result(run: str, seed: int, accuracies: list[float], **cost: int) -> dict[st
         "combine": "mean",
         "teacher": {"accuracy": 0.9 + 0.02 * seed, "nll": 0.1, **costs},
         "rounds": rounds,
-        "ensemble": {"accuracy": accuracies[-1] + 0.01, **costs},
+        "ensemble": {"accuracy": accuracies[-1] + 0.01, "nll": 0.2, **costs},
         "wall_seconds": {"teacher": 10.0, "rounds": [1.0, 2.0], "total": 14.0 + seed},
         "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
         "study": {"run": run, "overrides": []},
@@ -139,14 +139,14 @@ def test_every_cell_of_a_row(study):
                 "flops_published": t + 3,
                 "epochs": t + 4,
             }
-        run["ensemble"] = {"accuracy": 0.8, "params": 33, "macs_total": 321}
+        run["ensemble"] = {"accuracy": 0.8, "nll": 0.4, "params": 33, "macs_total": 321}
         run["teacher"] |= {"params": 50, "macs_total": 642, "flops_published": 24, "accuracy": 0.95}
     (study / "results" / "first-seed1.json").unlink()
     for name, row in {
         "summary": "| first, mean | 1 | 95.0 | 80.0 | 60.0 | 8.0 points | 1 of 2 | 14 |",
         "students": "| 3 | 60.0% | 80.0% | 50.0% | 33 (66.0%) | 321 (50.0%) | 12 (50.0%) |",
         "paper": "| 2 | 11 | 4 | 107 | 76 | 70.0 | 62.0 | 2 of 2 | 5 |",
-        "ablation": "| first | 1 | 80.00 | 80.00 | | 60.00 | 8.00 | 1 of 2 | 33 | 321 |",
+        "ablation": "| first | 1 | 80.00 | 80.00 | | 0.400 | 60.00 | 8.00 | 1 of 2 | 33 | 321 |",
         "first_students": "| first | 1 | 4 | 50.00 |",
         "teachers": "| first | 1 | 10 | 95.00 | 0.100 |",
     }.items():
@@ -158,10 +158,10 @@ def test_differences_to_the_first_run_are_taken_seed_by_seed(study):
     for seed, accuracy in ((0, 0.69), (1, 0.87)):
         with changed(study, f"second-seed{seed}") as run:
             run["ensemble"]["accuracy"] = accuracy
-    assert "| second | 2 | | 78.00 ± 12.73 | -3.00 ± 1.41 | 50.00" in slot("ablation", " first second")
-    assert "| first | 2 | | 81.00 ± 14.14 | +3.00 ± 1.41 | 80.00" in slot("ablation", " second first")
+    assert "| second | 2 | | 78.00 ± 12.73 | -3.00 ± 1.41 | 0.200 | 50.00" in slot("ablation", " first second")
+    assert "| first | 2 | | 81.00 ± 14.14 | +3.00 ± 1.41 | 0.200 | 80.00" in slot("ablation", " second first")
     (study / "results" / "first-seed1.json").unlink()
-    assert "| second | 2 | | 78.00 ± 12.73 | -2.00 | 50.00" in slot("ablation", " first second")
+    assert "| second | 2 | | 78.00 ± 12.73 | -2.00 | 0.200 | 50.00" in slot("ablation", " first second")
 
 
 def test_a_teacher_that_all_seeds_loaded_has_no_spread(study):
