@@ -179,15 +179,12 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "mnist_ablation/errors.png": partial(
         errors_by_run,
         {
-            label: ("mnist_ablation", run)
-            for label, run in {
-                "anchored": "anchored",
-                "independent, learned": "independent_learned",
-                "independent, mean": "independent",
-                "published": "published",
-                "additive": "additive",
-                "anchored, convolutions": "anchored_convolutions",
-            }.items()
+            "anchored": ("mnist_ablation", "anchored"),
+            "independent, learned": ("mnist_ablation", "independent_learned"),
+            "independent, mean": ("mnist_ablation", "independent"),
+            "published": ("mnist_ablation", "published"),
+            "additive": ("mnist_ablation", "additive"),
+            "anchored, convolutions": ("mnist_ablation", "anchored_convolutions"),
         },
     ),
     "mnist_ablation/final.png": partial(

@@ -252,6 +252,24 @@ def rounds(runs: Runs) -> str:
     return table(["run", "seeds", "", *range(1, most + 1)], rows)
 
 
+def differences(runs: Runs) -> str:
+    """Two rows a run but the first: each student and each prefix, less those of the first run, in points.
+
+    Taken seed by seed; mean and standard deviation over the seeds that both have.
+    """
+    (first, reference), *others = runs.items()
+    rows = []
+    for name, seeds in others:
+        pairs = [(run, other) for run in seeds for other in reference if run["seed"] == other["seed"]]
+        for label, key in (("alone", "accuracy"), ("together", "prefix_accuracy")):
+            by_pair = [
+                [row[key] - base[key] for row, base in zip(run["rounds"], other["rounds"], strict=True)]
+                for run, other in pairs
+            ]
+            rows.append([name, label, *(percent(values, 2, "+") for values in zip(*by_pair, strict=True))])
+    return table([f"against {first}", "", *range(1, len(reference[0]["rounds"]) + 1)], rows)
+
+
 def first_students(runs: Runs) -> str:
     """A row a run: its first student."""
     rows = [
@@ -350,6 +368,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
         budgets,
         paper,
         rounds,
+        differences,
         first_students,
         teachers,
         ablation,

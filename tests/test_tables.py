@@ -164,6 +164,18 @@ def test_differences_to_the_first_run_are_taken_seed_by_seed(study):
     assert "| second | 2 | | 78.00 ± 12.73 | -2.00 | 0.200 | 50.00" in slot("ablation", " first second")
 
 
+def test_differences_of_every_round_are_taken_seed_by_seed(study):
+    """The students of `first` are 60 and 70, 80 and 90% good, those of `second` 1 and 3, 2 and 8 points more."""
+    for seed, accuracies in ((0, [0.61, 0.72]), (1, [0.83, 0.98])):
+        (study / "results" / f"second-seed{seed}.json").write_text(json.dumps(result("second", seed, accuracies)))
+    with changed(study, "second-seed1") as run:
+        run["rounds"][1]["prefix_accuracy"] = 0.91
+    lines = slot("differences", " first second").splitlines()
+    assert "| against first | | 1 | 2 |" in lines
+    assert "| second | alone | +2.00 ± 1.41 | +5.00 ± 4.24 |" in lines
+    assert "| second | together | +2.00 ± 1.41 | +1.00 ± 1.41 |" in lines
+
+
 def test_a_teacher_that_all_seeds_loaded_has_no_spread(study):
     for seed in (0, 1):
         with changed(study, f"second-seed{seed}") as run:
