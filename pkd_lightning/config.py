@@ -20,6 +20,7 @@ KEY = re.compile(r"[\w.\[\]]+[=:]")
 
 Require = Literal["auto", "condition", "improvement"]
 OnFailure = Literal["expand", "accept"]
+FirstTerm = Literal["labels", "soft", "both"]
 Weights = Literal["none", "samples"]
 Split = Literal["paper", "official"]
 Accelerator = Literal["auto", "cpu", "gpu"]
@@ -253,8 +254,11 @@ class BoostingConfig:
         temperature: tau of the distillation loss.
         alpha: weight of the hard loss.
         anchor: weight of the ensemble's loss in the anchored objective; the student's own has 1 - anchor.
-        gamma: divisor of the barrier loss.
-        soft_term: add the soft loss of the first round to the published round loss.
+        first_term: of the published round loss, beside the barrier loss, which has the weight 1 - alpha. `soft`: the
+            soft loss, weighed by alpha. `labels`: the cross-entropy of the labels, weighed by alpha. `both`: the whole
+            loss of the first round. Section 3 of Mamba-PKD (arXiv 2503.01727) writes the labels, section 4.2 the
+            teacher's soft labels at temperature 2; only with soft labels has that temperature an effect after round 1.
+        gamma: divisor of the barrier loss, which sums over the classes.
         eta: step of the multiplicative update; None for sqrt(log(2N) / T) / B.
         bound_quantile: B is this quantile of abs(f - g) over the training rows and classes: 1, the theory's bound, is
             the largest. Below 1, residuals are clipped to [-B, B] where they enter K+ and K- or an edge.
@@ -270,8 +274,8 @@ class BoostingConfig:
     temperature: float = 2.0
     alpha: float = 0.5
     anchor: float = 0.5
+    first_term: FirstTerm = "soft"
     gamma: float = 1.0
-    soft_term: bool = False
     eta: float | None = None
     bound_quantile: float = 1.0
     weights: Weights = "none"
@@ -283,8 +287,8 @@ class BoostingConfig:
         faults.number("temperature", 0, exclusive=True)
         faults.number("alpha", 0, 1)
         faults.number("anchor", 0, 1)
+        faults.choice("first_term", get_args(FirstTerm))
         faults.number("gamma", 0, exclusive=True)
-        faults.flag("soft_term")
         faults.number("eta", 0, optional=True)
         faults.number("bound_quantile", 0, 1)
         if self.bound_quantile == 0:

@@ -63,17 +63,21 @@ def ensemble_loss(batch: RoundBatch, config: BoostingConfig) -> Tensor:
 
 
 def _published(batch: RoundBatch, config: BoostingConfig) -> Tensor:
-    surrogate = residual_barrier_loss(batch.student - batch.teacher, batch.raise_student, batch.bound, config.gamma)
-    if config.soft_term:
-        surrogate = surrogate + soft_loss(batch.student, batch.teacher, config.temperature)
-    return config.alpha * F.cross_entropy(batch.student, batch.target) + (1 - config.alpha) * surrogate
+    barrier = residual_barrier_loss(batch.student - batch.teacher, batch.raise_student, batch.bound, config.gamma)
+    if config.first_term == "both":
+        return student_loss(batch, config) + (1 - config.alpha) * barrier
+    if config.first_term == "soft":
+        first = soft_loss(batch.student, batch.teacher, config.temperature)
+    else:
+        first = F.cross_entropy(batch.student, batch.target)
+    return config.alpha * first + (1 - config.alpha) * barrier
 
 
 def _anchored(batch: RoundBatch, config: BoostingConfig) -> Tensor:
     return (1 - config.anchor) * student_loss(batch, config) + config.anchor * ensemble_loss(batch, config)
 
 
-# Mamba-PKD (arXiv 2503.01727): alpha * CE + (1 - alpha) * L_B. K+ and K- enter by their order, in L_B.
+# Mamba-PKD (arXiv 2503.01727): alpha * first term + (1 - alpha) * L_B. K+ and K- enter by their order, in L_B.
 published = Objective(_published, "condition", sees_ensemble=False)
 # Functional gradient boosting: each student corrects the ensemble before it. With combine=sum.
 additive = Objective(ensemble_loss, "improvement", sees_ensemble=True, weighs_samples=True)
