@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -90,25 +91,51 @@ def mix_macs(mixer: Mamba, length: int) -> int:
     return length * (convolution + x_proj + dt_proj + out_proj) + scan_macs(1, length, d_inner, d_state)
 
 
+@dataclass(frozen=True)
+class Latency:
+    """Time that one image takes.
+
+    Attributes:
+        latency_ms: the least CPU time of the calling thread in milliseconds, over all calls.
+        latency_disturbed: half of the calls took over `DISTURBED` times as long: other work shared the core's caches
+            or its clock while all calls were made, and the time may be too high.
+    """
+
+    latency_ms: float
+    latency_disturbed: bool
+
+
+DISTURBED = 1.25
+
+
 @torch.inference_mode()
-def latency_ms(forward: Callable[[Tensor], object], image: Tensor, repeats: int = 20, seconds: float = 1.0) -> float:
-    """Median wall time in milliseconds of `forward` on one image (1, C, H, W), on one CPU thread.
+def latency(forward: Callable[[Tensor], object], image: Tensor, repeats: int = 30, seconds: float = 0.5) -> Latency:
+    """Time of `forward` on one image (1, C, H, W), on one CPU thread, measured so that a neighbour's load hardly shows.
+
+    CPU time does not run while another process has the core, and the least of many calls is the one that was disturbed
+    least. Where even the calls of one measurement differ much, it is made again, at most twice.
 
     Args:
         forward: the model.
         image: its input.
-        repeats: most timed calls, after one for warming up.
-        seconds: no further call starts once so much time is spent, but at least three are made.
+        repeats: most timed calls of one measurement, after one for warming up.
+        seconds: of CPU time, after which no further call of a measurement starts; but at least three are made.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times: list[float] = []
+    least, disturbed = math.inf, True
     try:
         forward(image)
-        while len(times) < 3 or (len(times) < repeats and sum(times) < seconds):
-            start = time.perf_counter()
-            forward(image)
-            times.append(time.perf_counter() - start)
+        for _ in range(3):
+            times: list[float] = []
+            while len(times) < 3 or (len(times) < repeats and sum(times) < seconds):
+                start = time.thread_time()
+                forward(image)
+                times.append(time.thread_time() - start)
+            least = min(least, *times)
+            disturbed = statistics.median(times) > DISTURBED * least
+            if not disturbed:
+                break
     finally:
         torch.set_num_threads(threads)
-    return 1000 * statistics.median(times)
+    return Latency(1000 * least, disturbed)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_accuracy
 
 from pkd_lightning.boosting.state import BoostingState
-from pkd_lightning.cost import Cost, latency_ms, measure
+from pkd_lightning.cost import Cost, latency, measure
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.fitting import predict
@@ -30,11 +30,24 @@ def quality(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> di
     values = {
         "accuracy": multiclass_accuracy(logits, labels, classes, average="micro"),
         "nll": F.cross_entropy(logits, labels),
-        "ece": multiclass_calibration_error(logits.softmax(-1), labels, classes, n_bins=15),
+        "ece": calibration_error(logits.softmax(-1), labels),
     }
     if teacher is not None:
         values["agreement"] = (logits.argmax(-1) == teacher.argmax(-1)).float().mean()
     return {name: float(value) for name, value in values.items()}
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Expected calibration error of `probabilities` (N, L) in `bins` bins (0, 1/15], ..., (14/15, 1] of equal width.
+
+    sum_b n_b / N * abs(accuracy_b - confidence_b), the confidence being the largest probability of a row (Guo et al.,
+    arXiv 1706.04599). torchmetrics puts a confidence of exactly 1, which float32 often gives, into a bin of its own.
+    """
+    confidence, predicted = probabilities.double().max(-1)
+    inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    which = torch.bucketize(confidence, inner)  # of a bin's two edges the upper one belongs to it
+    surplus = torch.bincount(which, (predicted == labels).double() - confidence, minlength=bins)
+    return surplus.abs().sum() / len(labels)
 
 
 def evaluate(
@@ -64,19 +77,21 @@ def evaluate(
     teacher_row = {
         **quality(teacher_logits, labels),
         **vars(teacher_cost),
-        "latency_ms": latency_ms(teacher.model, image),
+        **vars(latency(teacher.model, image)),
     }
 
     rounds: list[dict[str, Any]] = []
     prefix_cost = Cost(0, 0, 0)
     prefix_logits = torch.zeros_like(teacher_logits)
-    prefix: dict[str, float] = {}
+    prefix: dict[str, Any] = {}
     for t, (member, (a, c), record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
         logits = predict(member, data, data.test, device)
         member.cpu()
         prefix_logits = a * prefix_logits + c * logits
-        prefix = quality(prefix_logits, labels, teacher_logits)
-        prefix["latency_ms"] = latency_ms(partial(ensemble, members=t + 1), image)
+        prefix = {
+            **quality(prefix_logits, labels, teacher_logits),
+            **vars(latency(partial(ensemble, members=t + 1), image)),
+        }
         cost = measure(member, data.image_shape)
         prefix_cost = prefix_cost + cost
         rounds.append(
@@ -84,7 +99,7 @@ def evaluate(
                 **record,
                 **quality(logits, labels, teacher_logits),
                 **vars(cost),
-                "latency_ms": latency_ms(member, image),
+                **vars(latency(member, image)),
                 **{f"prefix_{name}": value for name, value in prefix.items()},
             }
         )
