@@ -213,8 +213,15 @@ def test_latency_has_units_and_the_teacher_beside_it(report, tmp_path):
         ["0.51", "1.62"],
         ["3.10", "3.10"],
     ]
-    assert "ms: median per image on one CPU thread" in table_text(make_results(), 200)
     results = make_results()
+    shown = table_text(results, 200)
+    assert "ms: CPU time of one image on one thread, the least of several calls." in shown
+    assert "~" not in shown
+    results["rounds"][1] |= {"latency_disturbed": False, "prefix_latency_disturbed": True}
+    disturbed = table_text(results, 200)
+    assert "~1.12" in disturbed
+    assert "~0.51" not in disturbed
+    assert "~: other work disturbed the measurement." in disturbed
     for part in (results["teacher"], results["ensemble"], *results["rounds"]):
         for key in ("latency_ms", "prefix_latency_ms"):
             part.pop(key, None)

@@ -15,11 +15,13 @@ from pkd_lightning.reporting import page, style
 from pkd_lightning.reporting.grouping import Group, curve, grouped
 from pkd_lightning.reporting.load import RunRecord
 from pkd_lightning.reporting.values import (
+    LATENCY,
     MISSING,
     condition_counts,
     decimal,
     duration,
     ensemble_shares,
+    latency,
     number,
     percent,
     prefix_cost,
@@ -223,8 +225,8 @@ def _row(run: RunRecord, place: Path) -> dict[str, str]:
         "points to teacher": MISSING if math.isnan(gap) else f"{gap:+.2f}",
         "agrees with teacher": percent(number(ensemble, "agreement"), 2),
         "condition met after the first": f"{met} of {later}",
-        "latency (ms)": decimal(number(ensemble, "latency_ms"), 2),
-        "teacher's latency (ms)": decimal(number(teacher, "latency_ms"), 2),
+        "latency (ms)": latency(ensemble),
+        "teacher's latency (ms)": latency(teacher),
         "time": duration(number(results, "wall_seconds", "total")),
         "stopped": str(results.get("stop_reason") or ""),
         "directory": str(run.path.relative_to(place)),
@@ -273,6 +275,6 @@ def _tables(groups: Sequence[Group]) -> list[str]:
             rows += [[row.get(heading, "") for heading in head] for row in cells]
         text = [index for index, heading in enumerate(head) if heading in TEXT]
         parts += [page.section_heading(title, 3), page.table(head, rows, text, strong)]
-    note = "A group: experiment · objective · combination [settings that set it apart]. Latency: median milliseconds "
-    note += f"for one image on one CPU thread. Directories are below {place}."
+    note = f"A group: experiment · objective · combination [settings that set it apart]. Latency: {LATENCY} "
+    note += f"Directories are below {place}."
     return [*parts, page.paragraphs([note])]

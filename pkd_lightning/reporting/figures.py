@@ -12,7 +12,16 @@ from matplotlib.ticker import MaxNLocator
 
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.load import Row, RunRecord
-from pkd_lightning.reporting.values import acceptance, decimal, ensemble_share, number, prefix_cost, ratio, share
+from pkd_lightning.reporting.values import (
+    LATENCY,
+    acceptance,
+    decimal,
+    ensemble_share,
+    number,
+    prefix_cost,
+    ratio,
+    share,
+)
 
 COST_PANELS = (
     ("params", "parameters\n(% of teacher)", style.BLUE),
@@ -84,8 +93,8 @@ COST_CAPTION = (
     "which counts in_proj and the classifier head only; total MACs count everything. Each panel has its own scale."
 )
 LATENCY_CAPTION = (
-    "Median time for one image (batch of one) on one CPU thread, in milliseconds: each student alone, and the first t "
-    "students one after the other, with what combines them. It depends on the machine and need not follow the MACs."
+    f"{LATENCY[0].upper()}{LATENCY[1:]} Each student alone, and the first t students one after the other, with what "
+    "combines them. It depends on the machine and need not follow the MACs."
 )
 EDGES_CAPTION = (
     "Edge of each class: the weighted sum of student minus teacher logit, positive where the student corrects what "

@@ -19,6 +19,7 @@ from pkd_lightning.reporting.table import (
     teacher_row,
 )
 from pkd_lightning.reporting.values import (
+    LATENCY,
     MISSING,
     acceptance,
     count,
@@ -110,7 +111,7 @@ def _summary(results: Row) -> list[str]:
     own, other = number(ensemble, "latency_ms"), number(teacher, "latency_ms")
     latency = (
         f"On one CPU thread {who.lower()} takes {milliseconds(own)} an image and the teacher {milliseconds(other)} "
-        "(median, batch of one)."
+        "(batch of one)."
     )
     return [
         f"{first} {who} reaches {percent(number(ensemble, 'accuracy'))}{against}{agrees}.",
@@ -160,7 +161,7 @@ def _table_notes(results: Row) -> list[str]:
     return [
         "Prefix: the first t students together. Rung: place of the student's model class in the ladder. Edges met: "
         "classes with a positive edge; the first student's edges are zero by definition. Accuracies are on the test "
-        "part, which decided nothing. Latency: median milliseconds for one image on one CPU thread."
+        "part, which decided nothing. Latency: " + LATENCY
     ]
 
 

@@ -18,6 +18,7 @@ from pkd_lightning.reporting.values import (
     count,
     decimal,
     duration,
+    latency,
     number,
     percent,
     prefix_cost,
@@ -100,8 +101,8 @@ def student_rows(results: Row, digits: int = 1) -> list[dict[str, str]]:
             "edges": f"{count(number(entry, 'edges', 'satisfied'))}/{count(number(entry, 'edges', 'classes'))}",
             "accepted": ACCEPTED_SHORT.get(kind, kind),
             "accepted_full": ACCEPTED_FULL.get(kind, kind),
-            "latency": decimal(number(entry, "latency_ms"), 2),
-            "latency_prefix": decimal(number(entry, "prefix_latency_ms"), 2),
+            "latency": latency(entry),
+            "latency_prefix": latency(entry, "prefix_"),
             "attempts": count(number(entry, "attempts")),
             "epochs": count(number(entry, "epochs")),
             "seconds": duration(number(entry, "seconds")),
@@ -125,7 +126,7 @@ def teacher_row(results: Row, digits: int = 1) -> dict[str, str]:
         "alone": percent(number(teacher, "accuracy"), digits),
         "nll": decimal(number(teacher, "nll"), 3),
         "ece": decimal(number(teacher, "ece"), 3),
-        "latency": decimal(number(teacher, "latency_ms"), 2),
+        "latency": latency(teacher),
         "seconds": duration(number(results, "wall_seconds", "teacher")),
         "accepted_full": NOTHING,
     }
@@ -160,7 +161,7 @@ def print_table(results: Row, console: Console | None = None) -> None:
         table.add_row(*(Text(row[column.key]) for column in columns), end_section=index == len(rows) - 1)
     table.add_row(*(Text(teacher[column.key], style="bold") for column in columns))
     console.print(table)
-    for line in _footnotes(results, {column.key for column in columns}):
+    for line in _footnotes(results, {column.key for column in columns}, [*rows, teacher]):
         console.print(Text(line))
 
 
@@ -177,14 +178,16 @@ def _title(results: Row) -> str:
     return f"{words[0]}: {words[1]}, {words[2]} objective, {words[3]} combination, seed {results.get('seed', MISSING)}"
 
 
-def _footnotes(results: Row, shown: set[str]) -> list[str]:
+def _footnotes(results: Row, shown: set[str], rows: Sequence[dict[str, str]]) -> list[str]:
     lines = []
     if "macs_total_share" in shown:
         lines.append(
             "FLOPs publ., MACs total: the prefix in % of the teacher; the paper's FLOPs count in_proj and head."
         )
     if "latency_prefix" in shown:
-        lines.append("ms: median per image on one CPU thread.")
+        lines.append("ms: CPU time of one image on one thread, the least of several calls.")
+        if any("~" in row["latency"] + row["latency_prefix"] for row in rows):
+            lines.append("~: other work disturbed the measurement.")
     if "edges" in shown and results["rounds"]:
         lines.append("The first student's edges are zero by definition. " + condition_sentence(results))
     if results.get("stop_reason"):

@@ -82,6 +82,12 @@ def condition_counts(results: Row) -> tuple[int, int]:
     return sum(entry["edges"]["satisfied"] == entry["edges"]["classes"] > 0 for entry in later), len(later)
 
 
+LATENCY = (
+    "milliseconds of CPU time for one image on one thread, the least of several calls (in results of earlier versions "
+    "the median of wall times); ~: other work disturbed the measurement."
+)
+
+
 def percent(fraction: float, digits: int = 1) -> str:
     """A fraction of 1 as per cent."""
     return MISSING if math.isnan(fraction) else f"{100 * fraction:.{digits}f}%"
@@ -110,6 +116,12 @@ def decimal(value: float, digits: int) -> str:
 def milliseconds(value: float) -> str:
     """A latency: three digits, since it spans microseconds to seconds."""
     return MISSING if math.isnan(value) else f"{value:.2f} ms" if value < 99.95 else f"{value:,.0f} ms"
+
+
+def latency(part: Mapping[str, Any], prefix: str = "") -> str:
+    """A latency of `part` in milliseconds for a table, marked by ~ where other work disturbed its measurement."""
+    mark = "~" if part.get(f"{prefix}latency_disturbed") is True else ""
+    return mark + decimal(number(part, f"{prefix}latency_ms"), 2)
 
 
 def duration(seconds: float) -> str:
