@@ -97,15 +97,15 @@ class Latency:
 
     Attributes:
         latency_ms: the least CPU time of the calling thread in milliseconds, over all calls.
-        latency_disturbed: half of the calls took over `DISTURBED` times as long: other work shared the core's caches
-            or its clock while all calls were made, and the time may be too high.
+        latency_disturbed: half of the calls took over `UNEVEN` times as long, or all together took over `WAITED` times
+            their CPU time: other work wanted the core, its caches or its clock, and the time may be too high.
     """
 
     latency_ms: float
     latency_disturbed: bool
 
 
-DISTURBED = 1.25
+UNEVEN, WAITED = 1.25, 1.1
 
 
 @torch.inference_mode()
@@ -113,7 +113,7 @@ def latency(forward: Callable[[Tensor], object], image: Tensor, repeats: int = 3
     """Time of `forward` on one image (1, C, H, W), on one CPU thread, measured so that a neighbour's load hardly shows.
 
     CPU time does not run while another process has the core, and the least of many calls is the one that was disturbed
-    least. Where even the calls of one measurement differ much, it is made again, at most twice.
+    least. A disturbed measurement is made again, at most twice.
 
     Args:
         forward: the model.
@@ -128,12 +128,13 @@ def latency(forward: Callable[[Tensor], object], image: Tensor, repeats: int = 3
         forward(image)
         for _ in range(3):
             times: list[float] = []
+            begin = time.perf_counter()
             while len(times) < 3 or (len(times) < repeats and sum(times) < seconds):
                 start = time.thread_time()
                 forward(image)
                 times.append(time.thread_time() - start)
-            least = min(least, *times)
-            disturbed = statistics.median(times) > DISTURBED * least
+            least, wall = min(least, *times), time.perf_counter() - begin
+            disturbed = statistics.median(times) > UNEVEN * least or wall > WAITED * sum(times)
             if not disturbed:
                 break
     finally:

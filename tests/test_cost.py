@@ -129,9 +129,10 @@ def test_costs_add_up_field_by_field():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A CPU clock that only moves when told to: `clock[0]` is its time in seconds."""
+    """Clocks that only move when told to, as where nothing else runs: `clock[0]` is their time in seconds."""
     now = [0.0]
-    monkeypatch.setattr(cost.time, "thread_time", lambda: now[0])
+    for name in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(cost.time, name, lambda: now[0])
     return now
 
 
@@ -153,9 +154,20 @@ def test_latency_is_the_least_of_the_calls_after_warming_up(clock):
     assert timed(clock, [0.001, 0.011, 0.3, 0.01, 0.0124, 0.0125], repeats=5) == (Latency(pytest.approx(10), False), 6)
 
 
-def test_latency_does_not_count_what_the_thread_waits(monkeypatch):
+@pytest.mark.parametrize(("waited", "disturbed"), [(0.0009, False), (0.0011, True)])
+def test_what_the_thread_waits_is_not_counted_but_flagged(clock, monkeypatch, waited, disturbed):
     """A neighbour who takes the core lets the wall clock run on, not the thread's CPU time."""
-    monkeypatch.setattr(cost.time, "perf_counter", itertools.count(step=1000).__next__)
+    wall = [0.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0] + wall[0])
+
+    def forward(image):
+        clock[0] += 0.01
+        wall[0] += waited
+
+    assert latency(forward, torch.zeros(1, 1, 2, 2), repeats=3) == Latency(pytest.approx(10), disturbed)
+
+
+def test_a_sleeping_thread_takes_no_cpu_time():
     assert latency(lambda image: time.sleep(0.02), torch.zeros(1, 1, 2, 2), repeats=3).latency_ms < 20
 
 
