@@ -50,7 +50,8 @@ class ProgressiveEnsemble(nn.Module):
     def forward(self, images: Tensor, members: int | None = None, parallel: bool = False) -> Tensor:
         """Logits (batch, L) of the prefix of the first `members` students (None: all) on preprocessed images.
 
-        With `parallel` the members run in threads at the same time.
+        With `parallel` the members run in threads at the same time. Only large students gain by it: small ones wait for
+        each other, and one image takes longer than without.
         """
         count = self._count(members)
         chosen = list(self.members)[:count]
