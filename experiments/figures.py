@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from experiments import tables
 from experiments.plan import load_study
@@ -81,6 +82,34 @@ def errors_by_run(lines: Mapping[str, tuple[str, str]]) -> Figure:
     return figure
 
 
+def fractions(study: str, run: str) -> Figure:
+    """FLOPs of each student and of all together in percent of the teacher's: as published, and everything counted.
+
+    The bars of the figure 6 of Mamba-PKD (arXiv 2503.01727), beside those of all multiply-accumulates.
+    """
+    results = chosen(study, [run])[run][0]
+    names = [*(f"{t + 1}" for t in range(len(results["rounds"]))), "all"]
+    counts = {
+        "in_proj and head, as the paper counts": ("flops_published", style.BLUE, -0.2),
+        "every multiply-accumulate": ("macs_total", style.VERMILLION, 0.2),
+    }
+    with style.styled():
+        figure = style.new_figure(3.2, width=1.7 * style.WIDTH)
+        axes = figure.add_subplot()
+        for label, (key, color, shift) in counts.items():
+            costs = [row[key] for row in results["rounds"]]
+            shares = [100 * cost / results["teacher"][key] for cost in (*costs, sum(costs))]
+            bars = axes.bar([place + shift for place in range(len(names))], shares, 0.4, color=color, label=label)
+            axes.bar_label(bars, [f"{value:.2g}" for value in shares], fontsize=7)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlabel("student")
+        axes.set_ylabel("% of the teacher's")
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.1)
+        style.legend_above(axes, 2)
+    return figure
+
+
 def final_errors(study: str, names: Sequence[str]) -> Figure:
     """Test errors of each run's ensemble and last student: means and standard deviations over its seeds.
 
@@ -149,13 +178,14 @@ def curves(study: str, panels: Mapping[str, Mapping[str, tuple[str, str]]]) -> F
 
 
 def digest(figure: Figure) -> str:
-    """What a figure's lines and bands show, in a few letters: the title of its file, which lets a test tell its age."""
+    """What a figure shows, in a few letters: the title of its file, by which a test can tell its age."""
     drawn = [
         [label, [[f"{value:.6g}" for value in point] for point in np.asarray(points)]]
         for axes in figure.axes
         for label, points in (
             *((str(line.get_label()), line.get_xydata()) for line in axes.lines),
             *(("band", path.vertices) for band in axes.collections for path in band.get_paths()),
+            *(("bar", bar.get_corners()) for bar in axes.patches if isinstance(bar, Rectangle)),
             ("limits", (axes.get_xlim(), axes.get_ylim())),
         )
     ]
@@ -167,6 +197,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "digits/errors.png": partial(errors, "digits", "anchored"),
     "mnist_best/errors.png": partial(errors, "mnist_best", "anchored", against_paper=True),
     "mnist_paper/errors.png": partial(errors, "mnist_paper", "published_mean", against_paper=True),
+    "mnist_paper/fractions.png": partial(fractions, "mnist_paper", "published_mean"),
     "mnist_objectives/errors.png": partial(
         errors_by_run,
         {

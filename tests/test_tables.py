@@ -122,6 +122,24 @@ def test_the_tables_against_the_paper_have_its_budgets_and_accuracies(study):
     assert "(2 seeds)" in lines[2]
 
 
+def test_all_seven_students_of_the_paper_have_a_row_of_their_sums(study):
+    (study / "results" / "first-seed1.json").unlink()
+    (study / "results" / "first-seed0.json").write_text(json.dumps(result("first", 0, [0.8] * 6 + [0.7])))
+    lines = slot("paper", " first").splitlines()
+    assert "| all seven | 700 | 490 | 35,000 | 98 | | 71.0 | | |" in lines
+    (study / "results" / "first-seed0.json").write_text(json.dumps(result("first", 0, [0.8] * 6)))
+    assert "all seven" not in slot("paper", " first")
+
+
+def test_rounds_without_any_class_and_prefixes_behind_are_counted_over_the_seeds(study):
+    for seed in (0, 1):
+        with changed(study, f"first-seed{seed}") as run:
+            run["rounds"][1]["edges"]["satisfied"] = 2 * seed
+            run["rounds"][1]["prefix_accuracy"] = 0.7 + 0.3 * seed  # alone 0.7, 0.9
+    row = "| first | 2 | 2 | 1 of 2 | 1 of 2 | 1 of 2 | +0.0 to +10.0 | 81.0 ± 14.1 | 80.0 ± 14.1 |"
+    assert row in slot("readings", " first").splitlines()
+
+
 def test_every_cell_of_a_row(study):
     """Numbers that differ from each other, so that no column can be taken for another."""
     with changed(study, "first-seed0") as run:
@@ -146,6 +164,7 @@ def test_every_cell_of_a_row(study):
         "summary": "| first, mean | 1 | 95.0 | 80.0 | 60.0 | 8.0 points | 1 of 2 | 14 |",
         "students": "| 3 | 60.0% | 80.0% | 50.0% | 33 (66.0%) | 321 (50.0%) | 12 (50.0%) |",
         "paper": "| 2 | 11 | 4 | 107 | 76 | 70.0 | 62.0 | 2 of 2 | 5 |",
+        "readings": "| first | 1 | 3 | 1 of 2 | 0 of 2 | 1 of 2 | -8.0 to +10.0 | 80.0 | 70.0 |",
         "ablation": "| first | 1 | 80.00 | 80.00 | | 0.400 | 60.00 | 8.00 | 1 of 2 | 33 | 321 |",
         "first_students": "| first | 1 | 4 | 50.00 |",
         "teachers": "| first | 1 | 10 | 95.00 | 0.100 |",
@@ -283,6 +302,19 @@ def test_runs_side_by_side_are_drawn_with_their_means(study):
     alone, together = ([[[t, pytest.approx(y)] for t, y in points] for points in panel] for panel in lines)
     assert alone == [[[1, 30], [2, 20]], [[1, 50]]]
     assert together == [[[1, 29], [2, 19]], [[1, 49]]]
+
+
+def test_fractions_of_the_teachers_cost_are_drawn_by_both_counts(study):
+    (study / "results" / "first-seed1.json").unlink()
+    with changed(study, "first-seed0") as run:
+        run["rounds"][1] |= {"flops_published": 35, "macs_total": 500}
+        run["teacher"] |= {"flops_published": 140, "macs_total": 10_000}
+    figure = figures.fractions("some", "first")
+    bars = [bar.get_height() for bar in figure.axes[0].patches]
+    assert bars == [pytest.approx(value) for value in (50, 25, 75, 50, 5, 55)]
+    with changed(study, "first-seed0") as run:
+        run["rounds"][1]["macs_total"] += 100
+    assert figures.digest(figures.fractions("some", "first")) != figures.digest(figure)  # bars are part of it
 
 
 def test_final_errors_are_those_of_the_last_round_and_the_axis_is_that_of_the_ensembles(study):
