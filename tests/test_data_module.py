@@ -1,9 +1,11 @@
 """The split, the batches with their sample indices, and the order, on images whose pixels say which sample they are."""
 
+import json
 import math
 import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -427,11 +429,99 @@ def test_copies_without_an_augmentation_name_what_they_need():
 # ---------------------------------------------------------------------------------- the form of the data
 
 
+def channels_last(images: Tensor) -> Tensor:
+    return torch.from_numpy(images.numpy().transpose(0, 2, 3, 1).copy()).permute(0, 3, 1, 2)
+
+
+def read_only(images: Tensor) -> Tensor:
+    array = images.numpy().copy()
+    array.setflags(write=False)
+    return torch.from_numpy(array)
+
+
+def every_other(images: Tensor) -> Tensor:
+    return torch.stack([images, 255 - images], dim=-1)[..., 0]
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("layout", [channels_last, read_only, every_other])
+def test_the_layout_of_the_sources_tensors_changes_nothing(layout):
+    def source(root: str | None = None) -> ImageSet:
+        plain = colours()
+        labels = torch.stack([plain.labels, plain.labels + 1], dim=1)[:, 0]
+        return ImageSet("colours", layout(plain.images), labels, 2, 100)
+
+    plain = DataModule(DataConfig(colours, augment=add_noise, copies=1))
+    data = DataModule(DataConfig(source, augment=add_noise, copies=1))
+    assert data.images.is_contiguous()
+    assert data.labels.is_contiguous()
+    assert torch.equal(data.images, plain.images)
+    assert torch.equal(data.labels, plain.labels)
+    assert data.fingerprint == plain.fingerprint
+
+
+def test_images_of_a_mapped_file_are_not_written_to(tmp_path):
+    np.save(tmp_path / "images.npy", colours().images.numpy().transpose(0, 2, 3, 1))
+    stored = (tmp_path / "images.npy").read_bytes()
+
+    def source(root: str | None = None) -> ImageSet:
+        images = np.load(tmp_path / "images.npy", mmap_mode="r+")
+        return ImageSet("colours", torch.from_numpy(images).permute(0, 3, 1, 2), colours().labels, 2, 100)
+
+    data = DataModule(DataConfig(source, augment=add_noise, copies=2))
+    assert data.fingerprint == DataModule(DataConfig(colours, augment=add_noise, copies=2)).fingerprint
+    assert (tmp_path / "images.npy").read_bytes() == stored
+
+
+def forgets_root() -> ImageSet:
+    return colours()
+
+
+def breaks(root: str | None = None) -> ImageSet:
+    raise TypeError("expected str, not int")
+
+
+def lacks_data(root: str | None = None) -> ImageSet:
+    raise DataError("mine lacks train.npz")
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "said"),
+    [
+        (forgets_root, ConfigError, "data.source: cannot be called with root=None (got an unexpected"),
+        (breaks, ConfigError, "data.source: fails (TypeError: expected str, not int)"),
+        (lacks_data, DataError, "mine lacks train.npz"),
+        (lambda root: {"images": colours().images}, ConfigError, "data.source: gives a dict, not a pkd_lightning"),
+        (lambda root: None, ConfigError, "data.source: gives a NoneType"),
+        (7, ConfigError, "data.source: cannot be called"),
+    ],
+)
+def test_a_source_that_gives_no_image_set_is_one_error(source, kind, said):
+    with pytest.raises(kind, match=re.escape(said)):
+        DataModule(DataConfig(source))
+
+
+def test_numbers_of_numpy_and_torch_become_plain_ones():
+    data = ImageSet("mine", colours().images, colours().labels, np.int64(2), torch.tensor(100))
+    assert json.dumps([data.num_classes, data.train_size]) == "[2, 100]"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"images": torch.zeros(4, 1, 2, 2)}, "torch.float32"),
-        ({"images": torch.zeros(4, 2, 2, dtype=torch.uint8)}, "(4, 2, 2)"),
+        ({"images": torch.zeros(4, 1, 2, 2)}, "torch.float32 of shape (4, 1, 2, 2), not torch.uint8 of (N, C, H, W)"),
+        ({"images": torch.zeros(4, 2, 2, dtype=torch.uint8)}, "(4, 2, 2), not torch.uint8 of (N, C, H, W): give grey"),
+        ({"images": torch.zeros(4, 8, 8, 3, dtype=torch.uint8)}, "have their channels last"),
+        ({"images": torch.zeros(4, 8, 6, 1, dtype=torch.uint8)}, "images.permute(0, 3, 1, 2)"),
+        ({"images": torch.zeros(4, 3, 0, 8, dtype=torch.uint8)}, "have no pixels"),
+        ({"images": np.zeros((4, 1, 2, 2), np.uint8)}, "images are a ndarray, not a tensor"),
+        ({"images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8, device="meta")}, "on meta, not a dense one on the CPU"),
+        ({"labels": [0, 1, 0, 1]}, "labels are a list, not a tensor"),
+        ({"labels": torch.tensor([[0], [1], [0], [1]], dtype=torch.uint8)}, "give labels.reshape(-1).long()"),
+        ({"labels": torch.tensor([0.0, 1.0, 0.0, 1.0])}, "labels are torch.float32"),
+        ({"num_classes": 2.0}, "num_classes is 2.0, not a whole number"),
+        ({"train_size": None}, "train_size is None, not a whole number"),
+        ({"name": 5}, "name is 5, not a word"),
         ({"labels": torch.tensor([0, 1, 2, 0])}, "labels go from 0 to 2, not within 0 to 1"),
         ({"labels": torch.tensor([0, 1, 0])}, "one per image"),
         ({"labels": torch.zeros(4, dtype=torch.int64), "num_classes": 1}, "at least 2"),

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pkd_lightning.config import Faults, Split
 from pkd_lightning.data.images import ImageSet, normaliser
-from pkd_lightning.errors import ConfigError
+from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.seeding import derive, generator
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -94,20 +95,19 @@ class DataModule:
         mean, std: (C, 1, 1) of the original training images, of pixels scaled to [0, 1].
 
     Raises:
-        ConfigError: where a part of the split would be empty, or `config.augment` makes no copies.
+        ConfigError: where the source fails or gives no `ImageSet`, a part of the split would be empty, or
+            `config.augment` makes no copies.
         DataError: from the source.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        try:
-            data = config.source(root=config.root)
-        except TypeError as error:
-            raise ConfigError([f"data.source: cannot be called with root={config.root!r} ({error})"]) from error
+        data = load_source(config)
         self.name, self.num_classes = data.name, data.num_classes
         train, validation, test = split_rows(data, config)
         order = torch.cat([train.repeat(1 + config.copies), validation, test])
-        self.images, self.labels = data.images[order], data.labels[order]
+        # index_select: contiguous rows whatever the layout of the source's tensors, and no copy of them in between
+        self.images, self.labels = data.images.index_select(0, order), data.labels.index_select(0, order)
         self.originals = len(train)
         self.sizes = (len(order) - len(validation) - len(test), len(validation), len(test))
         self._augment_copies()
@@ -243,6 +243,29 @@ class EpochSampler(Sampler[BatchKey]):
         for step, batch in enumerate(rows.split(self.batch_size)):
             seed = derive(self.seed, self.stage, "augment", self.epoch, step) if self.augment else None
             yield BatchKey(batch, seed)
+
+
+def load_source(config: DataConfig) -> ImageSet:
+    """Call the source.
+
+    Raises:
+        ConfigError: where it cannot be called, fails or gives no `ImageSet`.
+        DataError: from the source.
+    """
+    try:
+        inspect.signature(config.source).bind(root=config.root)
+    except (TypeError, ValueError) as error:
+        fault = f"data.source: cannot be called with root={config.root!r} ({error}); define it as load(root=None)"
+        raise ConfigError([fault]) from error
+    try:
+        data: object = config.source(root=config.root)
+    except PKDError:
+        raise
+    except Exception as error:  # whatever the user's function raises is the fault
+        raise ConfigError([f"data.source: fails ({type(error).__name__}: {error})"]) from error
+    if not isinstance(data, ImageSet):
+        raise ConfigError([f"data.source: gives a {type(data).__name__}, not a pkd_lightning.data.images.ImageSet"])
+    return data
 
 
 def split_rows(data: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor, Tensor]:
