@@ -4,12 +4,14 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from pkd_lightning.errors import RunError
@@ -18,6 +20,7 @@ from pkd_lightning.reporting import comparison, figures, single, style
 from pkd_lightning.reporting.grouping import curve, grouped
 from pkd_lightning.reporting.load import load_run, read_metrics
 from pkd_lightning.reporting.values import acceptance, duration, engineering, percent, share
+from tests.support import tiny_config
 
 PARAMS, FLOPS, MACS = (620, 1206, 2378), (686, 1372, 2744), (12_838, 44_492, 164_248)
 VOID = {"meta", "use", "path", "br", "link", "img"}
@@ -474,6 +477,8 @@ def without(results, *path):
         (json.dumps(make_results() | {"rounds": 7}), "rounds is 7, not a list"),
         (json.dumps(without(make_results(), "rounds", 1, "edges")), r"rounds\[1\]\.edges is missing"),
         (json.dumps(make_results() | {"teacher": {"accuracy": "high"}}), "teacher.accuracy is 'high', not a number"),
+        ("[" * 100_000, "nested more than 32 levels deep"),
+        (json.dumps(make_results())[:-1] + ', "x": ' + "[" * 40 + "]" * 40 + "}", "nested more than 32 levels deep"),
     ],
 )
 def test_damaged_results(tmp_path, capsys, text, message):
@@ -598,6 +603,146 @@ def test_comparison_names_every_broken_run(tmp_path):
 def test_unreadable_configuration_still_compares(tmp_path):
     runs = [make_run(tmp_path / "a", config="a: [1\n b: }{"), make_run(tmp_path / "b", make_results(seed=1))]
     assert "not readable YAML" in visible(compare(runs, tmp_path / "out.html"))
+
+
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (LAUGHS, "it has aliases"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested more than 32 levels deep"),
+        ("".join(f"{' ' * level}k:\n" for level in range(500)), "nested more than 32 levels deep"),
+        ("a: " + "${oc.env:" * 100, ""),
+        ("? [1, 2]\n: x\n", ""),
+        ("a: 1" + "0" * 5000, ""),
+    ],
+)
+def test_a_hostile_configuration_still_compares(tmp_path, monkeypatch, config, why):
+    monkeypatch.setattr(comparison, "students_figure", lambda groups: style.new_figure(1))
+    monkeypatch.setattr(comparison, "macs_figure", lambda groups: style.new_figure(1))
+    if why:  # not even tried: nine levels of aliases are 9^9 nodes
+        monkeypatch.setattr("pkd_lightning.reporting.grouping.OmegaConf.create", None)
+    run = make_run(tmp_path / "a", config=config)
+    text = visible(compare([run], tmp_path / "out.html"))
+    assert "a/config.yaml is not readable YAML (" in text
+    assert why in text
+
+
+def test_keys_and_numbers_of_any_kind_in_a_configuration_compare(tmp_path):
+    kinds = "1: a\n2: {3: b}\ntrue: 5\nbig: 1" + "0" * 400 + "\n"
+    runs = [load_run(make_run(tmp_path / name, config=config)) for name, config in (("a", kinds), ("b", "1: b\n"))]
+    groups, notes = grouped(runs)
+    assert (len(groups), notes) == (2, [])
+    assert "2.3='b'" in groups[0].label
+
+
+def test_the_configuration_of_a_run_has_no_aliases(tmp_path):
+    config = tiny_config(tmp_path, "teacher.trainer.schedule=${trainer.schedule}")
+    file = tmp_path / "config.yaml"
+    file.write_text(OmegaConf.to_yaml(config, resolve=True))
+    groups, notes = grouped([load_run(make_run(tmp_path / "run", config=file.read_text()))])
+    assert (len(groups), notes) == (1, [])
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_integers_beyond_float64_are_shown_as_missing(tmp_path):
+    huge = 10**400
+    results = make_results(seed=huge)
+    results["teacher"]["accuracy"] = results["rounds"][1]["latency_ms"] = results["wall_seconds"]["total"] = huge
+    run = make_run(tmp_path / "run", results)
+    rows = [f'{{"stage": "teacher", "epoch": {epoch}, "train_loss": {huge}}}\n' for epoch in (huge, 0)]
+    (run / "metrics.jsonl").write_text("".join([*rows, "[" * 100_000, "\n"]))
+    text = visible(write_report(run))
+    assert "results.json has no number for teacher.accuracy" in text
+    assert "2 unreadable line(s) skipped, the first is line 1" in text
+    assert "1 loss value(s) are not finite" in text
+    assert "n/a" in table_text(load_run(run).results, 120)
+
+
+def test_losses_that_are_null_are_gaps(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"stage": "teacher", "epoch": 0, "train_loss": null, "validation_loss": 1.0}\n')
+    rows, notes = read_metrics(file)
+    assert len(rows) == 1
+    assert notes == ["metrics.jsonl: 1 loss value(s) are not finite: gaps in the loss curves"]
+
+
+# ---------------------------------------------------------------------------------- links
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A file beside the run that is none of the report's business."""
+    file = tmp_path / "outside.txt"
+    file.write_text("PRECIOUS\n")
+    return file
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("name", "said"), [("config.yaml", "is not shown"), ("metrics.jsonl", "curves are missing")])
+def test_what_a_link_leads_to_is_not_shown(tmp_path, outside, name, said):
+    run = make_run(tmp_path / "run")
+    (run / name).unlink()
+    (run / name).symlink_to(outside)
+    page = write_report(run)
+    assert "PRECIOUS" not in page.read_text()
+    assert re.search(rf"{name} cannot be read \(it is a link.*\): .*{said}", visible(page))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_results_behind_a_link_are_refused(tmp_path, outside):
+    run = make_run(tmp_path / "run")
+    (run / "results.json").unlink()
+    (run / "results.json").symlink_to(outside)
+    with pytest.raises(RunError, match=r"results\.json cannot be read: it is a link"):
+        write_report(run)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_special_and_oversized_files_are_not_read(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").unlink()
+    os.mkfifo(run / "config.yaml")  # opening it would wait for ever
+    (run / "metrics.jsonl").open("w").truncate(2**40)
+    text = visible(write_report(run))
+    assert "config.yaml cannot be read (it is not a regular file)" in text
+    assert "metrics.jsonl cannot be read (it is larger than" in text
+
+
+def test_nothing_outside_the_run_is_written(tmp_path, outside):
+    run = make_run(tmp_path / "run")
+    (run / "figures").mkdir()
+    for name in ("report.html", "report.html.partial", "figures/edges.png"):
+        (run / name).symlink_to(outside)
+    assert "ensemble of 3" in visible(write_report(run))
+    assert outside.read_text() == "PRECIOUS\n"
+    assert not (run / "report.html").is_symlink()
+    assert (run / "figures/edges.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_figures_behind_a_link_are_refused(tmp_path):
+    run, elsewhere = make_run(tmp_path / "run"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run / "figures").symlink_to(elsewhere)
+    with pytest.raises(RunError, match="figures is a link"):
+        write_report(run)
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_page_replaces_files_only(tmp_path):
+    run = make_run(tmp_path / "run")
+    os.mkfifo(tmp_path / "pipe")
+    for out in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(RunError, match="it is not a regular file"):
+            write_report(run, out)
+    assert not (tmp_path / "pipe").is_file()
 
 
 def test_numbers_as_text():

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
+from pkd_lightning.reporting.files import LEVELS
 from pkd_lightning.reporting.load import RunRecord
 from pkd_lightning.reporting.values import number, prefix_cost
 from pkd_lightning.rundir import VOLATILE
@@ -100,11 +102,27 @@ def _settings(run: RunRecord, notes: list[str]) -> dict[str, str]:
     if run.config is None:
         return {}
     try:
+        _check_plain(run.config)
         container = OmegaConf.to_container(OmegaConf.create(run.config), resolve=False)
-    except (YAMLError, OmegaConfBaseException, ValueError):
-        notes.append(f"{run.path / 'config.yaml'} is not readable YAML: grouped by its results only")
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        notes.append(f"{run.path / 'config.yaml'} is not readable YAML ({why}): grouped by its results only")
         return {}
     return dict(_flat(container, ()))
+
+
+def _check_plain(text: str) -> None:
+    """Raise ValueError where YAML has aliases or is nested deeply, which the configuration of a run is not.
+
+    Nine lines of aliases to lists of aliases stand for 9^9 entries, which building the lists would go through.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > LEVELS:
+            raise ValueError(f"it is nested more than {LEVELS} levels deep")
 
 
 def _flat(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """Read what a run left behind, and say exactly what is wrong with it when it cannot be read."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pkd_lightning.errors import RunError
+from pkd_lightning.reporting.files import parse_json, read_plain
 
 SCHEMA = 1
 TEXT_KEYS = ("experiment", "dataset", "split", "objective", "combine")
@@ -16,6 +16,7 @@ TEACHER_KEYS = ("accuracy", *COST_KEYS)
 ROUND_KEYS = ("accuracy", "prefix_accuracy", *COST_KEYS)
 EDGE_KEYS = ("min", "max", "satisfied", "classes")
 ENSEMBLE_KEYS = ("accuracy", *COST_KEYS)
+CONFIG_BYTES = 2**20  # a resolved configuration has some kilobytes
 
 Row = dict[str, Any]
 
@@ -67,9 +68,9 @@ def load_run(path: Path) -> RunRecord:
     metrics, metric_notes = read_metrics(path / "metrics.jsonl")
     config: str | None = None
     try:
-        config = (path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        metric_notes.append("config.yaml is missing: the resolved configuration is not shown")
+        config = read_plain(path / "config.yaml", CONFIG_BYTES).decode("utf-8", errors="replace")
+    except OSError as error:
+        metric_notes.append(f"config.yaml {_why(error)}: the resolved configuration is not shown")
     return RunRecord(path, results, metrics, config, notes + metric_notes)
 
 
@@ -80,7 +81,7 @@ def read_results(file: Path) -> Row:
     if not file.is_file():
         raise RunError(f"no results.json in {file.parent}: a run writes it when its last round is done")
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = parse_json(read_plain(file).decode("utf-8"))
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -104,16 +105,16 @@ def read_metrics(file: Path) -> tuple[list[Row], list[str]]:
     the first is skipped with a note, of the second the last row wins.
     """
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return [], ["metrics.jsonl is missing: loss curves are missing"]
+        lines = read_plain(file).decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        return [], [f"metrics.jsonl {_why(error)}: loss curves are missing"]
     rows: dict[tuple[str, int, int], Row] = {}
     skipped = []
     for place, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             rows[str(row["stage"]), int(row.get("attempt") or 0), int(row["epoch"])] = row
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             skipped.append(place)
@@ -126,11 +127,15 @@ def read_metrics(file: Path) -> tuple[list[Row], list[str]]:
         1
         for row in rows.values()
         for key in ("train_loss", "validation_loss")
-        if isinstance(row.get(key), float) and not math.isfinite(row[key])
+        if key in row and (row[key] is None or (isinstance(row[key], float) and not math.isfinite(row[key])))
     )
     if undefined:
         notes.append(f"metrics.jsonl: {undefined} loss value(s) are not finite: gaps in the loss curves")
     return [rows[key] for key in sorted(rows)], notes
+
+
+def _why(error: OSError) -> str:
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
 
 
 def _numeric(value: Any) -> bool:

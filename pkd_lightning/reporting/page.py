@@ -1,10 +1,10 @@
 """The shell of a page: one file, no requests, readable in light and dark, on a desk and on a phone."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from pkd_lightning.checkpoint import atomic_write
 from pkd_lightning.errors import RunError
 
 CSS = """
@@ -185,10 +185,16 @@ def pairs(values: Mapping[str, str]) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """Write a page so that a reader sees the old one or the new one, never half of it."""
-    partial = file.with_name(file.name + ".partial")
+    """Write a page so that a reader sees the old one or the new one, never half of it; a link at its place is replaced.
+
+    Raises:
+        RunError: it cannot be written, or something other than a file is at its place.
+    """
+    if not file.parent.is_dir():
+        raise RunError(f"cannot write {file}: there is no directory {file.parent}")
+    if file.exists() and not file.is_file():
+        raise RunError(f"cannot write {file}: it is not a regular file")
     try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, file)
+        atomic_write(file, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="replace"))
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}") from error

@@ -33,7 +33,13 @@ from pkd_lightning.reporting.values import (
 
 
 def run_page(run: RunRecord, figures: Path) -> str:
-    """The page of a run; its figures are also saved as PNG files in `figures`."""
+    """The page of a run; its figures are also saved as PNG files in `figures`.
+
+    Raises:
+        RunError: they cannot be saved, or `figures` is a link, which would lead them elsewhere.
+    """
+    if figures.is_symlink():
+        raise RunError(f"{figures} is a link: figures are written only into the run's own directory; remove it")
     results = run.results
     words = [f"{key} {results.get(key, MISSING)}" for key in ("dataset", "split", "objective", "combine", "seed")]
     graphics = []
@@ -169,11 +175,12 @@ def _setting(run: RunRecord) -> list[str]:
     results = run.results
     seconds = results.get("wall_seconds") or {}
     rounds = seconds.get("rounds") if isinstance(seconds, Mapping) else None
+    rounds = rounds if isinstance(rounds, list) else []
     facts = {
         "run directory": str(run.path),
         "sizes (images)": _inline(results.get("sizes")),
         "time, teacher": duration(number(results, "wall_seconds", "teacher")),
-        "time, each round": ", ".join(duration(number({"s": value}, "s")) for value in rounds or []) or MISSING,
+        "time, each round": ", ".join(duration(number({"s": value}, "s")) for value in rounds) or MISSING,
         "time, total": duration(number(results, "wall_seconds", "total")),
         "hardware": _inline(results.get("hardware")),
         "versions": _inline(results.get("versions")),

@@ -18,6 +18,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from pkd_lightning.checkpoint import atomic_write
 from pkd_lightning.reporting.values import engineering
 
 # Okabe and Ito's colours: distinguishable with every common form of colour blindness, yellow left out (on white).
@@ -91,11 +92,10 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
 
 def save_png(figure: Figure, file: Path, title: str) -> None:
-    """The figure as a PNG file of 150 dpi, with its title (the page has the title as text)."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """The figure as a PNG file of 150 dpi, with its title (the page has the title as text); a link is replaced."""
     figure.set_figheight(figure.get_figheight() + 0.3)
     figure.suptitle(title, fontsize=10, fontweight="bold")
-    figure.savefig(file, dpi=150)
+    atomic_write(file, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 def legend_above(axes: Axes, columns: int) -> None:
