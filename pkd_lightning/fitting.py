@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -25,13 +26,23 @@ from pkd_lightning.config import TrainerConfig
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.loggers import rank_zero
 from pkd_lightning.progress import FitProgress
 
 logger = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes before every one of many fits
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data lies in memory
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # once an epoch is intended
+warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a fit is one process, srun or not
 warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")  # lightning 2.6.6 with torch 2.13
+
+
+class FitTrainer(L.Trainer):
+    """A Trainer that takes its arguments from its call alone.
+
+    Lightning fills what is not given from `PL_TRAINER_*` variables, named after the class. One of these, inherited from
+    a shell, would change results under the same run directory.
+    """
 
 
 class FitModule(L.LightningModule):
@@ -254,10 +265,14 @@ def fit(
     module.total_steps = settings.max_epochs * len(training)
     if settings.progress:
         watchers.append(FitProgress(stage.description or stage.name, module.total_steps))
-    trainer = L.Trainer(  # a fresh one every time: a used Trainer fits 0 steps
+    trainer = FitTrainer(  # a fresh one every time: a used Trainer fits 0 steps
         max_epochs=settings.max_epochs,
         accelerator="gpu" if settings.device.type == "cuda" else "cpu",
         devices=1,
+        # one process, whatever variables of a launcher are inherited. Under SLURM's, Lightning would checkpoint on
+        # SIGUSR1, and start every fit from an hpc_ckpt_*.ckpt in its root: that is a folder nobody makes
+        plugins=[LightningEnvironment()],
+        default_root_dir=stage.metrics.parent / "lightning",
         precision=settings.precision,
         logger=list(loggers) or False,
         callbacks=watchers,
@@ -269,12 +284,14 @@ def fit(
     )
     start = time.perf_counter()
     try:
-        with matmul_precision(settings.matmul_precision), compile_errors():
+        with rank_zero(), matmul_precision(settings.matmul_precision), compile_errors():
             trainer.fit(module, EpochLoader(training), data.loader(data.validation, max(settings.batch_size, 256)))
     except SIGTERMException as stop:  # a SystemExit of code 0: make, CI and schedulers would see success
         raise SystemExit(128 + signal.SIGTERM) from stop
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C
-        raise SystemExit(128 + signal.SIGINT) from stop
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+            raise SystemExit(128 + signal.SIGINT) from stop
+        raise
     if best.state is None:
         raise RunError(
             f"{stage.name}: the loss was not finite in any epoch; lower"

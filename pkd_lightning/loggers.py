@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from pkd_lightning.errors import ConfigError
 
@@ -37,6 +38,20 @@ def summary_of(row: Mapping[str, Any]) -> dict[str, float]:
         "edges_satisfied": row["edges"]["satisfied"],
         **edges,
     }
+
+
+@contextmanager
+def rank_zero() -> Iterator[None]:
+    """Lightning's loggers write in the block, whatever rank a launcher's variables give this process.
+
+    A run is one process. Several of them, of different seeds, may be the tasks of one allocation.
+    """
+    before = rank_zero_only.rank  # type: ignore[attr-defined]
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        rank_zero_only.rank = before  # type: ignore[attr-defined]
 
 
 class NoTracker:
@@ -135,10 +150,11 @@ class TensorBoardTracker:
         from lightning.pytorch.loggers import TensorBoardLogger
 
         logger = TensorBoardLogger(str(self.directory), name=name, version=f"attempt-{attempt}")
-        try:
-            yield (logger,)
-        finally:
-            logger.experiment.close()
+        with rank_zero():
+            try:
+                yield (logger,)
+            finally:
+                logger.experiment.close()
 
     def summarise(self, results: Mapping[str, Any]) -> None:
         """The rounds' figures, a step a student."""

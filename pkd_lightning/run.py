@@ -4,7 +4,6 @@ python -m pkd_lightning.run experiment=digits [overrides]
 """
 
 import logging
-import signal
 import sys
 import time
 
@@ -22,6 +21,7 @@ from pkd_lightning.errors import PKDError
 from pkd_lightning.evaluate import collect_results
 from pkd_lightning.experiment import assemble, open_tracker
 from pkd_lightning.fitting import Stage
+from pkd_lightning.process import stopped_by_signals
 from pkd_lightning.report import print_table, write_report
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.teacher import prepare_teacher
@@ -74,15 +74,15 @@ def _job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra runs the other jobs, then reports this one
         sys.exit(f"error: {error}")
-    except (SystemExit, KeyboardInterrupt) as stop:
+    except (SystemExit, KeyboardInterrupt):
         print("stopped; the same command goes on from the last finished round", file=sys.stderr)
-        sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
+        raise
     return max(0.0, rounds[-1]["prefix_validation_accuracy"]) if rounds else None  # type: ignore[index]
 
 
 def main() -> None:
     """Console entry point; Hydra reads the command line."""
-    with explain_overrides():
+    with explain_overrides(), stopped_by_signals():
         _job()
 
 

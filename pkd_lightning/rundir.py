@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pkd_lightning.checkpoint import atomic_write, write_json
 from pkd_lightning.errors import RunError
+from pkd_lightning.process import task
 
 # keys that change where or how a run is shown, not what it computes
 VOLATILE = (
@@ -97,7 +98,9 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunError(f"{self.path}: another process is running this experiment; wait for it") from error
+                raise RunError(
+                    f"{self.path}: another process is running this experiment; wait for it{task()}"
+                ) from error
             text = OmegaConf.to_yaml(config, resolve=True)
             atomic_write(self.path / "config.yaml", lambda path: path.write_text(text))
             handler = logging.FileHandler(self.path / "run.log")

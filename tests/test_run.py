@@ -13,6 +13,7 @@ import pytest
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.experiment import assemble
 from tests.support import TINY, tiny_config, tiny_run
+from tests.test_process import LAUNCHERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,13 +143,13 @@ def test_nothing_private_is_imported_from_lightning() -> None:
     assert private.search("from lightning.pytorch.loops import _Loop")  # the pattern finds what it is meant to
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_stopped_run_says_so_by_its_exit_code(number: int, code: int, tmp_path: Path) -> None:
+    """In a job of SLURM, which sends SIGUSR1 before its time limit, as elsewhere."""
     command = [sys.executable, "-m", "pkd_lightning.run", *TINY, "trainer.max_epochs=100000", "trainer.patience=null"]
     inherited = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and so would the run
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
-    )
+    environment = {**os.environ, **LAUNCHERS["one task of SLURM"], "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     signal.signal(number, inherited)
     try:
         for _ in range(600):
@@ -161,3 +162,4 @@ def test_a_stopped_run_says_so_by_its_exit_code(number: int, code: int, tmp_path
         process.kill()
     assert process.returncode == code
     assert "the same command goes on" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
