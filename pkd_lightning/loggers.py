@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pkd_lightning.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 logging.getLogger("wandb").setLevel(logging.ERROR)
 
 
@@ -69,8 +70,28 @@ class NoTracker:
         """Nothing."""
 
 
+# settings of a W&B session that name one run, as an agent's variables WANDB_RUN_ID and WANDB_SWEEP_ID do
+ONE_RUN = ("run_id", "resume", "resume_from", "fork_from", "sweep_id", "sweep_param_path")
+
+
+@contextmanager
+def any_run(settings: Any) -> Iterator[list[str]]:
+    """Within the block a session's settings name no run; yields those that were set.
+
+    `wandb.init` cannot do it: what is None there does not count, and in a sweep it takes no id.
+    """
+    before = {name: getattr(settings, name) for name in ONE_RUN}
+    for name in ONE_RUN:
+        setattr(settings, name, None)
+    try:
+        yield [name for name, value in before.items() if value is not None]
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
+
+
 class WandbTracker:
-    """Weights & Biases: a run per stage, grouped by the run directory's name.
+    """Weights & Biases: a run per stage, grouped by the run directory's name, whatever W&B's own variables say.
 
     Args:
         directory: the run directory; offline files go below its `wandb/`.
@@ -93,6 +114,7 @@ class WandbTracker:
         self.options: dict[str, Any] = {
             "project": project, "group": group, "mode": mode, "dir": str(directory), "config": dict(config)
         }  # fmt: skip
+        self.said = False
         directory.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -121,10 +143,15 @@ class WandbTracker:
         import wandb
 
         label = name if attempt == 0 else f"{name}-attempt-{attempt}"
-        run = wandb.init(
-            **self.options, name=label, job_type=name.split("-")[0], reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )  # fmt: skip
+        with any_run(wandb.setup().settings) as unused:
+            run = wandb.init(
+                **self.options, name=label, job_type=name.split("-")[0], reinit="finish_previous",
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, sagemaker_disable=True),
+            )  # fmt: skip
+        if unused and not self.said:
+            names = ", ".join(f"WANDB_{setting.upper()}" for setting in unused)
+            logger.info("%s: not used, because each stage is a W&B run of its own, in the group %s", names, run.group)
+            self.said = True
         code = 1
         try:
             yield run
