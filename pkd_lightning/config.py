@@ -138,7 +138,7 @@ class TrainerConfig:
         schedule: progress in [0, 1] to a multiplier of the learning rate (see `pkd_lightning.schedules`).
         max_epochs: most epochs of one fit.
         patience: epochs without a better validation loss before a fit stops; None never stops it early.
-        batch_size: samples per step.
+        batch_size: samples per step. The last step of an epoch has what is left; a single sample joins the step before.
         gradient_clip: largest gradient norm; a step whose norm is not finite is skipped. None does neither.
         accelerator: `cpu`, `gpu`, or `auto`: a GPU where mamba_ssm's CUDA scan can run on it, else the CPU.
         precision: `32-true`, `bf16-mixed` or `16-mixed`.

@@ -21,7 +21,7 @@ from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfi
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
-from pkd_lightning.models.building import check_output
+from pkd_lightning.models.building import check_batch_of_one, check_output
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.teacher import TeacherConfig
 
@@ -52,11 +52,28 @@ class Experiment:
             "teacher.model",
             lambda: check_output(self.teacher.build(data.image_shape, data.num_classes), images, data.num_classes),
         )
+        if not faults:
+            faults += self._faults_of_one(data, images[:1])
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
         collect(faults, "boosting", lambda: self._try_round(data.num_classes))
         if faults:
             raise ConfigError(faults)
+
+    def _faults_of_one(self, data: DataModule, image: torch.Tensor) -> list[str]:
+        """Faults of the models that are to be trained on one sample at a time, and cannot."""
+        faults: list[str] = []
+        builders = [partial(self.student.build, index) for index in range(len(self.student))]
+        models = [(f"student.rungs[{index}]", make, self.trainer) for index, make in enumerate(builders)]
+        if self.teacher.checkpoint is None:
+            models.append(("teacher.model", partial(self.teacher.build), self.teacher.trainer))
+        for key, make, trainer in models:
+            if min(trainer.batch_size, len(data.training)) == 1:
+                model = make(data.image_shape, data.num_classes)
+                given = f"trainer.batch_size={trainer.batch_size}, {len(data.training)} training samples"
+                with_size = f"{key} with {given}"
+                collect(faults, with_size, lambda m=model: check_batch_of_one(m, image))  # type: ignore[misc]
+        return faults
 
     def _try_augmentation(self, data: DataModule) -> None:
         raw = data.images[[0, 0]]

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from pkd_lightning.data import epochs
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, BatchDataset, DataConfig, DataModule
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.fitting import FitModule, Stage, fit
+from pkd_lightning.experiment import assemble
+from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.progress import FitProgress
 from pkd_lightning.schedules import constant, cosine
 from pkd_lightning.teacher import TeacherModule
-from tests.support import patterns
+from tests.support import patterns, tiny_config
 
 BATCH = 16
 ADAM = partial(torch.optim.AdamW, lr=0.02)
@@ -455,3 +457,78 @@ def test_a_fit_whose_weights_are_lost_ends(tmp_path, caplog):
         fit(module, images(), stage(tmp_path))
     assert len(lines(tmp_path)) == 1
     assert "weights are not finite" in caplog.text
+
+
+# ---------------------------------------------------------------------------------- batches of one sample
+
+
+class Normed(nn.Module):
+    """Batch norm on one value per channel and image, as ResNet's last on small images; keeps its batches' sizes."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, num_classes))
+        self.sizes: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.sizes.append(len(images))
+        return self.net(images)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"),
+    [(88, [88, 88, 88, 88, 89]), (110, [110, 110, 110, 111]), (440, [441]), (441, [441]), (439, [439, 2])],
+)
+def test_a_last_batch_of_one_joins_the_one_before(
+    batch_size: int, sizes: list[int], workers: int, tmp_path: Path
+) -> None:
+    data, model = images(), Normed((1, 8, 8), 3)
+    module = TeacherModule(model, settings(batch_size=batch_size, num_workers=workers))
+    fit(module, data, stage(tmp_path))
+    assert model.sizes == 2 * sizes
+    assert module.total_steps == 2 * len(sizes)
+    loader = data.training_loader(batch_size, 0, "teacher/0")
+    assert torch.equal(torch.cat([batch.index for batch in loader]).sort().values, torch.arange(441))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 40, 440, 441, 1000])
+def test_all_other_batches_are_equal_parts_of_the_order(batch_size: int) -> None:
+    data = images()
+    order = torch.cat([batch.index for batch in data.training_loader(1, 0, "teacher/0")])
+    parts = list(order.split(batch_size))
+    if batch_size in (2, 40, 440):  # 441 rows leave one over
+        parts[-2:] = [torch.cat(parts[-2:])]
+    found = [batch.index for batch in data.training_loader(batch_size, 0, "teacher/0")]
+    assert all(torch.equal(one, other) for one, other in zip(found, parts, strict=True))
+
+
+def test_evaluation_takes_a_last_batch_of_one(tmp_path: Path) -> None:
+    data, model = images(validation_fraction=1 / 490), Normed((1, 8, 8), 3).eval()
+    assert data.sizes == (489, 1, 210)
+    by_size = [predict(model, data, data.training, torch.device("cpu"), batch_size=size) for size in (61, 489)]
+    torch.testing.assert_close(*by_size)
+    fit(TeacherModule(model.train(), settings()), data, stage(tmp_path))
+    assert lines(tmp_path)[0]["validation_accuracy"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given"),
+    [
+        (("trainer.batch_size=1",), "trainer.batch_size=1, 101 training samples"),
+        (("data.limit=4", "data.test_fraction=0.4", "data.validation_fraction=0.5"), "16, 1 training samples"),
+    ],
+)
+def test_a_model_that_cannot_train_on_one_sample_is_found_before_anything_is_trained(
+    overrides: tuple[str, ...], given: str, tmp_path: Path
+) -> None:
+    experiment = assemble(tiny_config(tmp_path, *overrides))
+    data = DataModule(experiment.data)
+    experiment.check(data)  # models without batch norm train on one sample
+    normed = replace(experiment, teacher=replace(experiment.teacher, model=partial(Normed)))
+    with pytest.raises(ConfigError, match=f"teacher.model with .*{given}: .*more than 1 value per channel") as error:
+        normed.check(data)
+    assert len(error.value.faults) == 1  # the students are not at fault
+    checkpoint = replace(normed.teacher, checkpoint=__file__)
+    replace(normed, teacher=checkpoint).check(data)  # is not trained

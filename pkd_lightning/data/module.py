@@ -220,7 +220,11 @@ def _as_is(batch: Any) -> Any:
 
 
 class EpochSampler(Sampler[BatchKey]):
-    """Yields one `BatchKey` per batch. Lightning calls `set_epoch` before each epoch."""
+    """Yields one `BatchKey` per batch. Lightning calls `set_epoch` before each epoch.
+
+    Where the last of the shuffled batches would hold one sample, it joins the batch before it. Batch norm cannot train
+    on one value per channel, and to drop the sample would leave another one out in each epoch.
+    """
 
     def __init__(
         self, rows: range, batch_size: int, seed: int = 0, stage: str = "", shuffle: bool = False, augment: bool = False
@@ -233,14 +237,21 @@ class EpochSampler(Sampler[BatchKey]):
         """Choose the epoch whose order the next iteration follows."""
         self.epoch = epoch
 
+    def sizes(self) -> list[int]:
+        """The number of rows in each batch."""
+        whole, rest = divmod(len(self.rows), self.batch_size)
+        if self.shuffle and rest == 1 and whole > 0:
+            return [self.batch_size] * (whole - 1) + [self.batch_size + 1]
+        return [self.batch_size] * whole + [rest] * (rest > 0)
+
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return len(self.sizes())
 
     def __iter__(self) -> Iterator[BatchKey]:
         rows = torch.arange(self.rows.start, self.rows.stop)
         if self.shuffle:
             rows = rows[torch.randperm(len(rows), generator=generator(self.seed, self.stage, "order", self.epoch))]
-        for step, batch in enumerate(rows.split(self.batch_size)):
+        for step, batch in enumerate(rows.split(self.sizes())):
             seed = derive(self.seed, self.stage, "augment", self.epoch, step) if self.augment else None
             yield BatchKey(batch, seed)
 

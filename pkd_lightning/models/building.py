@@ -1,5 +1,6 @@
 """Building any importable classifier for a data set's images, and checking that it gives their logits."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,6 +51,19 @@ def check_output(model: nn.Module, images: Tensor, num_classes: int) -> None:
     expected = (len(images), num_classes)
     if found != expected:
         raise ConfigError([f"gives shape {found} for {len(images)} images of {num_classes} classes, not {expected}"])
+
+
+def check_batch_of_one(model: nn.Module, image: Tensor) -> None:
+    """Run one image (1, C, H, W) through a copy of `model` in training mode, as a batch of one sample does.
+
+    Raises:
+        ConfigError: where it fails, as batch norm does on one value per channel.
+    """
+    try:
+        copy.deepcopy(model).train()(image)
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError([f"cannot train on a batch of one sample ({cause}); use larger batches"]) from error
 
 
 def _name(make: Callable[..., Any]) -> str:
