@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,76 @@ def test_an_epochs_batches_are_those_of_the_data_loader(
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert max(fetched) == most  # at once in memory
     assert sum(fetched) == 2 * 28
+
+
+def refuse(delivered: int, kind: str) -> Callable[..., Tensor]:
+    """`Tensor.share_memory_` as where /dev/shm has room for so many batches."""
+    share, calls = Tensor.share_memory_, []
+
+    def limited(tensor: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3 * delivered:
+            raise RuntimeError(f"unable to allocate {kind}(shm) for file </torch_1>: No space left on device (28)")
+        return share(tensor)
+
+    return limited
+
+
+@pytest.mark.parametrize("augment", [None, add_noise])
+@pytest.mark.parametrize("delivered", [0, 5])
+def test_without_shared_memory_an_epoch_goes_on_in_this_process(
+    delivered: int, augment: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Tensor, "share_memory_", refuse(delivered, "shared memory"))
+    data = images(augment=augment)
+    plain, loader = (data.training_loader(BATCH, 0, "teacher/0", workers) for workers in (0, 1))
+    ours = EpochLoader(loader)
+    for epoch in (0, 1):
+        for one in (plain, ours):
+            one.sampler.set_epoch(epoch)
+        for found, expected in zip(next(iter(ours)), plain, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    (said,) = [record.message for record in caplog.records if "num_workers=1" in record.message]
+    assert "No space left on device" in said
+    assert "/dev/shm" in said
+
+
+def test_without_shared_memory_a_loader_fails_and_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "share_memory_", refuse(5, "shared memory"))
+    with pytest.raises(RuntimeError, match="No space left"):
+        list(images().training_loader(BATCH, 0, "teacher/0", 1))
+
+
+def test_without_semaphores_an_epoch_is_loaded_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> Any:
+        raise OSError(28, "No space left on device")
+
+    data = images()
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", full)
+    (epoch,) = EpochLoader(data.training_loader(BATCH, 0, "teacher/0", 1))
+    assert sum(len(batch.labels) for batch in epoch) == 441
+
+
+def test_keys_reach_a_loader_process_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = next(iter(images(augment=add_noise).training_loader(BATCH, 0, "teacher/0", 1).sampler))
+
+    def refused(tensor: Tensor) -> Any:
+        raise AssertionError("in shared memory")
+
+    monkeypatch.setattr("torch.multiprocessing.reductions.reduce_tensor", refused)
+    monkeypatch.setitem(ForkingPickler._extra_reducers, Tensor, refused)
+    found = pickle.loads(ForkingPickler.dumps(key))
+    assert torch.equal(found.rows, key.rows)
+    assert (type(found), found.augmentation_seed) == (type(key), key.augmentation_seed)
+
+
+def test_other_faults_of_loader_processes_are_not_hidden() -> None:
+    def broken(images: Tensor, generator: torch.Generator) -> Tensor:
+        raise RuntimeError("made up")
+
+    (epoch,) = EpochLoader(images(augment=broken).training_loader(BATCH, 0, "teacher/0", 1))
+    with pytest.raises(RuntimeError, match="made up"):
+        list(epoch)
 
 
 class Recorded(TeacherModule):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pkd_lightning.config import Faults, Split
 from pkd_lightning.data.images import ImageSet, normaliser
@@ -33,6 +33,14 @@ class BatchKey(NamedTuple):
 
     rows: Tensor
     augmentation_seed: int | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a worker as bytes: in shared memory, a key that finds no room would be lost, and the training wait."""
+        return _unpickled, (self.rows.numpy(), self.augmentation_seed)
+
+
+def _unpickled(rows: Any, augmentation_seed: int | None) -> BatchKey:
+    return BatchKey(torch.from_numpy(rows), augmentation_seed)
 
 
 @dataclass(frozen=True)
@@ -215,7 +223,14 @@ class BatchDataset(Dataset[Batch]):
 
 
 def _as_is(batch: Any) -> Any:
-    """In place of the DataLoader's own conversion, which costs as much as fetching a small batch."""
+    """In place of the DataLoader's own conversion, which costs as much as fetching a small batch.
+
+    A worker moves its tensors to shared memory here, where an error reaches the training process. Without it they are
+    moved by the thread that sends them. Where /dev/shm is full, that thread loses the batch, and the training waits.
+    """
+    if get_worker_info() is not None:
+        for part in batch:
+            part.share_memory_()
     return batch
 
 
