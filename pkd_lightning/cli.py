@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,9 +19,18 @@ CONF = str(next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 
 
 def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
-    """Compose the configuration as the command line would, for use from Python and notebooks."""
-    with initialize_config_dir(conf, version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    """Compose the configuration as the command line would, for use from Python and notebooks.
+
+    A program that has initialised Hydra for itself, or runs under it, finds it afterwards as it was.
+    """
+    running, base = GlobalHydra.instance().hydra, version.getbase()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(conf, version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = running
+        version.VersionBase.instance().setbase(base)  # type: ignore[arg-type]
 
 
 def log_to_terminal() -> None:
@@ -51,7 +60,6 @@ def suggestions(arguments: list[str]) -> list[str]:
     chosen = [
         argument for argument in arguments if argument.startswith(("experiment=", "data=", "student=", "teacher="))
     ]
-    GlobalHydra.instance().clear()
     try:
         config = load_config(*(argument for argument in chosen if "," not in argument))
     except Exception:  # a group choice is at fault, and Hydra has already listed what there is

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 
 class PKDError(Exception):
-    """Base of every error whose message alone tells the user what to do."""
+    """Base of every error whose message alone tells the user what to do.
+
+    Each survives `copy` and `pickle`: launchers such as joblib and submitit bring it from other processes.
+    """
 
 
 class ConfigError(PKDError):
@@ -12,8 +15,11 @@ class ConfigError(PKDError):
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = list(faults)
+        super().__init__(self.faults)  # as it came: copies are made by calling the class with `args` again
+
+    def __str__(self) -> str:
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
-        super().__init__(f"the configuration has {len(self.faults)} fault(s):\n{lines}")
+        return f"the configuration has {len(self.faults)} fault(s):\n{lines}"
 
 
 class DataError(PKDError):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir, version
+from hydra.core.global_hydra import GlobalHydra
 
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.cli import CONF, load_config, suggestions
@@ -245,3 +247,14 @@ def test_the_users_functions_are_tried_before_the_teacher_is_trained(
 @pytest.mark.parametrize("name", ["../escape", "''", "a/b", ".hidden"])
 def test_a_name_is_a_folders_name(name: str) -> None:
     assert any("name=" in fault for fault in faults_of(f"name={name}"))
+
+
+def test_a_configuration_is_composed_in_a_program_that_uses_hydra_itself() -> None:
+    with initialize_config_dir(CONF, version_base="1.2"):
+        before = GlobalHydra.instance().hydra
+        assert load_config("seed=3").seed == 3
+        assert suggestions(["boosting.rouns=3"])
+        assert GlobalHydra.instance().hydra is before
+        assert str(version.getbase()) == "1.2"
+        assert compose("config", ["seed=4"]).seed == 4
+    assert not GlobalHydra.instance().is_initialized()
