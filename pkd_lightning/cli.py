@@ -2,16 +2,18 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from pkd_lightning.config import suggest
+from pkd_lightning.composition import PACKAGE, did_you_mean, option_names
+from pkd_lightning.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent
 # in an installed wheel conf/ lies inside the package, in a checkout beside it
@@ -22,15 +24,26 @@ def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
     """Compose the configuration as the command line would, for use from Python and notebooks.
 
     A program that has initialised Hydra for itself, or runs under it, finds it afterwards as it was.
+
+    Raises:
+        ConfigError: a group is overridden by null, or an experiment lacks its package line. For whatever else is wrong
+            in an override Hydra has its own errors.
     """
-    running, base = GlobalHydra.instance().hydra, version.getbase()
+    faults = null_groups(overrides)
+    if faults:
+        raise ConfigError(faults)
+    running, base = GlobalHydra.instance().hydra, version.VersionBase.instance().version_base
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(conf, version_base="1.3"):
             return compose("config", overrides=list(overrides))
+    except ConfigCompositionException as error:
+        if "@experiment." in str(error):  # its defaults are looked for below itself
+            raise ConfigError([f"experiment: {str(error).splitlines()[0][:-1]}; {PACKAGE}"]) from error
+        raise
     finally:
         GlobalHydra.instance().hydra = running
-        version.VersionBase.instance().setbase(base)  # type: ignore[arg-type]
+        version.VersionBase.instance().version_base = base
 
 
 def log_to_terminal() -> None:
@@ -43,8 +56,11 @@ def log_to_terminal() -> None:
 
 @contextmanager
 def explain_overrides() -> Iterator[None]:
-    """After Hydra has rejected an override, name the key it may have meant."""
+    """After Hydra has rejected an override, name the key it may have meant; reject those it has no message for."""
     sys.path.insert(0, "")  # `pkd` finds modules in the current directory, as `python -m` does
+    faults = null_groups(sys.argv[1:])
+    if faults:
+        sys.exit(f"error: {ConfigError(faults)}")
     try:
         yield
     except SystemExit as stop:
@@ -57,31 +73,26 @@ def explain_overrides() -> Iterator[None]:
 def suggestions(arguments: list[str]) -> list[str]:
     """A line for each `key=value` whose key is neither an option nor a group of the configuration."""
     given = [argument.split("=", 1)[0] for argument in arguments if "=" in argument and argument[0] not in "+~-"]
-    chosen = [
-        argument for argument in arguments if argument.startswith(("experiment=", "data=", "student=", "teacher="))
-    ]
+    groups = tuple(f"{path.name}=" for path in Path(CONF).iterdir() if path.is_dir())
+    chosen = [argument for argument in arguments if argument.startswith(groups) and "," not in argument]
+    own = [after for argument, after in pairwise(arguments) if argument in ("--config-dir", "-cd")]
     try:
-        config = load_config(*(argument for argument in chosen if "," not in argument))
+        config = load_config(*(f"hydra.searchpath=[file://{Path(path).absolute()}]" for path in own), *chosen)
+    except ConfigError as error:
+        return error.faults
     except Exception:  # a group choice is at fault, and Hydra has already listed what there is
         return []
-    known = _keys(OmegaConf.to_container(config)) | {"experiment"}
+    known = option_names(OmegaConf.to_container(config)) | {"experiment"}
     unknown = [key for key in given if key not in known and "/" not in key and not key.startswith("hydra")]
-    return [f"{key!r} is not an option.{_nearest(key, known)}" for key in unknown]
+    return [f"{key!r} is not an option.{did_you_mean(key, known)}" for key in unknown]
 
 
-def _nearest(key: str, known: set[str]) -> str:
-    """Suggest by the whole key, else by its last part."""
-    whole = suggest(key, known)
-    if whole:
-        return whole
-    leaves = {name.split(".")[-1]: name for name in sorted(known, reverse=True)}
-    return suggest(key.split(".")[-1], leaves)
-
-
-def _keys(node: Any, prefix: str = "") -> set[str]:
-    if not isinstance(node, dict):
-        return set()
-    found = set()
-    for key, value in node.items():
-        found |= {f"{prefix}{key}"} | _keys(value, f"{prefix}{key}.")
-    return found
+def null_groups(arguments: Iterable[str]) -> list[str]:
+    """A fault for each group that is overridden by null, for which Hydra has only a traceback."""
+    pairs = [argument.lstrip("+").partition("=") for argument in arguments]
+    folders = {path.name: path for path in Path(CONF).iterdir() if path.is_dir()}
+    return [
+        f"{key}={value}: must be one of {', '.join(sorted(path.stem for path in folders[key].glob('*.yaml')))}"
+        for key, equals, value in pairs
+        if equals and key in folders and value in ("null", "")
+    ]

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -16,7 +16,8 @@ import torch
 from pkd_lightning.errors import ConfigError
 
 T = TypeVar("T")
-KEY = re.compile(r"[\w.\[\]]+[=:]")
+KEY = re.compile(r"[\w.]+[=:]")
+MEANT = re.compile(r"(no such option\. Did you mean ')")  # what follows is a key
 
 Require = Literal["auto", "condition", "improvement"]
 OnFailure = Literal["expand", "accept"]
@@ -46,9 +47,14 @@ def build(cls: type[T], options: Mapping[str, Any]) -> T:
     """Construct the dataclass `cls` from `options`.
 
     Raises:
-        ConfigError: for unknown keys, with suggestions, and for whatever `cls` itself finds.
+        ConfigError: for unknown keys, with suggestions, for missing ones, and for whatever `cls` itself finds.
     """
-    faults = unknown_keys(options, [f.name for f in fields(cls)])  # type: ignore[arg-type]
+    if not isinstance(options, Mapping):
+        raise ConfigError([f"must be a mapping of options, not {options!r}"])
+    known = fields(cls)  # type: ignore[arg-type]
+    faults = unknown_keys(options, [f.name for f in known])
+    required = [f.name for f in known if f.default is MISSING and f.default_factory is MISSING]
+    faults += [f"{name}: is missing" for name in required if name not in options]
     if faults:
         raise ConfigError(faults)
     return cls(**options)
@@ -59,9 +65,19 @@ def collect(faults: list[str], prefix: str, make: Callable[[], T]) -> T | None:
     try:
         return make()
     except ConfigError as error:
-        # a fault begins with the key it is about, or it is about `prefix` itself
-        faults.extend(f"{prefix}{'.' if KEY.match(fault) else ': '}{fault}" for fault in error.faults)
+        faults.extend(under(prefix, error.faults))
         return None
+
+
+def under(prefix: str, faults: Iterable[str]) -> list[str]:
+    """Faults found in the part `prefix`, with every key as it can be typed, the suggested ones too."""
+    found = []
+    for fault in faults:
+        if KEY.match(fault):
+            found.append(f"{prefix}." + MEANT.sub(lambda said: f"{said[0]}{prefix}.", fault))
+        else:  # it is about `prefix` itself
+            found.append(f"{prefix}: {fault}")
+    return found
 
 
 class Faults:
@@ -110,6 +126,12 @@ class Faults:
         value = getattr(self.owner, name)
         if value not in allowed:
             self.found.append(f"{name}={value!r}: must be one of {', '.join(allowed)}.{suggest(str(value), allowed)}")
+
+    def called(self, name: str, optional: bool = False) -> None:
+        """`name` must be something to call (or None where `optional`)."""
+        value = getattr(self.owner, name)
+        if not callable(value) and not (value is None and optional):
+            self.found.append(f"{name}={value!r}: must be a `_target_` with `_partial_: true`")
 
     def flag(self, name: str) -> None:
         """`name` must be a bool."""

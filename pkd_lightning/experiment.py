@@ -1,13 +1,13 @@
 """From a composed configuration to the parts of an experiment, with every fault of it found at once."""
 
+import inspect
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hydra.errors import HydraException
@@ -17,13 +17,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.boosting.objectives import RoundBatch
-from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, build, collect, resolve
+from pkd_lightning.composition import top_level_faults
+from pkd_lightning.config import (
+    BoostingConfig,
+    TrainerConfig,
+    WeakLearnerConfig,
+    build,
+    collect,
+    resolve,
+    under,
+    unknown_keys,
+)
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.models.building import check_batch_of_one, check_output
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.teacher import TeacherConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,11 @@ class Experiment:
         Raises:
             ConfigError: listing every fault.
         """
-        faults = [f"student.{fault}" for fault in self.student.faults(self.boosting.rounds, data.image_shape)]
+        faults = under("student", self.student.faults(self.boosting.rounds, data.image_shape))
         images = data.normalise(data.images[[0, 0]])
         for index in range(0 if faults else len(self.student)):
             build = partial(self.student.build, index, data.image_shape, data.num_classes)
-            collect(faults, f"student.rungs[{index}]", lambda b=build: check_output(b(), images, data.num_classes))  # type: ignore[misc]
+            collect(faults, f"student.rungs.{index}", lambda b=build: check_output(b(), images, data.num_classes))  # type: ignore[misc]
         collect(
             faults,
             "teacher.model",
@@ -117,37 +129,53 @@ def assemble(config: DictConfig) -> Experiment:
     Raises:
         ConfigError: listing every fault of every part.
     """
-    faults: list[str] = []
+    faults = top_level_faults(config)
 
-    def part(key: str, cls: Any) -> Any:
-        return collect(faults, key, lambda: build(cls, options(config[key])))
+    def part(key: str, make: Callable[[DictConfig], T]) -> T | None:
+        node = config.get(key)  # what is missing is among the faults already
+        return collect(faults, key, lambda: make(node)) if isinstance(node, DictConfig) else None
 
-    data = part("data", DataConfig)
-    trainer = part("trainer", TrainerConfig)
-    teacher = collect(faults, "teacher", lambda: _teacher(config.teacher))
-    student = collect(faults, "student", lambda: _instantiate(config.student))
-    boosting = collect(faults, "boosting", lambda: _boosting(config.boosting))
+    data = part("data", lambda node: build(DataConfig, options(node)))
+    trainer = part("trainer", lambda node: build(TrainerConfig, options(node)))
+    teacher = part("teacher", _teacher)
+    student = part("student", _ladder)
+    boosting = part("boosting", _boosting)
+    part("logger", _tracker)
     if student is not None:
-        rounds = config.boosting.rounds  # read here, to be checked even where another boosting option is at fault
-        faults += [f"student.{fault}" for fault in student.faults(rounds if isinstance(rounds, int) else 1)]
-    if not isinstance(config.seed, int) or config.seed < 0:
-        faults.append(f"seed={config.seed!r}: must be a whole number of at least 0")
-    if not re.fullmatch(r"\w[\w.-]*", str(config.name)):
-        faults.append(f"name={config.name!r}: must be a folder's name of letters, digits, '_', '-' and '.'")
-    if config.threads is not None and (not isinstance(config.threads, int) or config.threads < 1):
-        faults.append(f"threads={config.threads!r}: must be null or a whole number of at least 1")
+        rounds = OmegaConf.select(config, "boosting.rounds")  # checked even where another boosting option is at fault
+        faults += under("student", student.faults(rounds if isinstance(rounds, int) else 1))
     if faults:
         raise ConfigError(faults)
     return Experiment(data, teacher, student, boosting, trainer)  # type: ignore[arg-type]
 
 
+def _ladder(config: DictConfig) -> Ladder:
+    faults = unknown_keys([str(key) for key in config if str(key)[0] != "_"], inspect.signature(Ladder).parameters)
+    ladder = None if faults else _instantiate(config)
+    if faults:
+        raise ConfigError(faults)
+    if not isinstance(ladder, Ladder):
+        raise ConfigError(["_target_: must be pkd_lightning.models.ladder.Ladder, without `_partial_`"])
+    return ladder
+
+
+def _tracker(config: DictConfig) -> Callable[..., Tracker]:
+    make = _callable(config)
+    target, given = getattr(make, "func", make), getattr(make, "keywords", {})
+    known = [name for name in inspect.signature(target).parameters if name not in ("directory", "group", "config")]
+    faults = unknown_keys(given, known)
+    if faults:
+        raise ConfigError(faults)
+    return make
+
+
 def _teacher(config: DictConfig) -> TeacherConfig:
     given = options(config)
     faults: list[str] = []
-    trainer = collect(faults, "trainer", lambda: build(TrainerConfig, options(config.trainer)))
-    check = getattr(getattr(given["model"], "func", None), "faults", None)
+    trainer = collect(faults, "trainer", lambda: build(TrainerConfig, options(config.get("trainer"))))
+    check = getattr(getattr(given.get("model"), "func", None), "faults", None)
     if check is not None:
-        faults += [f"model.{fault}" for fault in check(given["model"].keywords, None)]
+        faults += under("model", check(given["model"].keywords, None))
     if faults:
         raise ConfigError(faults)
     return build(TeacherConfig, {**given, "trainer": trainer})
@@ -167,11 +195,13 @@ def _boosting(config: DictConfig) -> BoostingConfig:
 
 
 def options(config: DictConfig) -> dict[str, Any]:
-    """The entries of a node as Python values, those with a `_target_` instantiated.
+    """The entries of a node as Python values, those with a `_target_` instantiated: to something that can be called.
 
     Raises:
         ConfigError: where an interpolation or a `_target_` fails.
     """
+    if not isinstance(config, DictConfig):
+        raise ConfigError([f"must be a mapping of options, not {config!r}"])
     found: dict[str, Any] = {}
     faults: list[str] = []
     for key in config:
@@ -179,7 +209,7 @@ def options(config: DictConfig) -> dict[str, Any]:
         try:
             value = config[name]
             if isinstance(value, DictConfig) and "_target_" in value:
-                found[name] = _instantiate(value)
+                found[name] = _callable(value)
             elif isinstance(value, (DictConfig, ListConfig)):
                 found[name] = OmegaConf.to_container(value, resolve=True)
             else:
@@ -191,6 +221,17 @@ def options(config: DictConfig) -> dict[str, Any]:
     if faults:
         raise ConfigError(faults)
     return found
+
+
+def _callable(config: DictConfig) -> Callable[..., Any]:
+    hint = "" if config.get("_partial_") else "; it is called later, with more arguments: is `_partial_: true` missing?"
+    try:
+        made = _instantiate(config)
+    except ConfigError as error:
+        raise ConfigError([fault + hint * ("argument" in fault) for fault in error.faults]) from error
+    if not callable(made):
+        raise ConfigError([f"gives a {type(made).__name__}, which cannot be called{hint}"])
+    return made  # type: ignore[no-any-return]
 
 
 def _instantiate(config: DictConfig) -> Any:
@@ -208,11 +249,7 @@ def open_tracker(config: DictConfig, directory: Path) -> Tracker:
     """The tracker of a run in `directory`, whose stages are grouped by the directory's name.
 
     Raises:
-        ConfigError: where `config.logger` has options the tracker does not know.
+        ConfigError: where the tracker refuses the options of `config.logger`, or its package is not installed.
     """
-    make = _instantiate(config.logger)
-    try:
-        tracker: Tracker = make(directory, group=directory.name, config=OmegaConf.to_container(config, resolve=True))
-    except TypeError as error:
-        raise ConfigError([f"logger: {error}"]) from error
-    return tracker
+    make = _tracker(config.logger)
+    return make(directory, group=directory.name, config=OmegaConf.to_container(config, resolve=True))

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import atomic_write, read_json, save_weights, write_json
-from pkd_lightning.config import TrainerConfig
+from pkd_lightning.config import Faults, TrainerConfig
 from pkd_lightning.data.module import Batch, DataModule
-from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest
@@ -45,8 +45,13 @@ class TeacherConfig:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        faults = Faults(self)
+        faults.called("model")
+        if isinstance(self.model, nn.Module):
+            faults.found.append("model: is built already, before the images are known; `_partial_: true` is missing")
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
-            raise ConfigError([f"checkpoint={self.checkpoint!r}: no such file"])
+            faults.found.append(f"checkpoint={self.checkpoint!r}: no such file")
+        faults.raise_if_any()
 
     def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
         """The untrained model.

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.cli import CONF, load_config, suggestions
+from pkd_lightning.composition import PARTS, SETTINGS
 from pkd_lightning.config import BoostingConfig
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
@@ -90,7 +92,7 @@ def test_all_faults_are_listed_at_once() -> None:
     )  # fmt: skip
     text = "\n".join(faults)
     for part in (
-        "rungs[0].d_state=0", "8 rounds (boosting.rounds) on a ladder of 7", "data.validation_fraction=1.0",
+        "student.rungs.0.d_state=0", "8 rounds (boosting.rounds) on a ladder of 7", "data.validation_fraction=1.0",
         "data.split='half'", "trainer.max_epochs=0", "Did you mean 'anchored'?", "boosting.weak_learner.fraction=2",
         "teacher.model.head='flat'", "seed=-1", "teacher.trainer.max_epochs=0",
     ):  # fmt: skip
@@ -104,9 +106,12 @@ def test_eight_rounds_on_seven_rungs_are_fine_with_repetition() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("+student.rungs.0.d_stat=4", "Did you mean 'd_state'?"),
-        ("+boosting.round=3", "Did you mean 'rounds'?"),
-        ("+data.validation=0.1", "Did you mean 'validation_fraction'?"),
+        (
+            "+student.rungs.0.d_stat=4",
+            "student.rungs.0.d_stat: no such option. Did you mean 'student.rungs.0.d_state'?",
+        ),
+        ("+boosting.round=3", "Did you mean 'boosting.rounds'?"),
+        ("+data.validation=0.1", "Did you mean 'data.validation_fraction'?"),
         ("boosting.combine=average", "mean"),
         ("student.model=pkd_lightning.models.Nothing", "cannot be imported"),
         ("data.source._target_=pkd_lightning.data.nothing", "data"),
@@ -135,12 +140,114 @@ def test_a_length_that_does_not_divide_the_image_fails_before_training(tmp_path:
         ("boosting.rouns=3", "boosting.rounds"),
         ("trainer.max_epoch=3", "trainer.max_epochs"),
         ("data.limt=3", "data.limit"),
-        ("rounds=3", "rounds"),
+        ("rounds=3", "boosting.rounds"),
+        ("lr=0.1", "trainer.optimizer.lr"),
+        ("trainer.lr=0.1", "trainer.optimizer.lr"),
+        ("teacher.max_epochs=3", "teacher.trainer.max_epochs"),
+        ("boosting.fraction=1", "boosting.weak_learner.fraction"),
+        ("student.rungs.0.d_stat=1", "student.rungs.0.d_state"),
     ],
 )
 def test_a_misspelt_override_suggests_the_right_one(argument: str, said: str) -> None:
     (line,) = suggestions(["experiment=digits", argument])
-    assert said in line
+    assert f"Did you mean {said!r}?" in line
+
+
+def test_suggestions_are_also_of_the_users_own_files(tmp_path: Path) -> None:
+    write_group(tmp_path, "student", "# @package _global_\nstudent: {mine: 1}")
+    given = ["--config-dir", str(tmp_path), "student=mine", "student.minne=2"]
+    assert suggestions(given) == ["'student.minne' is not an option. Did you mean 'student.mine'?"]
+
+
+def write_group(folder: Path, group: str, text: str) -> str:
+    """A file `mine` of the user's in a group; the override that makes it found."""
+    (folder / group).mkdir()
+    (folder / group / "mine.yaml").write_text(text)
+    return f"hydra.searchpath=[file://{folder}]"
+
+
+def test_settings_that_nothing_reads_are_faults(tmp_path: Path) -> None:
+    text = "# @package _global_\nname: mine\ntrianer: {max_epochs: 3}\nmax_epochs: 2"
+    faults = faults_of(write_group(tmp_path, "experiment", text), "experiment=mine", "+lr=0.1")
+    assert faults == [
+        "trianer: no such option. Did you mean 'trainer'?",
+        "max_epochs: no such option. Did you mean 'trainer.max_epochs'?",
+        "lr: no such option. Did you mean 'trainer.optimizer.lr'?",
+    ]
+
+
+def test_a_variable_of_the_users_that_options_read_is_no_fault(tmp_path: Path) -> None:
+    text = "# @package _global_\nwidth: 6\nstudent: {common: {d_model: '${width}'}}\nunread: 6"
+    (fault,) = faults_of(write_group(tmp_path, "experiment", text), "experiment=mine")
+    assert fault.startswith("unread: ")
+
+
+@pytest.mark.parametrize(
+    ("group", "text"),
+    [
+        ("experiment", "seed: 7\ntrainer: {max_epochs: 3}"),
+        ("experiment", "defaults: [override /boosting: additive]\nseed: 7"),
+        ("data", "name: mine\ndata: {limit: 3}"),
+        ("boosting", "boosting: {rounds: 3}"),
+    ],
+)
+def test_a_missing_package_line_is_named(group: str, text: str, tmp_path: Path) -> None:
+    faults = faults_of(write_group(tmp_path, group, text), f"{group}=mine")
+    assert any("the file's first line must be `# @package _global_`" in fault for fault in faults)
+
+
+def test_the_known_keys_are_those_of_the_configuration() -> None:
+    assert load_config().keys() == {*PARTS, *SETTINGS}
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["name", "seed", "run_root", "threads", "data", "teacher", "student", "boosting", "trainer", "logger",
+     "data.source", "teacher.model", "teacher.trainer", "trainer.optimizer", "trainer.schedule"],
+)  # fmt: skip
+def test_a_missing_key_is_a_fault(key: str) -> None:
+    config = load_config()
+    OmegaConf.set_struct(config, False)
+    parent, _, leaf = key.rpartition(".")
+    del (OmegaConf.select(config, parent) if parent else config)[leaf]
+    with pytest.raises(ConfigError) as error:
+        assemble(config)
+    assert any(fault.startswith(f"{key}: ") for fault in error.value.faults)
+
+
+@pytest.mark.parametrize("key", ["seed", "name", "run_root", "teacher.model", "teacher.trainer", "trainer.optimizer",
+                                 "data.source", "logger", "boosting.weak_learner", "student"])  # fmt: skip
+@pytest.mark.parametrize("value", [None, "???", True])
+def test_what_is_no_value_of_a_key_is_a_fault(key: str, value: object) -> None:
+    config = load_config()
+    OmegaConf.update(config, key, value, force_add=True)
+    with pytest.raises(ConfigError) as error:
+        assemble(config)
+    assert any(fault.startswith(key) for fault in error.value.faults)
+
+
+@pytest.mark.parametrize("group", ["data", "teacher", "student", "boosting", "trainer", "logger", "experiment"])
+def test_no_choice_of_a_group_is_a_fault(group: str) -> None:
+    with pytest.raises(ConfigError, match=f"{group}=null: must be one of "):
+        load_config(f"{group}=null")
+
+
+@pytest.mark.parametrize(
+    "key", ["trainer.optimizer", "trainer.schedule", "teacher.model", "data.source", "data.augment", "logger"]
+)
+def test_a_forgotten_partial_is_named(key: str) -> None:
+    faults = faults_of("data=cifar10", "data.source._target_=tests.support.patterns", f"{key}._partial_=false")
+    assert any(fault.startswith(key) and "`_partial_: true`" in fault for fault in faults)
+
+
+def test_a_model_that_is_built_already_is_a_fault() -> None:
+    faults = faults_of("teacher=resnet18", "teacher.model._partial_=false")
+    assert any(fault.startswith("teacher.model: is built already") for fault in faults)
+
+
+def test_an_option_of_the_tracker_fails_before_training(tmp_path: Path) -> None:
+    faults = faults_of("logger=wandb", "+logger.projct=mine", f"run_root={tmp_path}")
+    assert faults == ["logger.projct: no such option. Did you mean 'logger.project'? Options: project, mode"]
 
 
 def test_known_overrides_get_no_suggestion() -> None:

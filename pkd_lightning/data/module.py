@@ -74,6 +74,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         faults = Faults(self)
+        faults.called("source")
+        faults.called("augment", optional=True)
         faults.choice("split", get_args(Split))
         faults.number("test_fraction", 0, 1, exclusive=True)
         faults.number("validation_fraction", 0, 1, exclusive=True)

@@ -7,6 +7,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from pkd_lightning.config import under
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import ImageShape, build_classifier
 
@@ -57,7 +58,7 @@ class Ladder:
         check = getattr(self.model, "faults", None)
         if check is not None:
             for index, rung in enumerate(self.rungs):
-                found += [f"rungs[{index}].{fault}" for fault in check(rung, image_shape)]
+                found += under(f"rungs.{index}", check(rung, image_shape))
         return found
 
 
