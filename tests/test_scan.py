@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -121,6 +122,13 @@ def check_cpu(inputs: dict[str, Tensor], softplus: bool = True) -> None:
         assert error <= limit * size, f"{name}: relative error {error / max(size, 1e-300):.1e}"
 
 
+def at(x, b, d, n, t, channels):
+    """The number of B or C for a sequence, channel, state and step."""
+    if x.ndim == 2:
+        return x[d, n]
+    return x[b, n, t] if x.ndim == 3 else x[b, d * x.shape[1] // channels, n, t]
+
+
 def scan_by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=False):
     """Scalar loops over the equations, one state at a time."""
     batch, channels, length = u.shape
@@ -131,8 +139,8 @@ def scan_by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, softplus=Fa
         step = math.log(1 + math.exp(step)) if softplus else step
         y = 0.0 if D is None else D[d] * u[b, d, t]
         for n in range(A.shape[1]):
-            last[b, d, n] = math.exp(step * A[d, n]) * last[b, d, n] + step * B[b, n, t] * u[b, d, t]
-            y += C[b, n, t] * last[b, d, n]
+            last[b, d, n] = math.exp(step * A[d, n]) * last[b, d, n] + step * at(B, b, d, n, t, channels) * u[b, d, t]
+            y += at(C, b, d, n, t, channels) * last[b, d, n]
         out[b, d, t] = y if z is None else y * z[b, d, t] / (1 + math.exp(-z[b, d, t]))
     return out, last
 
@@ -147,6 +155,141 @@ def test_reference_follows_the_equations(leave_out, softplus):
     expected, last = scan_by_hand(**{name: x.numpy() for name, x in inputs.items()}, softplus=softplus)
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(state.numpy(), last, rtol=1e-12, atol=1e-13)
+
+
+FORMS = ("one for all", "one group", "two groups", "a group a channel", "constant")
+PAIRS = [*((form, form) for form in FORMS), ("constant", "two groups"), ("two groups", "constant")]
+PAIRS += [("one for all", "two groups"), ("two groups", "a group a channel"), ("one group", "constant")]
+
+
+def in_form(x: Tensor, form: str, channels: int) -> Tensor:
+    """A random B or C of the sizes of `x`, which is (batch, d_state, length)."""
+    batch, states, length = x.shape
+    groups = {"one group": 1, "two groups": 2, "a group a channel": channels}
+    shape = (batch, groups[form], states, length) if form in groups else (channels, states)
+    new = torch.randn(shape, generator=torch.Generator().manual_seed(len(form)))
+    return x if form == "one for all" else new.to(x)
+
+
+def inputs_of(forms: tuple[str, str], sizes: tuple[int, int, int, int], **options) -> dict[str, Tensor]:
+    inputs = make_inputs(*sizes, **options)
+    return inputs | {name: in_form(inputs[name], form, sizes[1]) for name, form in zip("BC", forms, strict=True)}
+
+
+def selective_scan_operator(**inputs):
+    from pkd_lightning.models.scan.library import selective_scan_operator
+
+    return selective_scan_operator(**inputs)
+
+
+@pytest.mark.parametrize("forms", PAIRS)
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (2, 6, 5, 3), (17, 2, CHUNK + 1, 3), (1, 40, 3, 2)])
+def test_every_backend_takes_every_form_of_B_and_C(forms, sizes):
+    """The output and the last state against loops, gradients against the reference; (4, 4, 4, 4): sizes coincide."""
+    inputs = inputs_of(forms, sizes)
+    by_hand = scan_by_hand(**{name: x.double().numpy() for name, x in inputs.items()}, softplus=True)
+    expected = run(selective_scan_reference, inputs, torch.float64)
+    for name, x in zip(("out", "state"), by_hand, strict=True):
+        np.testing.assert_allclose(expected[name].numpy(), x, rtol=1e-12, atol=1e-12)
+    single = (selective_scan_cpu, selective_scan_operator)
+    for function, dtype in ((selective_scan_doubling, torch.float64), *((each, torch.float32) for each in single)):
+        actual = run(function, inputs, dtype)
+        limit = 1e-12 if dtype == torch.float64 else 5e-6
+        for name, x in expected.items():
+            assert actual[name].shape == x.shape
+            error, size = (actual[name].double() - x).norm(), max(x.norm().item(), math.sqrt(x.numel()))
+            assert error <= limit * size, f"{function.__name__}, {name}: relative error {error / size:.1e}"
+
+
+def test_B_and_C_in_groups_need_no_other_option():
+    inputs = inputs_of(("two groups", "constant"), (2, 4, 5, 3), leave_out=OPTIONAL)
+    inputs["delta"] = inputs["delta"].exp()  # without softplus
+    expected = selective_scan_reference(**inputs)
+    for backend in ("cpu", "doubling"):
+        torch.testing.assert_close(selective_scan(**inputs, backend=backend), expected)
+
+
+@pytest.mark.parametrize("forms", PAIRS)
+def test_mamba_ssm_is_given_B_and_C_as_its_kernels_take_them(forms):
+    """They take a constant B or C, and a B and C that change in time only with one number of groups, B's (or 1)."""
+    inputs = inputs_of(forms, (2, 6, 5, 3))
+    B, C = cuda.with_equal_groups(inputs["B"], inputs["C"], *inputs["u"].shape)
+    groups = B.shape[1] if B.ndim == 4 else 1
+    assert C.ndim == 2 or (C.shape[1] if C.ndim == 4 else 1) == groups
+    assert all(x.ndim == 2 or (x.shape[0] == 2 and x.shape[-2:] == (3, 5)) for x in (B, C))
+    assert groups <= (2 if "constant" not in forms and "a group a channel" not in forms else 6)
+    torch.testing.assert_close(
+        selective_scan_reference(**inputs | {"B": B, "C": C}), selective_scan_reference(**inputs)
+    )
+
+
+REFUSED = {
+    "B of another batch": {"B": torch.ones(1, 4, 7)},
+    "B that is transposed": {"B": torch.ones(2, 7, 4)},
+    "constant C of other sizes": {"C": torch.ones(4, 6)},
+    "groups that do not divide the channels": {"B": torch.ones(2, 4, 4, 7)},
+    "no groups": {"C": torch.ones(2, 0, 4, 7)},
+    "groups of another length": {"C": torch.ones(2, 3, 4, 1)},
+    "B of five dimensions": {"B": torch.ones(2, 1, 1, 4, 7)},
+    "one bias for all": {"delta_bias": torch.ones(1)},
+    "D for each state": {"D": torch.ones(6, 4)},
+    "a gate of one step": {"z": torch.ones(2, 6, 1)},
+    "one step size for all": {"delta": torch.ones(2, 1, 7)},
+    "A for one channel": {"A": torch.ones(1, 4)},
+    "A for each sequence": {"A": torch.ones(2, 6, 4)},
+    "u without a batch": {"u": torch.ones(6, 7)},
+    "whole numbers": {"u": torch.ones(2, 6, 7, dtype=torch.long)},
+    "complex A": {"A": torch.ones(6, 4, dtype=torch.complex64)},
+    "another device": {"D": torch.ones(6, device="meta")},
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_every_backend_refuses_the_same(wrong):
+    inputs = make_inputs(2, 6, 7, 4) | REFUSED[wrong]
+    said = set()
+    for function in (
+        *(selective_scan_reference, selective_scan_doubling, selective_scan_cpu, selective_scan_operator),
+        *(cuda.selective_scan_cuda, selective_scan),
+    ):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            function(**inputs, delta_softplus=True)
+        said.add(f"{caught.type.__name__}: {caught.value}")
+    assert len(said) == 1
+    assert next(iter(REFUSED[wrong])) in said.pop()
+
+
+@pytest.mark.parametrize("forms", [("one for all", "one for all"), ("two groups", "constant")])
+@pytest.mark.parametrize("sizes", [(0, 4, 5, 4), (2, 4, 0, 4), (2, 4, 5, 0), (2, 0, 5, 4)])
+def test_every_backend_takes_what_is_empty(sizes, forms):
+    inputs = inputs_of(forms, sizes)
+    for function in (selective_scan_reference, selective_scan_doubling, selective_scan_cpu, selective_scan_operator):
+        out, state = function(**inputs, delta_softplus=True, return_last_state=True)
+        assert out.shape == inputs["u"].shape
+        assert state.shape == (*sizes[:2], sizes[3])
+
+
+def test_a_trace_is_checked_and_does_not_warn():
+    inputs = make_inputs(2, 3, 5, 4, leave_out=OPTIONAL)
+    inputs["delta"] = inputs["delta"].exp()  # without softplus
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(selective_scan, tuple(inputs.values()), check_trace=False)
+    torch.testing.assert_close(traced(*inputs.values()), selective_scan(**inputs))
+    with pytest.raises(ValueError, match="B is"):
+        torch.jit.trace(selective_scan, tuple((inputs | {"B": torch.ones(1, 4, 5)}).values()), check_trace=False)
+
+
+@pytest.mark.parametrize("forms", [("two groups", "one for all"), ("constant", "two groups")])
+def test_reference_gradients_in_groups(forms):
+    inputs = inputs_of(forms, (2, 2, 3, 2))
+    leaves = [x.double().requires_grad_() for x in inputs.values()]
+
+    def function(*tensors):
+        named = dict(zip(inputs, tensors, strict=True))
+        return selective_scan_reference(**named, delta_softplus=True, return_last_state=True)
+
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("leave_out", [(), OPTIONAL])
@@ -568,6 +711,14 @@ def test_dispatch(chosen, monkeypatch):
     assert chosen(backend="cpu") == "cpu"
 
 
+@pytest.mark.parametrize("backend", [None, "cuda"])
+def test_more_states_than_mamba_ssm_has_kernels_for(backend, monkeypatch):
+    monkeypatch.delenv("PKD_SCAN_BACKEND", raising=False)
+    monkeypatch.setattr(cuda, "available", lambda: True)
+    assert scan._choose(backend, "cuda", 256) == "cuda"
+    assert scan._choose(backend, "cuda", 257) == "doubling"
+
+
 def test_dispatch_rejects_unknown_names(chosen, monkeypatch):
     with pytest.raises(ValueError, match=r"backend is 'triton', allowed are reference, cpu, cuda, doubling"):
         chosen(backend="triton")
@@ -619,6 +770,34 @@ def test_steps_give_what_the_scan_gives(backend, leave_out, softplus):
         outputs.append(y)
     torch.testing.assert_close(torch.stack(outputs, dim=-1), out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("forms", [("two groups", "one for all"), ("a group a channel", "one group")])
+def test_steps_in_groups_give_what_the_scan_gives(forms):
+    inputs = {name: x.double() for name, x in inputs_of(forms, (3, 4, 5, 2)).items()}
+    out, last = selective_scan(**inputs, delta_softplus=True, return_last_state=True)
+    state = torch.zeros_like(last)
+    for t in range(out.shape[-1]):
+        token = {name: x[..., t] if x.ndim > 2 else x for name, x in inputs.items()}
+        y, state = selective_scan_step(state, **token, delta_softplus=True)
+        torch.testing.assert_close(y, out[..., t])
+    torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"state": torch.zeros(1, 3, 5)}, "state is"),
+        ({"B": torch.ones(1, 5)}, "B is"),
+        ({"C": torch.ones(2, 2, 5)}, "groups"),
+        ({"delta": torch.ones(2, 1)}, "delta is"),
+        ({"u": torch.ones(3)}, "u and delta"),
+    ],
+)
+def test_a_step_refuses_what_does_not_fit(wrong, said):
+    token = {name: x[..., 0] if x.ndim == 3 else x for name, x in make_inputs(2, 3, 1, 5).items()}
+    with pytest.raises(ValueError, match=said):
+        selective_scan_step(**{"state": torch.zeros(2, 3, 5)} | token | wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -708,6 +887,13 @@ def test_compiled_code_refuses_what_other_code_refuses(wrong, said):
     compiled = torch.compile(selective_scan, backend="eager")
     with pytest.raises((ValueError, RuntimeError), match=said):
         compiled(**make_inputs(2, 3, 7, 4) | wrong)
+
+
+def test_compiled_with_groups():
+    torch._dynamo.reset()
+    inputs = inputs_of(("two groups", "one for all"), (2, 4, 7, 3))
+    compiled = torch.compile(selective_scan, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs), selective_scan(**inputs))
 
 
 def test_tensors_without_memory_are_not_read():

@@ -44,8 +44,9 @@ def selective_scan(
         u: (batch, d_inner, length) input.
         delta: (batch, d_inner, length) step sizes, before bias and softplus.
         A: (d_inner, d_state) state matrix, negative.
-        B: (batch, d_state, length) input matrix; fastest as a transposed (batch, length, d_state) tensor, as is C.
-        C: (batch, d_state, length) output matrix.
+        B: (batch, d_state, length) input matrix, or (batch, groups, d_state, length), each for an equal range of
+            channels, or (d_inner, d_state), constant in time; fastest as a transposed (batch, length, d_state) tensor.
+        C: output matrix, as B; it may have another of these forms than B.
         D: (d_inner,) skip, or None.
         z: (batch, d_inner, length) gate, or None.
         delta_bias: (d_inner,) added to delta, or None.
@@ -59,7 +60,8 @@ def selective_scan(
         (batch, d_inner, length) in u's dtype; with `return_last_state` also (batch, d_inner, d_state).
 
     Raises:
-        ValueError: the backend is not one of the names above.
+        ValueError: the backend is not one of the names above, or a tensor has a wrong shape or device.
+        TypeError: a tensor is not of real floating-point numbers.
         RuntimeError: cuda is asked for by name and not available.
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
@@ -74,20 +76,18 @@ def selective_scan(
 
 def _choose(backend: str | None, device: str, states: int) -> str:
     name = os.environ.get("PKD_SCAN_BACKEND", "") if backend is None else backend
-    if name in BACKENDS:
-        return name
-    if name or backend is not None:
+    if name not in BACKENDS and (name or backend is not None):
         origin = "PKD_SCAN_BACKEND" if backend is None else "backend"
         raise ValueError(f"{origin} is {name!r}, allowed are {', '.join(BACKENDS)}")
-    if device == "cpu":
-        return "cpu"
-    if device == "cuda" and cuda.available():
-        if states <= cuda.MOST_STATES:
-            return "cuda"
-        _say(f"mamba-ssm's scan takes at most {cuda.MOST_STATES} states: those with more run in plain PyTorch, slower")
-    else:
+    if not name and (device == "cpu" or (device == "cuda" and cuda.available())):
+        name = device
+    if not name:
         cure = "pip install pkd-lightning[cuda]" if device == "cuda" else "there are no kernels for this device"
         _say(f"the selective scan on {device} runs in plain PyTorch, slower than kernels would ({cure})")
+    elif name == "cuda" and states > cuda.MOST_STATES:
+        _say(f"mamba-ssm's scan takes at most {cuda.MOST_STATES} states: those with more run in plain PyTorch, slower")
+    else:
+        return name
     return "doubling"
 
 

@@ -39,10 +39,11 @@ from pkd_lightning.models.scan.lanes import (
 )
 from pkd_lightning.models.scan.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
 from pkd_lightning.models.scan.parallel import share, threads_for
+from pkd_lightning.models.scan.shapes import by_ranges, check
 from pkd_lightning.models.scan.states import CHUNK, ROW, STATE_ROW, SUMMED, fill, fold, scan_pair, scan_pair_backward
 
 BLOCK = 160  # states whose B and C of a chunk are in the cache at a time
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
 class Sizes(NamedTuple):
@@ -611,30 +612,20 @@ def run_backward(
     )
 
 
-def check(tensors: dict[str, Tensor | None], traced: bool = False) -> None:
-    """Raise what `selective_scan_cpu` says. The kernels read memory without bounds checks, so all is checked first."""
-    u, A = tensors["u"], tensors["A"]
-    assert u is not None
-    assert A is not None
-    if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(f"u must be (batch, d_inner, length) and A (d_inner, d_state), got {u.shape} and {A.shape}")
-    (batch, channels, length), states = u.shape, A.shape[1]
-    sequence, matrix, vector = (batch, channels, length), (batch, states, length), (channels,)
-    expected = (sequence, sequence, (channels, states), matrix, matrix, vector, sequence, vector)
-    faults = []
-    for (name, x), shape in zip(tensors.items(), expected, strict=True):
+def check_kernels(u: Tensor, *tensors: Tensor | None, traced: bool = False) -> None:
+    """Raise what `selective_scan_cpu` says, beyond `check`: the kernels read memory without bounds checks.
+
+    traced: the tensors may be stand-ins, of which only the shapes are real.
+    """
+    for name, x in zip(NAMES, (u, *tensors), strict=True):
         if x is None:
             continue
         if not traced and type(x) not in PLAIN:
             raise TypeError(f"{name} is a {type(x).__name__}: the kernels need a tensor's memory")
-        if x.dtype not in DTYPES:
+        if x.dtype == torch.float64:
             raise TypeError(f"{name} is {x.dtype}: the CPU scan computes in float32, only the reference in float64")
-        if not x.is_cpu:
-            faults.append(f"{name} is on {x.device}, not the CPU")
-        if x.shape != shape:
-            faults.append(f"{name} is {tuple(x.shape)}, expected {shape}")
-    if faults:
-        raise ValueError("; ".join(faults))
+    if not u.is_cpu:
+        raise ValueError(f"the tensors are on {u.device}, not the CPU")
 
 
 def selective_scan_cpu(
@@ -649,19 +640,23 @@ def selective_scan_cpu(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_scan_reference` in float32, with the same arguments, shapes and results (see there).
+    """`selective_scan_reference` in float32, with the same arguments, shapes, results and errors (see there).
 
     The last state is differentiable, too. Any strides are accepted; B and C cost no copy as transposed views of
-    (batch, length, d_state) tensors, the other tensors none when contiguous.
+    (batch, length, d_state) tensors, the other tensors none when contiguous. A kernel is called for each range of
+    channels that share B and C: one where these have three dimensions, one a channel where they are constant in time.
 
     Raises:
-        TypeError: a tensor is not float32, bfloat16 or float16.
-        ValueError: a tensor has the wrong shape or is not on the CPU.
+        TypeError: also where a tensor is float64, or of a subclass of Tensor.
+        ValueError: also where the tensors are not on the CPU.
     """
-    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    check(tensors)
-    tensors |= {"B": B.transpose(1, 2), "C": C.transpose(1, 2)}
-    inputs: Any = tuple(None if x is None else real(x).float() for x in tensors.values())
+    check(u, delta, A, B, C, D, z, delta_bias)
+    check_kernels(u, delta, A, B, C, D, z, delta_bias)
+    if B.ndim != 3 or C.ndim != 3:
+        options = (delta_softplus, return_last_state)
+        return by_ranges(selective_scan_cpu, u, delta, A, B, C, D, z, delta_bias, *options)
+    tensors = (u, delta, A, B.transpose(1, 2), C.transpose(1, 2), D, z, delta_bias)
+    inputs: Any = tuple(None if x is None else real(x).float() for x in tensors)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         out, last_state = _SelectiveScan.apply(delta_softplus, return_last_state, *inputs)
     else:

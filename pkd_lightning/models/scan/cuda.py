@@ -3,10 +3,14 @@
 import functools
 import importlib
 import logging
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pkd_lightning.models.scan.reference import selective_scan_reference
+from pkd_lightning.models.scan.shapes import check
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,19 @@ def mamba_block_cuda(tokens: Tensor, *weights: Tensor) -> Tensor:
     return mixed
 
 
+def with_equal_groups(B: Tensor, C: Tensor, batch: int, channels: int, length: int) -> tuple[Tensor, Tensor]:
+    """B and C as the kernels take them: one that is constant in time only beside a C of one group."""
+    groups = [x.shape[1] if x.ndim == 4 else 1 for x in (B, C)]
+    if groups[0] == groups[1] or (C.ndim == 2 and B.ndim > 2):
+        return B, C
+    if B.ndim == 2:
+        B = B[None, ..., None].expand(batch, -1, -1, length)
+        groups[0] = channels
+    B, C = (x[:, None] if x.ndim == 3 else x for x in (B, C))
+    common = math.lcm(*groups)
+    return B.repeat_interleave(common // groups[0], dim=1), C.repeat_interleave(common // groups[1], dim=1)
+
+
 def selective_scan_cuda(
     u: Tensor,
     delta: Tensor,
@@ -72,27 +89,30 @@ def selective_scan_cuda(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_scan_reference` by mamba_ssm, with the same arguments, shapes and results (see there).
+    """`selective_scan_reference` by mamba_ssm, with the same arguments, shapes, results and errors (see there).
 
     Computes in float32. The gradient of the last state is not considered in the backward pass.
 
     Raises:
-        RuntimeError: no CUDA device, or mamba_ssm's scan cannot be imported.
-        TypeError: u is float64, which the kernels lack.
+        RuntimeError: also where there is no CUDA device, or mamba_ssm's scan does not run on it.
+        TypeError: also where u is float64, which the kernels lack.
     """
+    check(u, delta, A, B, C, D, z, delta_bias)
     if not available():
         raise RuntimeError("the cuda scan needs a CUDA device and mamba-ssm (pip install pkd-lightning[cuda])")
     if u.dtype == torch.float64:
         raise TypeError("u is float64: the CUDA scan computes in float32; use the reference for float64")
+    if not u.numel() or not A.numel():  # a grid of no blocks cannot be launched
+        return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    # The kernels want the parameters in float32 and the sequences in one dtype.
+    B, C = with_equal_groups(B, C, *u.shape)
+    # The kernels want what is constant in time in float32 and the sequences in one dtype.
     result: Tensor | tuple[Tensor, Tensor] = selective_scan_fn(
         u,
         delta.to(u.dtype),
         A.float(),
-        B.to(u.dtype),
-        C.to(u.dtype),
+        *(x.float() if x.ndim == 2 else x.to(u.dtype) for x in (B, C)),
         D=None if D is None else D.float(),
         z=None if z is None else z.to(u.dtype),
         delta_bias=None if delta_bias is None else delta_bias.float(),

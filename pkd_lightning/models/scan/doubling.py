@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pkd_lightning.models.scan.reference import finish, prepare
+from pkd_lightning.models.scan.shapes import check
 
 SPAN = 256  # steps at a time: bounds the temporary tensors
 
@@ -55,20 +56,21 @@ def selective_scan_doubling(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_scan_reference`, with the same arguments, shapes and results (see there)."""
+    """`selective_scan_reference`, with the same arguments, shapes, results and errors (see there)."""
+    check(u, delta, A, B, C, D, z, delta_bias)
     dtype = u.dtype
     u, delta, A, B, C = prepare(u, delta, A, B, C, delta_bias, delta_softplus)
     h = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
     parts = []
-    # steps first: (length, batch, d_inner or d_state)
+    # steps first: (length, batch, d_inner), of B and C (length, batch or 1, d_inner or 1, d_state)
     sequences = [x.movedim(-1, 0).split(SPAN) for x in (delta, delta * u, B, C)] if u.shape[-1] else []
     for delta_s, delta_u, B_s, C_s in zip(*sequences, strict=True):
         a = torch.exp(delta_s[..., None] * A)
-        x = delta_u[..., None] * B_s[:, :, None]
+        x = delta_u[..., None] * B_s
         x = torch.cat([(x[0] + a[0] * h)[None], x[1:]])  # the state before the span goes into its first step
         states: Tensor = _LinearScan.apply(a, x)  # type: ignore[no-untyped-call]
         h = states[-1]
-        parts.append(torch.einsum("tbdn,tbn->bdt", states, C_s))
+        parts.append(torch.einsum("tbdn,tbdn->bdt", states, C_s))
     y = torch.cat(parts, dim=-1) if parts else torch.zeros_like(u)
     y = finish(y, u, D, z).to(dtype)
     return (y, h) if return_last_state else y

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from pkd_lightning.models.scan import cpu
 from pkd_lightning.models.scan.memory import real
 from pkd_lightning.models.scan.reference import scan_macs
+from pkd_lightning.models.scan.shapes import by_ranges, check
 
 
 def _checked(
@@ -27,11 +28,12 @@ def _checked(
     """The arguments of the operators, which anyone can call, as the kernels need them."""
     if B.ndim != 3 or C.ndim != 3:
         raise ValueError("B and C must be (batch, length, d_state)")
-    tensors = {"u": u, "delta": delta, "A": A, "B": B.mT, "C": C.mT, "D": D, "z": z, "delta_bias": delta_bias}
-    cpu.check(tensors)
-    if any(x is not None and x.dtype != torch.float32 for x in tensors.values()):
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    check(u, delta, A, B.mT, C.mT, D, z, delta_bias)
+    cpu.check_kernels(*tensors)
+    if any(x is not None and x.dtype != torch.float32 for x in tensors):
         raise TypeError("the operator takes float32 tensors")
-    u, delta, A, B, C, *rest = (None if x is None else real(x) for x in (u, delta, A, B, C, D, z, delta_bias))  # type: ignore[assignment]
+    u, delta, A, B, C, *rest = (None if x is None else real(x) for x in tensors)  # type: ignore[assignment]
     return u, delta, A, B, C, *rest  # type: ignore[return-value]
 
 
@@ -155,9 +157,12 @@ def selective_scan_operator(
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_scan_cpu` through the operator `torch.ops.pkd.selective_scan`; it raises the same."""
-    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    cpu.check(tensors, traced=True)
-    u32, delta32, A32, B32, C32, *rest = (None if x is None else x.float() for x in tensors.values())
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    check(*tensors)
+    cpu.check_kernels(*tensors, traced=True)
+    if B.ndim != 3 or C.ndim != 3:
+        return by_ranges(selective_scan_operator, *tensors, delta_softplus, return_last_state)
+    u32, delta32, A32, B32, C32, *rest = (None if x is None else x.float() for x in tensors)
     out, last_state, _ = _scan(u32, delta32, A32, B32.transpose(1, 2), C32.transpose(1, 2), *rest, delta_softplus)  # type: ignore[union-attr]
     out = out.to(u.dtype)
     return (out, last_state) if return_last_state else out

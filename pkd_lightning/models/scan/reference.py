@@ -4,15 +4,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pkd_lightning.models.scan.shapes import check, check_step
+
+
+def _for_channels(x: Tensor, channels: int, length: int) -> Tensor:
+    """B or C as (batch or 1, d_inner or 1, d_state, length)."""
+    if x.ndim == 2:
+        return x[None, :, :, None].expand(-1, -1, -1, length)
+    if x.ndim == 3:
+        return x[:, None]
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
 
 def prepare(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The inputs of the recurrence in the precision it is computed in, delta with its bias and softplus."""
+    """The inputs of the recurrence in the precision it is computed in.
+
+    delta is returned with its bias and softplus, B and C as (batch or 1, d_inner or 1, d_state, length).
+    """
     compute = torch.float64 if u.dtype == torch.float64 else torch.float32
     u, delta, A, B, C = (x.to(compute) for x in (u, delta, A, B, C))
     if delta_bias is not None:
         delta = delta + delta_bias.to(compute)[:, None]
+    B, C = (_for_channels(x, *u.shape[1:]) for x in (B, C))
     return u, F.softplus(delta) if delta_softplus else delta, A, B, C
 
 
@@ -43,8 +58,9 @@ def selective_scan_reference(
         u: (batch, d_inner, length) input.
         delta: (batch, d_inner, length) step sizes, before bias and softplus.
         A: (d_inner, d_state) state matrix, negative.
-        B: (batch, d_state, length) input matrix.
-        C: (batch, d_state, length) output matrix.
+        B: (batch, d_state, length) input matrix, or (batch, groups, d_state, length), each for an equal range of
+            channels, or (d_inner, d_state), constant in time.
+        C: output matrix, as B; it may have another of these forms than B.
         D: (d_inner,) skip, or None.
         z: (batch, d_inner, length) gate, or None.
         delta_bias: (d_inner,) added to delta, or None.
@@ -53,7 +69,11 @@ def selective_scan_reference(
 
     Returns:
         (batch, d_inner, length) in u's dtype; with `return_last_state` also (batch, d_inner, d_state).
+
+    Raises:
+        TypeError, ValueError: a tensor has a wrong dtype, shape or device (see `shapes.check`).
     """
+    check(u, delta, A, B, C, D, z, delta_bias)
     dtype = u.dtype
     u, delta, A, B, C = prepare(u, delta, A, B, C, delta_bias, delta_softplus)
     h = u.new_zeros(u.shape[0], u.shape[1], A.shape[1])
@@ -61,9 +81,9 @@ def selective_scan_reference(
     # unbind, not indexing: the backward pass of x[..., t] writes a full-length gradient at every step
     per_step = zip(delta.unbind(-1), (delta * u).unbind(-1), B.unbind(-1), C.unbind(-1), strict=True)
     for delta_t, delta_u_t, B_t, C_t in per_step:
-        h = torch.exp(delta_t[..., None] * A) * h + delta_u_t[..., None] * B_t[:, None]
-        steps.append((h * C_t[:, None]).sum(-1))
-    y = torch.stack(steps, dim=-1)
+        h = torch.exp(delta_t[..., None] * A) * h + delta_u_t[..., None] * B_t
+        steps.append((h * C_t).sum(-1))
+    y = torch.stack(steps, dim=-1) if steps else torch.zeros_like(u)
     y = finish(y, u, D, z).to(dtype)
     return (y, h) if return_last_state else y
 
@@ -87,7 +107,8 @@ def selective_scan_step(
         u: (batch, d_inner) input, as are delta and z.
         delta: step sizes, before bias and softplus.
         A: (d_inner, d_state).
-        B: (batch, d_state), as is C.
+        B: (batch, d_state), or (batch, groups, d_state), each for an equal range of channels, as is C. One that is
+            constant in time is `B[None].expand(batch, -1, -1)` here: as many groups as channels.
         C: output matrix.
         D: (d_inner,), or None.
         z: gate, or None.
@@ -96,14 +117,20 @@ def selective_scan_step(
 
     Returns:
         The output (batch, d_inner) in u's dtype, and the new state.
+
+    Raises:
+        TypeError, ValueError: a tensor has a wrong dtype, shape or device.
     """
+    check_step(state, u, delta, A, B, C, D, z, delta_bias)
     dtype = u.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     u, delta, B, C = (x.to(compute) for x in (u, delta, B, C))
+    channels = u.shape[1]
+    B, C = (x[:, None] if x.ndim == 2 else x.repeat_interleave(channels // x.shape[1], dim=1) for x in (B, C))
     delta = delta if delta_bias is None else delta + delta_bias.to(compute)
     delta = F.softplus(delta) if delta_softplus else delta
-    state = torch.exp(delta[..., None] * A.to(compute)) * state + (delta * u)[..., None] * B[:, None]
-    y = (state * C[:, None]).sum(-1)
+    state = torch.exp(delta[..., None] * A.to(compute)) * state + (delta * u)[..., None] * B
+    y = (state * C).sum(-1)
     y = y if D is None else y + u * D.to(compute)
     y = y if z is None else y * F.silu(z.to(compute))
     return y.to(dtype), state
