@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pkd_lightning.errors import RunError
 
@@ -29,11 +29,25 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict as safetensors takes it: on the CPU, contiguous, no two tensors in the same memory.
+
+    A tied weight has its values under each of its names, so that a model that ties it, or does not, can load them.
+    """
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        weights[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return weights
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state dict as safetensors, whole or not at all."""
-    # contiguous: safetensors refuses views
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    atomic_write(path, lambda temporary: save_file(state, temporary))
+    weights = weights_of(model)
+    atomic_write(path, lambda temporary: save_file(weights, temporary))
 
 
 def write_json(path: Path, value: Any) -> None:

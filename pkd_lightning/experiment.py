@@ -31,9 +31,9 @@ from pkd_lightning.config import (
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
-from pkd_lightning.models.building import check_batch_of_one, check_output
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.teacher import TeacherConfig
+from pkd_lightning.trial import try_model
 
 T = TypeVar("T")
 
@@ -49,43 +49,27 @@ class Experiment:
     trainer: TrainerConfig
 
     def check(self, data: DataModule) -> None:
-        """Try what depends on the images: augmentation, the teacher, every rung, the round loss and the combination.
+        """Try what depends on the images: the teacher, every rung, augmentation, the round loss and the combination.
+
+        Of a model everything is tried that will be done to it, see `try_model`.
 
         Raises:
             ConfigError: listing every fault.
         """
         faults = under("student", self.student.faults(self.boosting.rounds, data.image_shape))
         images = data.normalise(data.images[[0, 0]])
+        attempt = partial(try_model, images=images, num_classes=data.num_classes, samples=len(data.training))
         for index in range(0 if faults else len(self.student)):
             build = partial(self.student.build, index, data.image_shape, data.num_classes)
-            collect(faults, f"student.rungs.{index}", lambda b=build: check_output(b(), images, data.num_classes))  # type: ignore[misc]
-        collect(
-            faults,
-            "teacher.model",
-            lambda: check_output(self.teacher.build(data.image_shape, data.num_classes), images, data.num_classes),
-        )
-        if not faults:
-            faults += self._faults_of_one(data, images[:1])
+            collect(faults, f"student.rungs.{index}", partial(attempt, build, trainer=self.trainer))
+        trainer = None if self.teacher.checkpoint is not None else self.teacher.trainer
+        build = partial(self.teacher.build, data.image_shape, data.num_classes)
+        collect(faults, "teacher.model", partial(attempt, build, trainer=trainer))
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
         collect(faults, "boosting", lambda: self._try_round(data.num_classes))
         if faults:
             raise ConfigError(faults)
-
-    def _faults_of_one(self, data: DataModule, image: torch.Tensor) -> list[str]:
-        """Faults of the models that are to be trained on one sample at a time, and cannot."""
-        faults: list[str] = []
-        builders = [partial(self.student.build, index) for index in range(len(self.student))]
-        models = [(f"student.rungs[{index}]", make, self.trainer) for index, make in enumerate(builders)]
-        if self.teacher.checkpoint is None:
-            models.append(("teacher.model", partial(self.teacher.build), self.teacher.trainer))
-        for key, make, trainer in models:
-            if min(trainer.batch_size, len(data.training)) == 1:
-                model = make(data.image_shape, data.num_classes)
-                given = f"trainer.batch_size={trainer.batch_size}, {len(data.training)} training samples"
-                with_size = f"{key} with {given}"
-                collect(faults, with_size, lambda m=model: check_batch_of_one(m, image))  # type: ignore[misc]
-        return faults
 
     def _try_augmentation(self, data: DataModule) -> None:
         raw = data.images[[0, 0]]

@@ -1,14 +1,15 @@
 """Building any importable classifier for a data set's images, and checking that it gives their logits."""
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from pkd_lightning.errors import ConfigError
+from pkd_lightning.errors import ConfigError, PKDError
 
 ImageShape = tuple[int, int, int]
 
@@ -18,52 +19,71 @@ def build_classifier(
 ) -> nn.Module:
     """Call `make` with `options`, and with `image_shape` and `num_classes` where its signature names them.
 
+    A model with lazy layers is called once, on one image, so that it comes with all its parameters.
+
     Raises:
-        ConfigError: from `make`, or where it refuses its arguments or gives no torch module.
+        ConfigError: from `make`, or where it refuses its arguments, gives no torch module, or leaves a layer lazy.
     """
     named = inspect.signature(make).parameters
     offered = {"image_shape": image_shape, "num_classes": num_classes}
     missing = {name: value for name, value in offered.items() if name in named and name not in options}
     try:
         model = make(**missing, **options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except PKDError:
+        raise
+    except Exception as error:  # whatever the user's constructor raises
         raise ConfigError([f"{_name(make)}: cannot be built ({error})"]) from error
     if not isinstance(model, nn.Module):
         raise ConfigError([f"{_name(make)}: gives a {type(model).__name__}, not a torch module"])
+    if _lazy(model):
+        evaluated(model, torch.zeros(1, *image_shape))
+        if left := _lazy(model):
+            raise ConfigError([f"{_name(make)}: lazy parameters without a size after a call: {', '.join(left)}"])
     return model
 
 
-def check_output(model: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Run `images` (batch, C, H, W) through `model` and check that it gives (batch, num_classes) logits.
+def evaluated(model: nn.Module, images: Tensor) -> Any:
+    """What `model` gives for `images` (batch, C, H, W) in evaluation mode, without gradients.
 
     Raises:
-        ConfigError: where it does not.
+        ConfigError: where the call fails.
     """
     training = model.training
     model.eval()
-    with torch.inference_mode():
-        try:
-            found = tuple(model(images).shape)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            shape = "x".join(map(str, images.shape[1:]))
-            raise ConfigError([f"cannot read images of {shape} ({str(error).splitlines()[0]})"]) from error
-    model.train(training)
-    expected = (len(images), num_classes)
-    if found != expected:
-        raise ConfigError([f"gives shape {found} for {len(images)} images of {num_classes} classes, not {expected}"])
+    try:
+        with torch.no_grad():
+            return model(images)
+    except Exception as error:  # whatever the user's forward raises
+        shape = "x".join(map(str, images.shape[1:]))
+        raise ConfigError([f"cannot read images of {shape} ({brief(error)})"]) from error
+    finally:
+        model.train(training)
 
 
-def check_batch_of_one(model: nn.Module, image: Tensor) -> None:
-    """Run one image (1, C, H, W) through a copy of `model` in training mode, as a batch of one sample does.
+def check_logits(logits: Any, samples: int, num_classes: int) -> None:
+    """Check that what a model gave are floating-point logits (samples, num_classes).
 
     Raises:
-        ConfigError: where it fails, as batch norm does on one value per channel.
+        ConfigError: where they are not.
     """
-    try:
-        copy.deepcopy(model).train()(image)
-    except (RuntimeError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise ConfigError([f"cannot train on a batch of one sample ({cause}); use larger batches"]) from error
+    expected = (samples, num_classes)
+    if not isinstance(logits, Tensor):
+        raise ConfigError([f"gives type {type(logits).__name__}, not logits in a tensor of shape {expected}"])
+    if tuple(logits.shape) != expected:
+        found = f"shape {tuple(logits.shape)} for {samples} image{'s' if samples > 1 else ''}"
+        raise ConfigError([f"gives {found} of {num_classes} classes, not {expected}"])
+    if not logits.is_floating_point():
+        raise ConfigError([f"gives logits of type {logits.dtype}, not of floating point"])
+
+
+def brief(error: Exception) -> str:
+    """The kind of an error and the first line of its message, at most 200 characters of it."""
+    return ": ".join([type(error).__name__, *str(error).strip()[:200].splitlines()[:1]])
+
+
+def _lazy(model: nn.Module) -> list[str]:
+    named = chain(model.named_parameters(), model.named_buffers())
+    return [name for name, value in named if is_lazy(value)]
 
 
 def _name(make: Callable[..., Any]) -> str:

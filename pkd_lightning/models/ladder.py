@@ -1,5 +1,6 @@
 """The ladder of model classes F_1, F_2, ... of growing size that `find_weak_learner` climbs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,15 @@ class Ladder:
             raise ConfigError([f"model={model!r}: cannot be imported ({error})"]) from error
         self.path = model
         self.rungs = [{**_plain(common or {}), **_plain(rung)} for rung in rungs]
+        faults = []
+        for index, rung in enumerate(self.rungs):
+            for key, value in rung.items():
+                try:  # a student's options are saved beside its weights; it is built from what will be read there
+                    rung[key] = json.loads(json.dumps(value))
+                except (TypeError, ValueError) as error:
+                    faults.append(f"rungs.{index}.{key}={value!r}: cannot be saved as JSON ({error})")
+        if faults:
+            raise ConfigError(faults)
         self.repeat = repeat
 
     def __len__(self) -> int:

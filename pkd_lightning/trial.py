@@ -1,0 +1,100 @@
+"""Everything that a run does to a model, tried on two images before anything is trained."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pkd_lightning.checkpoint import weights_of
+from pkd_lightning.config import TrainerConfig
+from pkd_lightning.errors import ConfigError
+from pkd_lightning.models.building import brief, check_logits, evaluated
+
+
+def try_model(
+    build: Callable[[], nn.Module], images: Tensor, num_classes: int, trainer: TrainerConfig | None, samples: int = 2
+) -> None:
+    """Build a model, ask it for logits, train it by a step, save it, build and load it again.
+
+    Args:
+        build: gives a new one, as it is built when its weights are loaded.
+        images: two of them (2, C, H, W), preprocessed.
+        num_classes: L.
+        trainer: how it is trained; None where it is only loaded and asked.
+        samples: of the training part; where all batches hold one of them, that is tried.
+
+    Raises:
+        ConfigError: at the first step that fails.
+    """
+    model = build()
+    first = set(model.state_dict())
+    for batch in (images, images[:1]):  # the last batch of a part may have one image, and latency is that of one
+        check_logits(evaluated(model, batch), len(batch), num_classes)
+    _check_state(model, first)
+    if trainer is not None:
+        _try_training(model, images[: min(trainer.batch_size, samples)], num_classes, trainer)
+        _check_state(model, first)
+        _try_loading(model, build, images)
+
+
+def _check_state(model: nn.Module, first: set[str]) -> None:
+    """Check that all weights were there before the first call, and that they are tensors."""
+    state = model.state_dict()
+    if later := sorted(set(state) ^ first):
+        raise ConfigError(
+            [
+                f"its first call adds or removes weights ({', '.join(later[:4])}); make them in the constructor, which"
+                " is given image_shape and num_classes where it names them, or use torch's lazy layers"
+            ]
+        )
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError([f"its state dict holds a {type(value).__name__} as {key!r}; only tensors can be saved"])
+
+
+def _try_training(model: nn.Module, images: Tensor, num_classes: int, trainer: TrainerConfig) -> None:
+    """One optimiser step in training mode."""
+    model.train()
+    try:
+        optimizer = trainer.build_optimizer(model.parameters())
+        logits = model(images)
+        if not isinstance(logits, Tensor):
+            raise ConfigError(
+                [
+                    f"gives type {type(logits).__name__} in training mode, and logits in evaluation; it must give the"
+                    " logits in both (for torchvision's models with auxiliary heads: aux_logits=false)"
+                ]
+            )
+        check_logits(logits, len(images), num_classes)
+        F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.int64)).backward()
+        if trainer.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), trainer.gradient_clip)
+        optimizer.step()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the user's model or optimiser raises
+        on = "2 images" if len(images) > 1 else "a batch of one sample, as all batches are here,"
+        raise ConfigError([f"a training step on {on} fails ({brief(error)})"]) from error
+    model.zero_grad()
+
+
+def _try_loading(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -> None:
+    """Save, build and load the model, whose logits must stay the same."""
+    expected = evaluated(model, images)
+    if not _same(evaluated(model, images), expected):
+        raise ConfigError(["gives other logits each time it is asked for the same images in evaluation mode"])
+    again = build()
+    try:
+        again.load_state_dict(load(save(weights_of(model))))
+    except Exception as error:  # torch, safetensors and the user's hooks have their own
+        raise ConfigError([f"its weights cannot be saved and loaded ({brief(error)})"]) from error
+    if not _same(evaluated(again, images), expected):
+        raise ConfigError(
+            ["gives other logits after its weights are saved and loaded: it computes with values that are no parameter"]
+        )
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True)
