@@ -13,7 +13,7 @@ from fvcore.nn.flop_count import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkd_lightning.models.building import ImageShape
+from pkd_lightning.models.building import ImageShape, brief
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.scan import scan_macs
 
@@ -22,7 +22,7 @@ logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one image.
+    """Cost of one image. A count that could not be made is None, and so is every sum with it.
 
     Attributes:
         params: number of parameters.
@@ -33,30 +33,58 @@ class Cost:
     """
 
     params: int
-    flops_published: int
-    macs_total: int
+    flops_published: int | None
+    macs_total: int | None
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
             self.params + other.params,
-            self.flops_published + other.flops_published,
-            self.macs_total + other.macs_total,
+            _sum(self.flops_published, other.flops_published),
+            _sum(self.macs_total, other.macs_total),
         )
 
 
-def measure(model: nn.Module, image_shape: ImageShape) -> Cost:
-    """Count the cost of `model` for one image of `image_shape`."""
-    opaque, mixed = with_opaque_mixers(model)
-    image = torch.zeros(1, *image_shape)
-    analysis = FlopCountAnalysis(opaque, image)
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
+def measure(model: nn.Module, image_shape: ImageShape, missing: list[str] | None = None) -> Cost:
+    """Count the cost of `model` for one image of `image_shape`.
+
+    Args:
+        model: a classifier.
+        image_shape: (channels, height, width).
+        missing: gets a line for each count that could not be made.
+    """
+    missing = [] if missing is None else missing
+    params = sum(p.numel() for p in model.parameters())
+    try:
+        macs = total_macs(model, image_shape)
+    except Exception as error:  # whatever the counter or the user's model raises inside of it
+        missing.append(f"its multiply-accumulates and published FLOPs cannot be counted ({brief(error)})")
+        return Cost(params, None, None)  # never published FLOPs alone: they are far fewer than are computed
+    try:
+        return Cost(params, published_flops(model, image_shape), macs)
+    except Exception as error:  # torch.jit.trace raises many kinds
+        missing.append(f"its published FLOPs cannot be counted: torch.jit cannot trace it ({brief(error)})")
+        return Cost(params, None, macs)
+
+
+def published_flops(model: nn.Module, image_shape: ImageShape) -> int:
+    """`Cost.flops_published` of one image."""
+    opaque, _ = with_opaque_mixers(model)
+    analysis = FlopCountAnalysis(opaque, torch.zeros(1, *image_shape))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-    published = int(analysis.total())
-    mixed.clear()  # tracing ran the model too
+    return int(analysis.total())
+
+
+def total_macs(model: nn.Module, image_shape: ImageShape) -> int:
+    """`Cost.macs_total` of one image."""
+    opaque, mixed = with_opaque_mixers(model)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        opaque(image)
-    visible = counter.get_total_flops() // 2  # it counts a multiply-accumulate as two
-    hidden = sum(mix_macs(mixer, length) for mixer, length in mixed)
-    return Cost(sum(p.numel() for p in model.parameters()), published, visible + hidden)
+        opaque(torch.zeros(1, *image_shape))
+    visible: int = counter.get_total_flops() // 2  # it counts a multiply-accumulate as two
+    return visible + sum(mix_macs(mixer, length) for mixer, length in mixed)
 
 
 def with_opaque_mixers(model: nn.Module) -> tuple[nn.Module, list[tuple[Mamba, int]]]:

@@ -103,9 +103,13 @@ def evaluate(
                 **{f"prefix_{name}": value for name, value in prefix.items()},
             }
         )
-    fractions = {name: value / max(1, vars(teacher_cost)[name]) for name, value in vars(prefix_cost).items()}
+    fractions = {name: _fraction(value, vars(teacher_cost)[name]) for name, value in vars(prefix_cost).items()}
     ensemble_row = {"members": len(ensemble), **prefix, **vars(prefix_cost), "fraction_of_teacher": fractions}
     return {"teacher": teacher_row, "rounds": rounds, "ensemble": ensemble_row}
+
+
+def _fraction(part: int | None, whole: int | None) -> float | None:
+    return None if part is None or whole is None else part / max(1, whole)
 
 
 def collect_results(

@@ -61,10 +61,11 @@ class Experiment:
         attempt = partial(try_model, images=images, num_classes=data.num_classes, samples=len(data.training))
         for index in range(0 if faults else len(self.student)):
             build = partial(self.student.build, index, data.image_shape, data.num_classes)
-            collect(faults, f"student.rungs.{index}", partial(attempt, build, trainer=self.trainer))
+            name = f"student.rungs.{index}"
+            collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
         trainer = None if self.teacher.checkpoint is not None else self.teacher.trainer
         build = partial(self.teacher.build, data.image_shape, data.num_classes)
-        collect(faults, "teacher.model", partial(attempt, build, trainer=trainer))
+        collect(faults, "teacher.model", partial(attempt, "teacher.model", build, trainer=trainer))
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
         collect(faults, "boosting", lambda: self._try_round(data.num_classes))

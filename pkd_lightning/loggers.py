@@ -30,10 +30,10 @@ SUMMARY = ("accuracy", "prefix_accuracy", "prefix_agreement", "prefix_nll", "pre
 
 
 def summary_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """What a tracker shows of a round of results.json, each class's edge included."""
+    """What a tracker shows of a round of results.json, each class's edge included; no cost that is missing."""
     edges = {f"edge/class_{j}": edge for j, edge in enumerate(row["edges"]["per_class"])}
     return {
-        **{name: row[name] for name in SUMMARY},
+        **{name: row[name] for name in SUMMARY if row[name] is not None},
         "class": row["class_index"] + 1,
         "attempts": row["attempts"],
         "edges_satisfied": row["edges"]["satisfied"],
@@ -129,7 +129,8 @@ class WandbTracker:
         """One W&B run `summary`: a step a round, and the ensemble's and the teacher's figures."""
         with self._run("summary") as run:
             run.define_metric("students")
-            for name in summary_of(results["rounds"][0]):  # exact names: overlapping globs resolve at random
+            names = {name for row in results["rounds"] for name in summary_of(row)}
+            for name in sorted(names):  # exact names: overlapping globs resolve at random
                 run.define_metric(name, step_metric="students")
             for row in results["rounds"]:
                 run.log({"students": row["round"] + 1, **summary_of(row)})

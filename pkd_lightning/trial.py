@@ -1,5 +1,6 @@
 """Everything that a run does to a model, tried on two images before anything is trained."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,16 +10,25 @@ from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import weights_of
 from pkd_lightning.config import TrainerConfig
+from pkd_lightning.cost import measure
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.building import brief, check_logits, evaluated
+from pkd_lightning.models.building import ImageShape, brief, check_logits, evaluated
+
+logger = logging.getLogger(__name__)
 
 
 def try_model(
-    build: Callable[[], nn.Module], images: Tensor, num_classes: int, trainer: TrainerConfig | None, samples: int = 2
+    name: str,
+    build: Callable[[], nn.Module],
+    images: Tensor,
+    num_classes: int,
+    trainer: TrainerConfig | None,
+    samples: int = 2,
 ) -> None:
-    """Build a model, ask it for logits, train it by a step, save it, build and load it again.
+    """Build a model, ask it for logits, train it by a step, save it, build and load it again, and count its costs.
 
     Args:
+        name: what the model is called in the log.
         build: gives a new one, as it is built when its weights are loaded.
         images: two of them (2, C, H, W), preprocessed.
         num_classes: L.
@@ -26,7 +36,7 @@ def try_model(
         samples: of the training part; where all batches hold one of them, that is tried.
 
     Raises:
-        ConfigError: at the first step that fails.
+        ConfigError: at the first step that fails. A cost that cannot be counted is no fault, but a line in the log.
     """
     model = build()
     first = set(model.state_dict())
@@ -34,9 +44,17 @@ def try_model(
         check_logits(evaluated(model, batch), len(batch), num_classes)
     _check_state(model, first)
     if trainer is not None:
-        _try_training(model, images[: min(trainer.batch_size, samples)], num_classes, trainer)
+        _try_training(model, images[: min(samples, trainer.batch_size)], num_classes, trainer)
         _check_state(model, first)
         _try_loading(model, build, images)
+    with torch.inference_mode():  # as its latency is measured
+        evaluated(model, images[:1])
+    _, channels, height, width = images.shape
+    shape: ImageShape = channels, height, width
+    missing: list[str] = []
+    measure(model, shape, missing)
+    for line in missing:
+        logger.warning("%s: %s; results and report show n/a", name, line)
 
 
 def _check_state(model: nn.Module, first: set[str]) -> None:
@@ -75,7 +93,7 @@ def _try_training(model: nn.Module, images: Tensor, num_classes: int, trainer: T
     except ConfigError:
         raise
     except Exception as error:  # whatever the user's model or optimiser raises
-        on = "2 images" if len(images) > 1 else "a batch of one sample, as all batches are here,"
+        on = "a batch of one sample, as all batches are here," if len(images) == 1 else f"{len(images)} images"
         raise ConfigError([f"a training step on {on} fails ({brief(error)})"]) from error
     model.zero_grad()
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from pkd_lightning import cost
 from pkd_lightning.cost import Cost, Latency, latency, measure
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.models.mamba import Mamba
+from tests.support import tiny_run
 
 MODELS = {
     "paper": ((1, 28, 28), {"seq_len": 49, "n_blocks": 3, "d_state": 16, "d_state_step": 2, "norm": "none"}),
@@ -125,6 +127,60 @@ def test_costs_add_up_field_by_field():
     costs = [Cost(1, 20, 300), Cost(4, 50, 600), Cost(7, 80, 900)]
     assert costs[0] + costs[1] == Cost(5, 70, 900)
     assert sum(costs[1:], costs[0]) == Cost(12, 150, 1800)
+    assert costs[0] + Cost(1, None, 5) == Cost(2, None, 305)
+    assert Cost(1, 2, None) + costs[0] == Cost(2, 22, None)
+
+
+class Untraceable(nn.Module):
+    """torch.jit knows no operator for a tensor and a bool."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__()
+        self.head = nn.Linear(math.prod(image_shape), num_classes)
+
+    def forward(self, x):
+        logits = self.head(x.flatten(1))
+        return logits * ((logits > 0) & True) + logits
+
+
+class Uncopied(Untraceable):
+    """Holds what cannot be copied."""
+
+    def __init__(self, image_shape, num_classes):
+        super().__init__(image_shape, num_classes)
+        self.lock = threading.Lock()
+
+
+def test_what_cannot_be_counted_is_missing_with_the_reason_and_nothing_else_is():
+    missing = []
+    assert measure(Untraceable((1, 2, 2), 3), (1, 2, 2), missing) == Cost(15, None, 12)
+    (line,) = missing
+    assert "published FLOPs" in line
+    assert "__and__" in line
+    missing = []
+    assert measure(Uncopied((1, 2, 2), 3), (1, 2, 2), missing) == Cost(15, None, None)
+    assert "lock" in missing[0]
+
+
+@pytest.mark.parametrize("cls", ["Untraceable", "Uncopied"])
+@pytest.mark.report
+def test_a_run_whose_costs_cannot_be_counted_ends_with_them_missing(cls, tmp_path, caplog):
+    overrides = (
+        f"student.model=tests.test_cost.{cls}", "~student.common", "student.rungs=[{}]", "student.repeat=true",
+        "~teacher.model", f"+teacher.model={{_target_: tests.test_cost.{cls}, _partial_: true}}",
+        "boosting.rounds=1", "logger=tensorboard",
+    )  # fmt: skip
+    results = tiny_run(tmp_path, *overrides)
+    for name in ("student.rungs", "teacher.model"):
+        assert any(name in line and "cannot be counted" in line for line in caplog.messages)
+    macs = None if cls == "Uncopied" else 192
+    for row in (results["teacher"], results["rounds"][0], results["ensemble"]):
+        assert (row["params"], row["flops_published"], row["macs_total"]) == (195, None, macs)
+    assert results["ensemble"]["fraction_of_teacher"] == {
+        "params": 1.0, "flops_published": None, "macs_total": macs and 1.0
+    }  # fmt: skip
+    (run,) = tmp_path.glob("*/*/")
+    assert "n/a" in (run / "report.html").read_text()
 
 
 @pytest.fixture

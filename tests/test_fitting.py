@@ -586,20 +586,19 @@ def test_evaluation_takes_a_last_batch_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "given"),
-    [
-        (("trainer.batch_size=1",), "trainer.batch_size=1, 101 training samples"),
-        (("data.limit=4", "data.test_fraction=0.4", "data.validation_fraction=0.5"), "16, 1 training samples"),
-    ],
+    "overrides",
+    [("trainer.batch_size=1",), ("data.limit=4", "data.test_fraction=0.4", "data.validation_fraction=0.5")],
 )
 def test_a_model_that_cannot_train_on_one_sample_is_found_before_anything_is_trained(
-    overrides: tuple[str, ...], given: str, tmp_path: Path
+    overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     experiment = assemble(tiny_config(tmp_path, *overrides))
     data = DataModule(experiment.data)
     experiment.check(data)  # models without batch norm train on one sample
     normed = replace(experiment, teacher=replace(experiment.teacher, model=partial(Normed)))
-    with pytest.raises(ConfigError, match=f"teacher.model with .*{given}: .*more than 1 value per channel") as error:
+    with pytest.raises(
+        ConfigError, match="teacher.model: .* batch of one sample.*more than 1 value per channel"
+    ) as error:
         normed.check(data)
     assert len(error.value.faults) == 1  # the students are not at fault
     checkpoint = replace(normed.teacher, checkpoint=__file__)

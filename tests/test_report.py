@@ -19,6 +19,7 @@ from pkd_lightning.report import compare, main, print_table, write_report
 from pkd_lightning.reporting import comparison, figures, single, style
 from pkd_lightning.reporting.grouping import curve, grouped
 from pkd_lightning.reporting.load import load_run, read_metrics
+from pkd_lightning.reporting.table import student_rows, teacher_row
 from pkd_lightning.reporting.values import acceptance, duration, engineering, percent, share
 from tests.support import tiny_config
 
@@ -449,6 +450,29 @@ def test_values_that_are_not_numbers(tmp_path):
     assert "n/a" in table_text(results, 120)
     assert not re.search(r"\bnan\b", text, flags=re.IGNORECASE)
     assert compare([run, run], tmp_path / "out.html").is_file()
+
+
+@pytest.mark.parametrize("keys", [("flops_published",), ("flops_published", "macs_total")])
+def test_costs_that_could_not_be_counted(tmp_path, keys):
+    runs = []
+    for seed in (0, 1):
+        results = make_results(seed=seed)
+        for row in (
+            results["teacher"],
+            *results["rounds"],
+            results["ensemble"],
+            results["ensemble"]["fraction_of_teacher"],
+        ):
+            row |= dict.fromkeys(keys)
+        runs.append(make_run(tmp_path / str(seed), results))
+    page = visible(write_report(runs[0]))
+    assert all(f"teacher.{key}" in page for key in keys)
+    assert "n/a" in table_text(results, 120)
+    for row in (*student_rows(results), teacher_row(results)):
+        assert all(row[key] == row[f"{key}_share"] == "n/a" for key in keys)
+    both = visible(compare(runs, tmp_path / "out.html"))
+    assert "n/a" in both
+    assert not re.search(r"\b(nan|None)\b", page + both)
 
 
 def broken(tmp_path, text):

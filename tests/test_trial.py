@@ -145,7 +145,7 @@ class ExtraState(Plain):
 
 
 def attempt(cls, trainer=TRAINER):
-    try_model(partial(build_classifier, cls, {}, SHAPE, CLASSES), IMAGES, CLASSES, trainer)
+    try_model("model", partial(build_classifier, cls, {}, SHAPE, CLASSES), IMAGES, CLASSES, trainer)
 
 
 @pytest.mark.parametrize("cls", [Plain, Tied, Lazy, OneValuePerChannel])
