@@ -1,5 +1,6 @@
 """Files that are whole or absent, whatever happens while they are written."""
 
+import errno
 import json
 import os
 import tempfile
@@ -7,26 +8,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import RunError, full_disk
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """Let `write` fill a temporary file beside `path`, flush it to disk, then move it into place.
+
+    Raises:
+        RunError: where the disk is full; a file that was there before is left as it was.
+    """
+    with full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            _flush(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush(path.parent)  # or a power cut could leave the file without its name
+
+
+def _flush(path: Path) -> None:
+    """Put a file, or the names in a directory, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network filesystems
+            raise
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -47,7 +65,8 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state dict as safetensors, whole or not at all."""
     weights = weights_of(model)
-    atomic_write(path, lambda temporary: save_file(weights, temporary))
+    # not by `save_file`, whose errors do not say in a form to be tested that the disk is full
+    atomic_write(path, lambda temporary: temporary.write_bytes(save(weights)))
 
 
 def write_json(path: Path, value: Any) -> None:

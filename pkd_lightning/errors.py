@@ -1,6 +1,11 @@
 """Errors a user can act on. They are printed as one message, without a traceback."""
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PKDError(Exception):
@@ -28,3 +33,30 @@ class DataError(PKDError):
 
 class RunError(PKDError):
     """A run that cannot start or continue, for example because another process holds its directory."""
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn what a full disk, or a used-up quota, makes of the block into one error.
+
+    Args:
+        path: what the block writes: a file, or the directory of several.
+
+    Raises:
+        RunError: naming the disk and `path`.
+    """
+    try:
+        yield
+    except PKDError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error  # libraries raise errors of their own on top of the system's
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in FULL):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        disk = next(folder for folder in path.absolute().parents if folder.is_mount())
+        raise RunError(
+            f"no space left on {disk}: {path} cannot be written. Nothing is lost: free some space, then the same"
+            " command goes on from the last finished stage"
+        ) from error

@@ -110,13 +110,20 @@ def is_mapped(samples: int, columns: int) -> bool:
 
 
 def _map(path: Path, samples: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    size = samples * columns * dtype.itemsize
+    reserve(path, samples * columns * dtype.itemsize)
+    mapped = torch.from_file(str(path), shared=True, size=samples * columns, dtype=dtype)
+    return mapped.view(samples, columns)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file `size` bytes long, all of them with room on the disk; what it holds up to there stays.
+
+    A full disk is an error here. Written to by way of a map of a file with holes, it would end the process (SIGBUS).
+    """
     with path.open("ab") as file:
         file.truncate(size)
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a crash where it is written
-    mapped = torch.from_file(str(path), shared=True, size=samples * columns, dtype=dtype)
-    return mapped.view(samples, columns)
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 class SampleMatrix:

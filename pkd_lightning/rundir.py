@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pkd_lightning.checkpoint import atomic_write, write_json
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.process import task
 
 # keys that change where or how a run is shown, not what it computes
@@ -45,6 +45,14 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
 def plain_hash(plain: dict[str, Any]) -> str:
     """12 hexadecimal digits of a plain configuration, or of a part of it."""
     return hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+
+class RunLog(logging.FileHandler):
+    """A log file whose errors reach the run: logging would print a traceback for each line, and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what writing the record raised."""
+        raise  # logging calls this where it has caught the error
 
 
 class RunDirectory:
@@ -87,14 +95,15 @@ class RunDirectory:
         """Create the directory, take its lock, write config.yaml and log to run.log, for the length of the block.
 
         Raises:
-            RunError: where another process holds the lock.
+            RunError: where another process holds the lock, or the disk is full, also within the block.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a")
+            with full_disk(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = (self.path / ".lock").open("a")
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror}); choose another run_root") from error
-        with lock:
+        with lock, full_disk(self.path):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -103,12 +112,14 @@ class RunDirectory:
                 ) from error
             text = OmegaConf.to_yaml(config, resolve=True)
             atomic_write(self.path / "config.yaml", lambda path: path.write_text(text))
-            handler = logging.FileHandler(self.path / "run.log")
+            handler = RunLog(self.path / "run.log")
             handler.setLevel(logging.DEBUG)  # the edges of each class, besides what the terminal shows
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logging.getLogger().addHandler(handler)
+            shown, logging.raiseExceptions = logging.raiseExceptions, False  # on a full disk W&B's own log shows many
             try:
                 yield self
             finally:
+                logging.raiseExceptions = shown
                 logging.getLogger().removeHandler(handler)
                 handler.close()

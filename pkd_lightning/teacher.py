@@ -22,7 +22,7 @@ from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
-from pkd_lightning.matrix import largest
+from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import ImageShape, build_classifier
 from pkd_lightning.seeding import seeded
 
@@ -187,10 +187,12 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
 def write_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> None:
     """Fill a safetensors file with the logits as they come, so that they need not fit into memory."""
     shape = (data.validation.stop, data.num_classes)
-    entry = {"dtype": "F32", "shape": shape, "data_offsets": (0, 4 * shape[0] * shape[1])}
+    size = 4 * shape[0] * shape[1]
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": (0, size)}
     header = json.dumps({key: entry}).encode()
     header += b" " * (-len(header) % 8)  # the format: length of the header, header, values
     path.write_bytes(len(header).to_bytes(8, "little") + header)
+    reserve(path, 8 + len(header) + size)
     logits = torch.from_numpy(np.memmap(path, np.float32, "r+", 8 + len(header), shape))
     predict(model, data, range(shape[0]), device, out=logits)
     if not math.isfinite(largest(logits)):

@@ -597,7 +597,7 @@ def test_a_model_that_cannot_train_on_one_sample_is_found_before_anything_is_tra
     experiment.check(data)  # models without batch norm train on one sample
     normed = replace(experiment, teacher=replace(experiment.teacher, model=partial(Normed)))
     with pytest.raises(
-        ConfigError, match="teacher.model: .* batch of one sample.*more than 1 value per channel"
+        ConfigError, match=r"teacher\.model: .* batch of one sample.*more than 1 value per channel"
     ) as error:
         normed.check(data)
     assert len(error.value.faults) == 1  # the students are not at fault

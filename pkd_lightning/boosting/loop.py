@@ -283,7 +283,12 @@ class BoostingLoop:
 
     def save(self) -> None:
         """Write `boosting.ckpt`, whole or not at all."""
-        atomic_write(self.directory / "boosting.ckpt", lambda path: torch.save(self.state_dict(), path))
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # torch's own writing hides why it fails
+                torch.save(self.state_dict(), file)
+
+        atomic_write(self.directory / "boosting.ckpt", write)
 
     def restore(self) -> None:
         """Load `boosting.ckpt` where there is one.

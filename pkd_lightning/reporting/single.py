@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.reporting import page, style
 from pkd_lightning.reporting.figures import cards, loss_stages
 from pkd_lightning.reporting.load import Row, RunRecord
@@ -50,7 +50,8 @@ def run_page(run: RunRecord, figures: Path) -> str:
             ]
             graphics.append(page.figure(card.title, card.caption, parts, beside=card.name == "edges"))
             try:
-                style.save_png(card.draw(), figures / f"{card.name}.png", card.title)
+                with full_disk(figures / f"{card.name}.png"):
+                    style.save_png(card.draw(), figures / f"{card.name}.png", card.title)
             except OSError as error:
                 raise RunError(f"cannot write the figures to {figures}: {error.strerror}") from error
     body = [
