@@ -168,7 +168,7 @@ class TrainerConfig:
             `highest`, or `high` or `medium`, which let TF32 or bfloat16 compute them. It is reset after the fit.
         compile: run the model through torch.compile during the fit; on the CPU this needs a C++ compiler.
         num_workers: loader processes; 0 loads in the training process, fastest for data in memory.
-        progress: show a progress bar per fit.
+        progress: show a bar for each fit, or lines where stdout is no terminal.
     """
 
     optimizer: Callable[..., Any]

@@ -1,5 +1,6 @@
 """Every prefix and every single student on the test part, and what each costs: the content of results.json."""
 
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.fitting import predict
 from pkd_lightning.teacher import Teacher
 
+logger = logging.getLogger(__name__)
 SCHEMA = 1
 PACKAGES = ("pkd-lightning", "torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "numba", "wandb")
 
@@ -69,6 +71,7 @@ def evaluate(
     Returns:
         The parts `teacher`, `rounds` and `ensemble` of results.json.
     """
+    logger.info("evaluating the teacher and %d students on %s test samples", len(ensemble), f"{len(data.test):,}")
     labels = data.labels[data.test.start : data.test.stop]
     image = data.normalise(data.images[data.test.start : data.test.start + 1])
     teacher_logits = predict(teacher.model, data, data.test, device)

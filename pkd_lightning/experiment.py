@@ -1,6 +1,7 @@
 """From a composed configuration to the parts of an experiment, with every fault of it found at once."""
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from pkd_lightning.trial import try_model
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -56,6 +59,7 @@ class Experiment:
         Raises:
             ConfigError: listing every fault.
         """
+        logger.info("trying the models on two images")
         faults = under("student", self.student.faults(self.boosting.rounds, data.image_shape))
         images = data.normalise(data.images[[0, 0]])
         attempt = partial(try_model, images=images, num_classes=data.num_classes, samples=len(data.training))

@@ -27,7 +27,7 @@ from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.loggers import rank_zero
-from pkd_lightning.progress import FitProgress
+from pkd_lightning.progress import progress_of
 
 logger = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes before every one of many fits
@@ -264,7 +264,7 @@ def fit(
     training = data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers)
     module.total_steps = settings.max_epochs * len(training)
     if settings.progress:
-        watchers.append(FitProgress(stage.description or stage.name, module.total_steps))
+        watchers.append(progress_of(stage.description or stage.name, module.total_steps))
     trainer = FitTrainer(  # a fresh one every time: a used Trainer fits 0 steps
         max_epochs=settings.max_epochs,
         accelerator="gpu" if settings.device.type == "cuda" else "cpu",

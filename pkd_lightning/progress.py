@@ -1,11 +1,16 @@
-"""The progress bar of a fit."""
+"""What a fit shows of its progress: a bar on a terminal, else a line now and then."""
 
+import logging
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 import lightning as L
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+EVERY = 30.0  # seconds between two lines, at least
 
 
 class FitBar(Progress):
@@ -66,3 +71,33 @@ class FitProgress(L.Callback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class FitLines(L.Callback):
+    """Where there is no terminal: a line at the first epoch, and then at most one in `EVERY` seconds.
+
+    Args:
+        description: shown in front.
+        clock: gives seconds.
+    """
+
+    def __init__(self, description: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.description, self.clock = description, clock
+        self.last = -float("inf")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the epoch's line, where it is time."""
+        now = self.clock()
+        if now - self.last < EVERY:
+            return
+        self.last, metrics = now, trainer.callback_metrics
+        logger.info(
+            "  %s: epoch %d of at most %d, validation %.1f%%, loss %.3f",
+            self.description, trainer.current_epoch + 1, trainer.max_epochs,
+            100 * metrics["validation_accuracy"], metrics["validation_loss"],
+        )  # fmt: skip
+
+
+def progress_of(description: str, steps: int) -> L.Callback:
+    """The bar of a fit of so many steps where stdout is a terminal, else lines."""
+    return FitProgress(description, steps) if sys.stdout.isatty() else FitLines(description)

@@ -5,6 +5,7 @@ models or data, so a report can be rebuilt on any machine.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pkd_lightning.reporting.load import find_runs, load_run
 from pkd_lightning.reporting.single import run_page
 from pkd_lightning.reporting.table import print_table
 
+logger = logging.getLogger(__name__)
 __all__ = ["compare", "main", "print_table", "write_report"]
 
 
@@ -33,6 +35,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         RunError: the results are missing, damaged or of another schema, or nothing can be written.
     """
     out = out or run / "report.html"
+    logger.info("writing the report")
     page.write(out, run_page(load_run(run), run / "figures"))
     return out
 

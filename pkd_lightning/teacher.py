@@ -128,6 +128,7 @@ def prepare_teacher(
         seconds = float(record["seconds"])
         logger.info("teacher found, trained before")
     else:
+        logger.info("training the teacher on %s samples", f"{len(data.training):,}")
         module = TeacherModule(model, config.trainer)
         with seeded(stage.seed, stage.name, "fit"), tracker.stage(stage.name) as loggers:
             result = fit(module, data, stage, loggers)
@@ -179,6 +180,7 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
             fcntl.flock(lock, fcntl.LOCK_EX)
         stored = load_file(path) if path.exists() else {}
         if key not in stored:
+            logger.info("computing the teacher's logits of %s samples", f"{data.validation.stop:,}")
             atomic_write(path, lambda temporary: write_logits(model, data, temporary, key, device))
             stored = load_file(path)
     return stored[key]  # mapped from the file: it takes memory only where it is read

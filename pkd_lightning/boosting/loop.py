@@ -130,6 +130,7 @@ class BoostingLoop:
             self.teacher_logits, state.ensemble_logits, state.raise_student(self.directory), max(state.bound, 1e-3),
             state.round, state.sample_weights() if self.config.weights == "samples" and state.round > 0 else None,
         )  # fmt: skip
+        logger.info("training a student: %s", description)
         with seeded(self.seed, stage.key, state.class_index, "init"):
             model = self.ladder.build(state.class_index, data.image_shape, data.num_classes)
         module = StudentModule(model, self.trainer, self.config, self.objective, self.combination, targets)

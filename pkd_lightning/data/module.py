@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -16,6 +17,7 @@ from pkd_lightning.data.images import ImageSet, normaliser
 from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.seeding import derive, generator
 
+logger = logging.getLogger(__name__)
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 COPIES_AT_ONCE = 128  # what augmenting them needs in between stays in the processor's cache; the draws depend on it
 
@@ -112,6 +114,7 @@ class DataModule:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
+        logger.info("loading the data")
         data = load_source(config)
         self.name, self.num_classes = data.name, data.num_classes
         train, validation, test = split_rows(data, config)
