@@ -1,17 +1,27 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent, whatever happens while they are written, and hold a hash of their content.
+
+The hash is in the file itself, so that both are written at once and copied together: in the metadata of safetensors,
+else under the key `HASH`. A file without one, of an earlier version or from elsewhere, is read as it is.
+"""
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from pkd_lightning.errors import RunError, full_disk
+
+HASH = "blake2b"
+HASHED_BYTES = 2**21  # worked on at a time: a tensor that is not contiguous is copied only in parts
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -65,22 +75,71 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state dict as safetensors, whole or not at all."""
     weights = weights_of(model)
+    content = save(weights, {HASH: content_hash(weights)})
     # not by `save_file`, whose errors do not say in a form to be tested that the disk is full
-    atomic_write(path, lambda temporary: temporary.write_bytes(save(weights)))
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file by name, and compare it with its hash where it has one. The tensors are mapped from it.
+
+    Raises:
+        RunError: where it is missing or damaged, naming it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            stored = (file.metadata() or {}).get(HASH)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
+    check_hash(path, values, stored)
+    return values
+
+
+def content_hash(values: Mapping[str, Any]) -> str:
+    """A hash of tensors and JSON values by name, in any order of the names: 0.2 s for 100 MB."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(values.items()):
+        if not isinstance(value, Tensor):
+            digest.update(json.dumps([name, value]).encode())
+            continue
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
+        size = max(1, rows[:1].numel() * rows.element_size())
+        for part in rows.split(max(1, HASHED_BYTES // size)):
+            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_hash(path: Path, values: Mapping[str, Any], stored: str | None) -> None:
+    """Compare what was read from `path` with the hash stored with it; without one nothing is compared.
+
+    Raises:
+        RunError: where they differ.
+    """
+    if stored is not None and stored != content_hash(values):
+        raise RunError(
+            f"{path}: is damaged, its content does not match the {HASH} hash in it. Restore it from a copy; where you"
+            " have edited it yourself, remove the hash"
+        )
+
+
+def write_json(path: Path, value: Any, hashed: bool = False) -> None:
+    """Write `value` as indented JSON, whole or not at all; a dict can be `hashed`, for `read_json` to check."""
+    content = {**value, HASH: content_hash(value)} if hashed else value
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; without its hash, where it has one.
 
     Raises:
-        RunError: where it is missing or not JSON, naming it.
+        RunError: where it is missing, not JSON, or does not match its hash, naming it.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from error
+    if isinstance(value, dict):
+        check_hash(path, value, value.pop(HASH, None))
+    return value

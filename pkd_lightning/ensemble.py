@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.combine import Scales, prefix_weights
-from pkd_lightning.checkpoint import read_json, save_weights, write_json
+from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
 from pkd_lightning.data.images import normaliser
 from pkd_lightning.errors import RunError
 from pkd_lightning.models.building import ImageShape, build_classifier
@@ -148,6 +147,11 @@ class ProgressiveEnsemble(nn.Module):
         try:
             mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
             scales = [(float(a), float(c)) for a, c in description["scales"]]
+            for name, values in (("scales", torch.tensor(scales)), ("mean", mean), ("std", std)):
+                if not values.isfinite().all():
+                    raise ValueError(f"{name}: {description[name]} are not all finite numbers")
+            if len(mean) != len(std) or not (std > 0).all():
+                raise ValueError(f"std: {description['std']} are not {len(mean)} numbers above 0, one a channel")
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise RunError(f"{path}: does not describe an ensemble ({error!r})") from error
         return cls.from_students(directory, scales, mean, std)
@@ -157,6 +161,7 @@ class ProgressiveEnsemble(nn.Module):
         write_json(
             directory / "ensemble.json",
             {"scales": self.scales, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()},
+            hashed=True,
         )
 
 
@@ -181,7 +186,7 @@ def save_student(
     }
     weights, text = _student_files(stem)
     save_weights(model, weights)
-    write_json(text, description)
+    write_json(text, description, hashed=True)
 
 
 def load_student(stem: Path) -> nn.Module:
@@ -197,10 +202,11 @@ def load_student(stem: Path) -> nn.Module:
         model = build_classifier(make, description["options"], (channels, height, width), description["num_classes"])
     except Exception as error:  # whatever the import of the model or its constructor raises
         raise RunError(f"{path}: does not describe a student ({error!r})") from error
+    state = load_tensors(weights)
     try:
-        model.load_state_dict(load_file(weights))
-    except Exception as error:  # safetensors raises its own errors for a damaged file
-        raise RunError(f"{weights}: cannot be loaded ({error})") from error
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise RunError(f"{weights}: does not fit the student that {path.name} describes ({error})") from error
     return model.eval()
 
 

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pkd_lightning.checkpoint import HASH, check_hash, content_hash
+
 CHUNK_BYTES = 2**21  # float32 worked on at a time: temporaries stay in the processor's cache
 MAPPED_BYTES = 2**27  # matrices from here on are mapped from files: some six of them exist at once
 
@@ -175,20 +177,21 @@ class SampleMatrix:
         for file in (0, 1) if self.path is not None else ():
             self._name(file).unlink(missing_ok=True)
 
-    def state(self) -> Tensor | str:
-        """What a checkpoint stores: the matrix, or the name of its file, which is on the disk then."""
+    def state(self) -> Tensor | dict[str, str]:
+        """What a checkpoint stores: the matrix, or the name of its file, which is on the disk then, and its hash."""
         if self.values is not self._maps.get(self._file):  # in memory: small, or the zeros of the start
             return self.values
         name = self._name(self._file)
         with name.open("rb+") as file:
             os.fsync(file.fileno())
-        return name.name
+        return {"file": name.name, HASH: content_hash({name.name: self.values})}
 
-    def load(self, state: Tensor | str) -> None:
-        """Restore what `state` gave.
+    def load(self, state: Tensor | dict[str, str] | str) -> None:
+        """Restore what `state` gave; of an earlier version, a file's name alone.
 
         Raises:
             ValueError: where it does not have the matrix's shape, or its file is not there.
+            RunError: where its file is damaged.
         """
         samples, columns = self.values.shape
         if isinstance(state, Tensor):
@@ -196,10 +199,13 @@ class SampleMatrix:
                 raise ValueError(f"shape {tuple(state.shape)}, the data needs {(samples, columns)}")
             self.values = state
             return
-        if self.path is None or state not in (self._name(0).name, self._name(1).name):
-            raise ValueError(f"it is in the file {state!r}, which does not belong to a matrix of this size")
-        path = self.path.with_name(state)
+        stored = {"file": state} if isinstance(state, str) else state
+        name = stored["file"]
+        if self.path is None or name not in (self._name(0).name, self._name(1).name):
+            raise ValueError(f"it is in the file {name!r}, which does not belong to a matrix of this size")
+        path = self.path.with_name(name)
         if not path.exists() or path.stat().st_size != 4 * samples * columns:
             raise ValueError(f"{path} is missing or of another size")
-        self._file = int(state[-1])
-        self.values = self._open(self._file)
+        values = self._open(int(name[-1]))
+        check_hash(path, {name: values}, stored.get(HASH))
+        self._file, self.values = int(name[-1]), values

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pkd_lightning.checkpoint import atomic_write, read_json, save_weights, write_json
+from pkd_lightning.checkpoint import HASH, atomic_write, content_hash, load_tensors, read_json, save_weights, write_json
 from pkd_lightning.config import Faults, TrainerConfig
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import RunError
@@ -135,7 +134,7 @@ def prepare_teacher(
         seconds = result.seconds
         save_weights(model, weights)
         record = {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds}
-        write_json(done, {**record, "data": data.fingerprint})
+        write_json(done, {**record, "data": data.fingerprint}, hashed=True)
         logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)
@@ -150,10 +149,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     try:
         if path.suffix == ".safetensors":
-            state: Mapping[str, Any] = load_file(path)
+            state: Mapping[str, Any] = load_tensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own errors for a damaged file
+    except RunError:
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged file
         raise RunError(f"{path}: cannot be read as weights ({error})") from error
     if not isinstance(state, Mapping):
         raise RunError(f"{path}: holds a {type(state).__name__}, not weights by name")
@@ -169,7 +170,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:
     """Logits of `model` on the training and validation rows, computed once for the fingerprint `key`.
 
-    Where another process is computing them for the same file, it is waited for.
+    Where another process is computing them for the same file, it is waited for. A damaged file is made anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("a") as lock:
@@ -178,11 +179,15 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
         except BlockingIOError:
             logger.info("waiting for the teacher's logits, which another run computes")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        stored = load_file(path) if path.exists() else {}
+        stored: dict[str, Tensor] = {}
+        try:
+            stored = load_tensors(path) if path.exists() else {}
+        except RunError as error:
+            logger.warning("the teacher's logits are computed again. %s", error)
         if key not in stored:
             logger.info("computing the teacher's logits of %s samples", f"{data.validation.stop:,}")
             atomic_write(path, lambda temporary: write_logits(model, data, temporary, key, device))
-            stored = load_file(path)
+            stored = load_tensors(path)
     return stored[key]  # mapped from the file: it takes memory only where it is read
 
 
@@ -191,14 +196,21 @@ def write_logits(model: nn.Module, data: DataModule, path: Path, key: str, devic
     shape = (data.validation.stop, data.num_classes)
     size = 4 * shape[0] * shape[1]
     entry = {"dtype": "F32", "shape": shape, "data_offsets": (0, size)}
-    header = json.dumps({key: entry}).encode()
-    header += b" " * (-len(header) % 8)  # the format: length of the header, header, values
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    reserve(path, 8 + len(header) + size)
-    logits = torch.from_numpy(np.memmap(path, np.float32, "r+", 8 + len(header), shape))
+
+    def header_with(hash_: str) -> bytes:  # the format: length of the header, header, values
+        header = json.dumps({"__metadata__": {HASH: hash_}, key: entry}).encode()
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header
+
+    header = header_with(content_hash({}))
+    path.write_bytes(header)
+    reserve(path, len(header) + size)
+    logits = torch.from_numpy(np.memmap(path, np.float32, "r+", len(header), shape))
     predict(model, data, range(shape[0]), device, out=logits)
     if not math.isfinite(largest(logits)):
         raise RunError("the teacher's logits are not all finite; it cannot be distilled")
+    with path.open("rb+") as file:
+        file.write(header_with(content_hash({key: logits})))  # as long as the first
 
 
 def fingerprint(model: nn.Module, data: DataModule) -> str:

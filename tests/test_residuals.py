@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.rounds import memory
 from pkd_lightning import matrix
 from pkd_lightning.boosting.residuals import ResidualMatrices, condition_holds, theoretical_eta
+from pkd_lightning.errors import RunError
 from pkd_lightning.matrix import Difference, chunks, largest, quantile, scratch
 
 Rounds = list[tuple[np.ndarray, float]]
@@ -338,7 +339,7 @@ def test_an_update_cut_short_leaves_what_the_checkpoint_names(rounds, monkeypatc
     matrices = mapped_after(monkeypatch, tmp_path, rounds)
     monkeypatch.setattr(matrix, "CHUNK_BYTES", 16 * 3 * 4)
     saved, before = matrices.state(), matrices.S.clone()
-    assert isinstance(saved, str) == (rounds > 0)
+    assert isinstance(saved, dict) == (rounds > 0)
     with pytest.raises(Killed):
         matrices.update(Cut(), 0.5)
     assert torch.equal(matrices.S, before)
@@ -354,10 +355,17 @@ def test_an_update_cut_short_leaves_what_the_checkpoint_names(rounds, monkeypatc
 
 def test_a_file_that_is_not_the_matrix_is_refused(monkeypatch, tmp_path):
     saved = mapped_after(monkeypatch, tmp_path, 1).state()
-    (tmp_path / saved).write_bytes(b"short")
+    path = tmp_path / saved["file"]
+    ResidualMatrices(40, 3, tmp_path / "residuals").load(path.name)  # as a checkpoint without hashes has it
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=f"{path.name}: is damaged"):
+        ResidualMatrices(40, 3, tmp_path / "residuals").load(saved)
+    path.write_bytes(b"short")
     with pytest.raises(ValueError, match="another size"):
         ResidualMatrices(40, 3, tmp_path / "residuals").load(saved)
-    (tmp_path / saved).unlink()
+    path.unlink()
     with pytest.raises(ValueError, match="missing"):
         ResidualMatrices(40, 3, tmp_path / "residuals").load(saved)
     with pytest.raises(ValueError, match="does not belong"):

@@ -23,7 +23,7 @@ from pkd_lightning.boosting.weak_learner import (
     judge,
     required,
 )
-from pkd_lightning.checkpoint import atomic_write
+from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash
 from pkd_lightning.config import BoostingConfig, TrainerConfig, resolve
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble, save_student
@@ -284,10 +284,11 @@ class BoostingLoop:
 
     def save(self) -> None:
         """Write `boosting.ckpt`, whole or not at all."""
+        state = self.state_dict()
 
         def write(path: Path) -> None:
             with path.open("wb") as file:  # torch's own writing hides why it fails
-                torch.save(self.state_dict(), file)
+                torch.save({**state, HASH: content_hash(state)}, file)
 
         atomic_write(self.directory / "boosting.ckpt", write)
 
@@ -301,7 +302,9 @@ class BoostingLoop:
         if not path.exists():
             return
         try:
-            self.load_state_dict(torch.load(path, weights_only=True))
+            state = torch.load(path, weights_only=True)
+            check_hash(path, state, state.pop(HASH, None))
+            self.load_state_dict(state)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunError(f"{path}: cannot be resumed from ({error}); delete it to start the rounds anew") from error
         logger.info("resumed after %d of %d rounds", self.state.round, self.config.rounds)

@@ -133,15 +133,15 @@ class ResidualMatrices:
         """Delete the files of a large S, if there are any."""
         self._matrix.remove()
 
-    def state(self) -> Tensor | str:
+    def state(self) -> Tensor | dict[str, str]:
         """What a checkpoint stores, see `SampleMatrix.state`."""
         return self._matrix.state()
 
-    def load(self, state: Tensor | str) -> None:
+    def load(self, state: Tensor | dict[str, str] | str) -> None:
         """Restore what `state` gave.
 
         Raises:
-            ValueError: see `SampleMatrix.load`.
+            ValueError, RunError: see `SampleMatrix.load`.
         """
         self._matrix.load(state)
         self._largest = self._log_normaliser = None
