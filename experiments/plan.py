@@ -15,7 +15,8 @@ from pkd_lightning.config import suggest, unknown_keys
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.rundir import RunDirectory
 
-DEFAULTS = ("logger=none", "threads=1", "trainer.progress=false")  # none of them changes a result
+# one thread: several runs share the cores, and a result has the same bits on every machine
+DEFAULTS = ("logger=none", "threads=1", "trainer.progress=false")
 KEEP = {
     "teacher": ("teacher/teacher.safetensors", "teacher/teacher.json"),
     "students": ("students/ensemble.json", "students/*.json", "students/*.safetensors"),
@@ -185,9 +186,9 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> tuple[
         checkpoint = config.teacher.checkpoint
         if checkpoint is not None and "teacher" in job.run.keep:
             faults.append("keep='teacher': a run with a teacher.checkpoint trains none; keep it in the run that does")
-        if checkpoint is None or Path(checkpoint).is_file():
+        if checkpoint is None or Path(checkpoint).expanduser().is_file():
             path = RunDirectory(config).path
-        if checkpoint is not None and Path(checkpoint).resolve() in coming:
+        if checkpoint is not None and Path(checkpoint).expanduser().resolve() in coming:
             config.teacher.checkpoint = None
         if build:
             from pkd_lightning.experiment import assemble  # here: its import takes seconds that nothing else needs

@@ -1,6 +1,9 @@
 """The command line around Hydra: where the configuration lies, and what a misspelt override may have meant."""
 
+import io
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,15 +12,19 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pkd_lightning.composition import PACKAGE, did_you_mean, option_names
-from pkd_lightning.errors import ConfigError
+from pkd_lightning.errors import ConfigError, PKDError
 
 _PACKAGE = Path(__file__).parent
 # in an installed wheel conf/ lies inside the package, in a checkout beside it
 CONF = str(next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir()))
+
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)  # for Hydra's own folder of a sweep
 
 
 def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
@@ -29,6 +36,7 @@ def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
         ConfigError: a group is overridden by null, or an experiment lacks its package line. For whatever else is wrong
             in an override Hydra has its own errors.
     """
+    overrides = tuple(map(expand_home, overrides))
     faults = null_groups(overrides)
     if faults:
         raise ConfigError(faults)
@@ -46,8 +54,15 @@ def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
         version.VersionBase.instance().version_base = base
 
 
+def spare_terminal() -> None:
+    """Print characters that the terminal's encoding lacks as `?`, where an error would end what is all but done."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # elsewhere, as in a notebook, it is Unicode; stderr escapes them
+        sys.stdout.reconfigure(errors="replace")
+
+
 def log_to_terminal() -> None:
     """Messages from INFO on as bare lines on stdout; DEBUG of this package only reaches a run's run.log."""
+    spare_terminal()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setLevel(logging.INFO)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[terminal], force=True)
@@ -58,6 +73,7 @@ def log_to_terminal() -> None:
 def explain_overrides() -> Iterator[None]:
     """After Hydra has rejected an override, name the key it may have meant; reject those it has no message for."""
     sys.path.insert(0, "")  # `pkd` finds modules in the current directory, as `python -m` does
+    sys.argv[1:] = map(expand_home, sys.argv[1:])
     faults = null_groups(sys.argv[1:])
     if faults:
         sys.exit(f"error: {ConfigError(faults)}")
@@ -68,6 +84,20 @@ def explain_overrides() -> Iterator[None]:
             for line in suggestions(sys.argv[1:]):
                 print(line, file=sys.stderr)
         raise
+
+
+@contextmanager
+def explain_end() -> Iterator[None]:
+    """End a job that fails or is stopped with one message and an exit code, in place of a traceback."""
+    try:
+        yield
+    except PKDError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # Hydra runs the other jobs, then reports this one
+        sys.exit(f"error: {error}")
+    except (SystemExit, KeyboardInterrupt) as stop:
+        print("stopped; the same command goes on from the last finished round", file=sys.stderr)
+        sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
 
 
 def suggestions(arguments: list[str]) -> list[str]:
@@ -85,6 +115,12 @@ def suggestions(arguments: list[str]) -> list[str]:
     known = option_names(OmegaConf.to_container(config)) | {"experiment"}
     unknown = [key for key in given if key not in known and "/" not in key and not key.startswith("hydra")]
     return [f"{key!r} is not an option.{did_you_mean(key, known)}" for key in unknown]
+
+
+def expand_home(argument: str) -> str:
+    """`key=~/a,~/b` with the home for each `~`: the shell leaves them alone there, Hydra's grammar refuses them."""
+    key, equals, value = argument.partition("=")
+    return key + equals + ",".join(os.path.expanduser(one) if one[:1] == "~" else one for one in value.split(","))
 
 
 def null_groups(arguments: Iterable[str]) -> list[str]:

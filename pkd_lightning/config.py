@@ -9,11 +9,13 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
-
-import torch
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pkd_lightning.errors import ConfigError
+
+if TYPE_CHECKING:  # where it is used it is imported: `--help` and a finished run do without its seconds
+    import torch
 
 T = TypeVar("T")
 KEY = re.compile(r"[\w.]+[=:]")
@@ -185,6 +187,8 @@ class TrainerConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        import torch
+
         faults = Faults(self)
         faults.whole("max_epochs", 1)
         faults.whole("patience", 1, optional=True)
@@ -210,7 +214,7 @@ class TrainerConfig:
                 )
         faults.raise_if_any()
 
-    def build_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    def build_optimizer(self, parameters: Iterable[Any]) -> "torch.optim.Optimizer":
         """The optimiser of `parameters`, or of groups of them, fused where it offers that and nothing else is chosen.
 
         Over many small tensors, a fused step of Adam takes a fraction of the time of the other two kinds.
@@ -222,12 +226,25 @@ class TrainerConfig:
         return optimizer
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
         """Where models are fitted and asked."""
+        import torch
+
         from pkd_lightning.models.scan import cuda
 
         on_gpu = self.accelerator == "gpu" or (self.accelerator == "auto" and cuda.available())
         return torch.device("cuda" if on_gpu else "cpu")
+
+
+def device_of(accelerator: str) -> str:
+    """`accelerator`, and of `auto` the one of `TrainerConfig.device`; without torch where possible."""
+    if accelerator != "auto":
+        return accelerator
+    if find_spec("mamba_ssm") is None:
+        return "cpu"  # what `cuda.available` says without it
+    from pkd_lightning.models.scan import cuda
+
+    return "gpu" if cuda.available() else "cpu"
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,36 @@
 """The run directory: the same configuration finds the same directory, one process at a time."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.checkpoint import atomic_write, write_json
+from pkd_lightning.composition import top_level_faults
+from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, device_of
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.process import task
 
-# keys that change where or how a run is shown, not what it computes
+logger = logging.getLogger(__name__)
+MODULES = {
+    "objective": "objectives",
+    "combine": "combine",
+}  # of `pkd_lightning.boosting`, where the names are looked up
+
+# Keys that change where or how a run is shown, not what it computes. `threads` is not among them: sums split over two
+# threads end in other bits than those of one, and a run resumed with another number would be neither. null, whatever
+# the machine has, counts as null, so that a run goes on where another machine has other cores.
 VOLATILE = (
     "run_root",
-    "threads",
     "logger",
     "trainer.progress",
     "trainer.num_workers",
@@ -28,11 +40,27 @@ VOLATILE = (
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration without its volatile keys; of a teacher's checkpoint the content, not the path."""
+    """What a valid configuration means, however it is written, without its volatile keys.
+
+    Of a teacher's checkpoint the content counts, of `data.root` the place, of `accelerator=auto` the device. An option
+    that has its default is as good as left out, and an objective goes by its name, not its import path.
+    """
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    checkpoint = plain["teacher"]["checkpoint"]
-    if checkpoint is not None:
-        plain["teacher"]["checkpoint"] = hashlib.blake2b(Path(checkpoint).read_bytes(), digest_size=16).hexdigest()
+    data, teacher, boosting = plain["data"], plain["teacher"], plain["boosting"]
+    plain["name"] = str(plain["name"])
+    if data.get("root") is not None:
+        data["root"] = str(Path(data["root"]).expanduser().resolve())
+    if teacher.get("checkpoint") is not None:
+        content = Path(teacher["checkpoint"]).expanduser().read_bytes()
+        teacher["checkpoint"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    for key, module in (("objective", "objectives"), ("combine", "combine")):
+        if key in boosting:
+            boosting[key] = boosting[key].removeprefix(f"pkd_lightning.boosting.{module}.")
+    boosting["weak_learner"] = _without_defaults(boosting.get("weak_learner", {}), WeakLearnerConfig)
+    plain["boosting"] = _without_defaults(boosting, BoostingConfig)
+    for owner in (plain, teacher):
+        device = device_of(owner["trainer"].get("accelerator", "auto"))
+        owner["trainer"] = _without_defaults({**owner["trainer"], "accelerator": device}, TrainerConfig)
     for key in VOLATILE:
         *parents, leaf = key.split(".")
         node: Any = plain
@@ -42,9 +70,41 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     return plain
 
 
+def _without_defaults(given: dict[str, Any], cls: Any) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in fields(cls)}
+    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
+
+
 def plain_hash(plain: dict[str, Any]) -> str:
-    """12 hexadecimal digits of a plain configuration, or of a part of it."""
-    return hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+    """12 hexadecimal digits of a plain configuration, or of a part of it. 2 and 2.0 are the same number."""
+    return hashlib.blake2b(json.dumps(_same(plain), sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+
+def _same(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _same(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_same(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def unlocked(path: Path, error: OSError) -> None:
+    """Warn that the file system has no locks; any other error of taking one is raised again."""
+    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        raise error
+    logger.warning("%s: this file system has no locks (%s); start no second process on it", path, error.strerror)
+
+
+def find_finished(config: DictConfig) -> "RunDirectory | None":
+    """The directory in which `config` has run to its end; None where it has not, or is at fault (`assemble` says how).
+
+    It needs neither torch nor the data.
+    """
+    try:
+        directory = None if top_level_faults(config) else RunDirectory(config)
+    except (OmegaConfBaseException, OSError, AttributeError, KeyError, TypeError):
+        return None  # not of the form of a valid configuration
+    return directory if directory is not None and directory.finished else None
 
 
 class RunLog(logging.FileHandler):
@@ -66,10 +126,10 @@ class RunDirectory:
 
     def __init__(self, config: DictConfig) -> None:
         plain = plain_config(config)
-        self.path = Path(config.run_root) / str(config.name) / plain_hash(plain)
+        self.path = Path(config.run_root).expanduser() / str(config.name) / plain_hash(plain)
         self.teacher_logits = self.path / "teacher" / "logits.safetensors"
-        if plain["teacher"]["checkpoint"] is not None:
-            asked = plain_hash({part: plain[part] for part in ("teacher", "data")})
+        if plain["teacher"].get("checkpoint") is not None:
+            asked = plain_hash({part: plain[part] for part in ("teacher", "data", "threads")})
             self.teacher_logits = self.path.parent / "teachers" / f"{asked}.safetensors"
 
     @property
@@ -110,9 +170,11 @@ class RunDirectory:
                 raise RunError(
                     f"{self.path}: another process is running this experiment; wait for it{task()}"
                 ) from error
+            except OSError as error:
+                unlocked(self.path, error)
             text = OmegaConf.to_yaml(config, resolve=True)
-            atomic_write(self.path / "config.yaml", lambda path: path.write_text(text))
-            handler = RunLog(self.path / "run.log")
+            atomic_write(self.path / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+            handler = RunLog(self.path / "run.log", encoding="utf-8")
             handler.setLevel(logging.DEBUG)  # the edges of each class, besides what the terminal shows
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logging.getLogger().addHandler(handler)

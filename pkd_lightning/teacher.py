@@ -23,6 +23,7 @@ from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import ImageShape, build_classifier
+from pkd_lightning.rundir import unlocked
 from pkd_lightning.seeding import seeded
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class TeacherConfig:
         faults.called("model")
         if isinstance(self.model, nn.Module):
             faults.found.append("model: is built already, before the images are known; `_partial_: true` is missing")
-        if self.checkpoint is not None and not Path(self.checkpoint).is_file():
+        if self.checkpoint is not None and not Path(self.checkpoint).expanduser().is_file():
             faults.found.append(f"checkpoint={self.checkpoint!r}: no such file")
         faults.raise_if_any()
 
@@ -110,7 +111,7 @@ def prepare_teacher(
     weights, done = directory / "teacher.safetensors", directory / "teacher.json"
     seconds = 0.0
     if config.checkpoint is not None:
-        load_weights(model, Path(config.checkpoint))
+        load_weights(model, Path(config.checkpoint).expanduser())
         logger.info("teacher loaded from %s", config.checkpoint)
         if data.config.split == "paper":
             logger.warning(
@@ -179,6 +180,8 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
         except BlockingIOError:
             logger.info("waiting for the teacher's logits, which another run computes")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            unlocked(path.parent, error)
         stored: dict[str, Tensor] = {}
         try:
             stored = load_tensors(path) if path.exists() else {}

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -283,13 +284,14 @@ def load_source(config: DataConfig) -> ImageSet:
         ConfigError: where it cannot be called, fails or gives no `ImageSet`.
         DataError: from the source.
     """
+    root = None if config.root is None else str(Path(config.root).expanduser())
     try:
-        inspect.signature(config.source).bind(root=config.root)
+        inspect.signature(config.source).bind(root=root)
     except (TypeError, ValueError) as error:
         fault = f"data.source: cannot be called with root={config.root!r} ({error}); define it as load(root=None)"
         raise ConfigError([fault]) from error
     try:
-        data: object = config.source(root=config.root)
+        data: object = config.source(root=root)
     except PKDError:
         raise
     except Exception as error:  # whatever the user's function raises is the fault

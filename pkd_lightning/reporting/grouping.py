@@ -16,9 +16,9 @@ from pkd_lightning.reporting.load import RunRecord
 from pkd_lightning.reporting.values import number, prefix_cost
 from pkd_lightning.rundir import VOLATILE
 
-# What may differ between runs of one setting: besides the keys that are not in a run's hash, its seed and the place of
-# the data, whose name must agree anyway.
-IGNORED = (*VOLATILE, "seed", "data.root")
+# What may differ between runs of one setting: besides the keys that are not in a run's hash, its seed, the place of
+# the data, whose name must agree anyway, and the threads, which change the last bits.
+IGNORED = (*VOLATILE, "threads", "seed", "data.root")
 
 
 @dataclass(frozen=True)
