@@ -42,6 +42,7 @@ from rich.table import Table
 
 from experiments.plan import COMPOSITION, KEEP, Job, Study, option_faults, read_study
 from pkd_lightning.checkpoint import read_json, write_json
+from pkd_lightning.cli import spare_terminal
 from pkd_lightning.config import suggest
 from pkd_lightning.errors import ConfigError, PKDError, RunError
 from pkd_lightning.reporting.values import duration, number, percent
@@ -319,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: must be at least 1")
+    spare_terminal()
     with noted_signals() as stops:
         try:
             progress = prepare(options)

@@ -6,8 +6,8 @@ import os
 # cores, and fits of tiny models consist of thousands of short parallel regions.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from pkd_lightning._torchvision import define_missing_operators
+from pkd_lightning._torchvision import repair_on_import
 
 __version__ = "0.1.0"
 
-define_missing_operators()
+repair_on_import()

@@ -11,17 +11,15 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from pkd_lightning.errors import RunError, full_disk
 
 HASH = "blake2b"
 HASHED_BYTES = 2**21  # worked on at a time: a tensor that is not contiguous is copied only in parts
+
+if TYPE_CHECKING:  # torch is imported where tensors are met: a finished run is shown without it
+    from torch import Tensor, nn
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -57,7 +55,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def weights_of(model: "nn.Module") -> "dict[str, Tensor]":
     """A model's state dict as safetensors takes it: on the CPU, contiguous, no two tensors in the same memory.
 
     A tied weight has its values under each of its names, so that a model that ties it, or does not, can load them.
@@ -72,20 +70,24 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: "nn.Module", path: Path) -> None:
     """Write a model's state dict as safetensors, whole or not at all."""
+    from safetensors.torch import save
+
     weights = weights_of(model)
     content = save(weights, {HASH: content_hash(weights)})
     # not by `save_file`, whose errors do not say in a form to be tested that the disk is full
     atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> "dict[str, Tensor]":
     """Read a safetensors file by name, and compare it with its hash where it has one. The tensors are mapped from it.
 
     Raises:
         RunError: where it is missing or damaged, naming it.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -100,14 +102,16 @@ def content_hash(values: Mapping[str, Any]) -> str:
     """A hash of tensors and JSON values by name, in any order of the names: 0.2 s for 100 MB."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(values.items()):
-        if not isinstance(value, Tensor):
+        if isinstance(value, (dict, list, tuple, str, int, float, type(None))):
             digest.update(json.dumps([name, value]).encode())
             continue
+        from torch import uint8
+
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
         size = max(1, rows[:1].numel() * rows.element_size())
         for part in rows.split(max(1, HASHED_BYTES // size)):
-            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(part.cpu().contiguous().view(-1).view(uint8).numpy())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from pkd_lightning import __version__
 from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.cost import Cost, latency, measure
 from pkd_lightning.data.module import DataModule
@@ -23,7 +25,7 @@ from pkd_lightning.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1
-PACKAGES = ("pkd-lightning", "torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "numba", "wandb")
+PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "numba", "wandb")
 
 
 def quality(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> dict[str, float]:
@@ -151,8 +153,12 @@ def collect_results(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    """Versions of Python and of the packages a result depends on, of those that are installed."""
+    found = {"python": platform.python_version(), "pkd-lightning": __version__}  # also where only its source is there
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:

@@ -37,6 +37,7 @@ from pkd_lightning.teacher import TeacherConfig
 from pkd_lightning.trial import try_model
 
 T = TypeVar("T")
+TORCH_THREADS = torch.get_num_threads()  # before any run sets them
 
 logger = logging.getLogger(__name__)
 

@@ -110,7 +110,11 @@ class WandbTracker:
         mode: str = "offline",
     ) -> None:
         if mode not in ("offline", "online"):
-            raise ConfigError([f"mode={mode!r}: must be one of offline, online"])
+            raise ConfigError([f"logger.mode={mode!r}: must be one of offline, online"])
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise ConfigError([f"logger=wandb: {error}; pip install wandb, or logger=none"]) from error
         self.options: dict[str, Any] = {
             "project": project, "group": group, "mode": mode, "dir": str(directory), "config": dict(config)
         }  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pkd_lightning.cli import spare_terminal
 from pkd_lightning.errors import PKDError, RunError
 from pkd_lightning.reporting import page
 from pkd_lightning.reporting.comparison import comparison_page
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or a directory above runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html, or comparison.html here")
     options = parser.parse_args(arguments)
+    spare_terminal()
     try:
         runs = list(dict.fromkeys(found.resolve() for run in options.runs for found in find_runs(run)))
         if len(runs) == 1:

@@ -4,40 +4,40 @@ python -m pkd_lightning.run experiment=digits [overrides]
 """
 
 import logging
-import sys
 import time
 
 import hydra
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.checkpoint import read_json
-from pkd_lightning.cli import CONF, explain_overrides, log_to_terminal
-from pkd_lightning.data.module import DataModule
-from pkd_lightning.errors import PKDError
-from pkd_lightning.evaluate import collect_results
-from pkd_lightning.experiment import assemble, open_tracker
-from pkd_lightning.fitting import Stage
+from pkd_lightning.cli import CONF, explain_end, explain_overrides, log_to_terminal, spare_terminal
 from pkd_lightning.process import stopped_by_signals
-from pkd_lightning.report import print_table, write_report
-from pkd_lightning.rundir import RunDirectory
-from pkd_lightning.teacher import prepare_teacher
+from pkd_lightning.reporting.table import print_table
+from pkd_lightning.rundir import RunDirectory, find_finished
 
 logger = logging.getLogger(__name__)
-TORCH_THREADS = torch.get_num_threads()  # before any run sets them
 
 
 def run(config: DictConfig) -> dict[str, object]:
     """Run, resume, or just show the experiment of a composed configuration; returns results.json."""
-    experiment = assemble(config)
-    torch.set_num_threads(config.threads or TORCH_THREADS)
-    directory = RunDirectory(config)
-    if directory.finished:
+    directory = find_finished(config)
+    if directory is not None:
         logger.info("finished before: %s", directory.path)
     else:
+        # here, not above: torch, lightning and numba take seconds, and --help, completion, a finished run need none
+        import torch
+
+        from pkd_lightning.boosting.loop import BoostingLoop
+        from pkd_lightning.data.module import DataModule
+        from pkd_lightning.evaluate import collect_results
+        from pkd_lightning.experiment import TORCH_THREADS, assemble, open_tracker
+        from pkd_lightning.fitting import Stage
+        from pkd_lightning.report import write_report
+        from pkd_lightning.teacher import prepare_teacher
+
+        experiment = assemble(config)
+        directory = RunDirectory(config)
+        torch.set_num_threads(config.threads or TORCH_THREADS)
         start = time.perf_counter()
         data = DataModule(experiment.data)
         experiment.check(data)
@@ -60,6 +60,7 @@ def run(config: DictConfig) -> dict[str, object]:
             directory.finish()
             loop.state.remove_files()
     results = read_json(directory.results)
+    spare_terminal()
     print(f"report: {directory.path / 'report.html'}")
     print_table(results)
     return results  # type: ignore[no-any-return]
@@ -68,15 +69,8 @@ def run(config: DictConfig) -> dict[str, object]:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _job(config: DictConfig) -> float | None:
     log_to_terminal()
-    try:
+    with explain_end():
         rounds = run(config)["rounds"]
-    except PKDError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # Hydra runs the other jobs, then reports this one
-        sys.exit(f"error: {error}")
-    except (SystemExit, KeyboardInterrupt):
-        print("stopped; the same command goes on from the last finished round", file=sys.stderr)
-        raise
     return max(0.0, rounds[-1]["prefix_validation_accuracy"]) if rounds else None  # type: ignore[index]
 
 

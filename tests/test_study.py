@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 import json
 import os
 import signal
@@ -476,3 +477,13 @@ def test_the_real_command_killed_in_the_middle_goes_on(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "resumed after 1 of 2 rounds" in again.stdout
     assert bench.collected() == {"first-seed0", "second-seed0"}
+
+
+def test_a_study_in_another_encoding_than_the_terminals(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    bench.folder = bench.folder.with_name("größe")
+    bench.write("seeds: [0]\ncommon: [experiment=digits]\nruns: {one: {}}")
+    assert bench.run() == 0
+    sys.stdout.flush()
+    assert b"gr??e" in file.getvalue()

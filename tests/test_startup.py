@@ -1,0 +1,74 @@
+"""Asking for help, completing and showing what is finished start at once: none of them imports what training needs."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pkd_lightning.cli import log_to_terminal
+from tests.support import TINY, tiny_run
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "lightning", "numba", "matplotlib", "torchvision", "sklearn", "scipy", "wandb"}
+MAIN = """
+import atexit, sys
+atexit.register(lambda: print("IMPORTED", *sys.modules, file=sys.stderr))
+from pkd_lightning.run import main
+main()
+"""
+
+
+def start(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """The command line in a process of its own, and the modules it imported."""
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", MAIN, *arguments]
+    done = subprocess.run(command, env=whole, capture_output=True, text=True, timeout=100, check=False)
+    imported = next(line for line in done.stderr.splitlines() if line.startswith("IMPORTED"))
+    return done, set(imported.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "pkd experiment=digits"),
+        (["experiment=digits", "--cfg", "job", "--resolve"], "name: digits"),
+        (["-sc", "query=bash"], "experiment=mnist_paper"),
+        (["experiment=digits", "boosting.rouns=3"], ""),
+    ],
+)
+def test_what_trains_nothing_imports_nothing_of_it(arguments: list[str], said: str) -> None:
+    done, imported = start(*arguments, COMP_LINE="pkd experiment=", COMP_POINT="15")
+    assert said in done.stdout
+    assert "pkd_lightning.run" in imported
+    assert not HEAVY & imported
+
+
+def test_a_finished_run_is_shown_without_torch_and_in_any_encoding(tmp_path: Path) -> None:
+    tiny_run(tmp_path)
+    done, imported = start(*TINY, f"run_root={tmp_path}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "finished before" in done.stdout
+    assert "teacher" in done.stdout
+    assert "?" in done.stdout  # in place of the table's dashes
+    assert not HEAVY & imported
+
+
+def test_torchvision_is_repaired_when_it_is_imported_and_not_before() -> None:
+    code = "import sys, pkd_lightning; print('torch' in sys.modules); import torchvision; print('torch' in sys.modules)"
+    whole = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=whole, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_messages_in_another_encoding_than_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    log_to_terminal()
+    logging.getLogger("pkd_lightning").info("größer")
+    sys.stdout.flush()
+    logging.getLogger().handlers.clear()
+    assert file.getvalue() == b"gr??er\n"
