@@ -7,9 +7,10 @@ else under the key `HASH`. A file without one, of an earlier version or from els
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,9 +130,29 @@ def check_hash(path: Path, values: Mapping[str, Any], stored: str | None) -> Non
 
 
 def write_json(path: Path, value: Any, hashed: bool = False) -> None:
-    """Write `value` as indented JSON, whole or not at all; a dict can be `hashed`, for `read_json` to check."""
+    """Write `value` as indented JSON, whole or not at all; a dict can be `hashed`, for `read_json` to check.
+
+    Raises:
+        RunError: where a number in it is not finite, which JSON cannot hold, naming its place.
+    """
     content = {**value, HASH: content_hash(value)} if hashed else value
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise RunError(f"{path}: not written, {'; '.join(not_finite(value)) or error}") from error
+    atomic_write(path, lambda temporary: temporary.write_text(text))
+
+
+def not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """Where in a value of JSON's types there are numbers that are not finite: `rounds[1].nll is nan`."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from not_finite(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from not_finite(inner, f"{place}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}"
 
 
 def read_json(path: Path) -> Any:

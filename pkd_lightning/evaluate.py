@@ -7,20 +7,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
+from torchmetrics.classification import MulticlassAccuracy
 
 from pkd_lightning import __version__
 from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.cost import Cost, latency, measure
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
+from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import predict
+from pkd_lightning.matrix import chunks, scratch
 from pkd_lightning.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -29,29 +32,40 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "
 
 
 def quality(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> dict[str, float]:
-    """Accuracy, NLL (nats) and calibration error (15 bins) of logits (N, L); agreement with the teacher's, if given."""
-    classes = logits.shape[-1]
-    values = {
-        "accuracy": multiclass_accuracy(logits, labels, classes, average="micro"),
-        "nll": F.cross_entropy(logits, labels),
-        "ece": calibration_error(logits.softmax(-1), labels),
-    }
-    if teacher is not None:
-        values["agreement"] = (logits.argmax(-1) == teacher.argmax(-1)).float().mean()
-    return {name: float(value) for name, value in values.items()}
+    """Accuracy, NLL (nats) and calibration error (15 bins) of logits (N, L); agreement with the teacher's, if given.
 
-
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
-    """Expected calibration error of `probabilities` (N, L) in `bins` bins (0, 1/15], ..., (14/15, 1] of equal width.
-
-    sum_b n_b / N * abs(accuracy_b - confidence_b), the confidence being the largest probability of a row (Guo et al.,
-    arXiv 1706.04599). torchmetrics puts a confidence of exactly 1, which float32 often gives, into a bin of its own.
+    By chunks of rows: what is taken in between does not grow with L.
     """
-    confidence, predicted = probabilities.double().max(-1)
+    accuracy, nll, agreeing = MulticlassAccuracy(logits.shape[-1], average="micro"), 0.0, 0
+    confidence, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
+    for rows in chunks(logits.shape):
+        log_p = F.log_softmax(logits[rows], -1)
+        largest, predicted = log_p.max(-1)
+        accuracy.update(predicted, labels[rows])
+        nll += float(F.nll_loss(log_p, labels[rows], reduction="sum"))
+        confidence[rows], correct[rows] = largest.exp(), predicted == labels[rows]
+        if teacher is not None:
+            agreeing += int((predicted == teacher[rows].argmax(-1)).sum())
+    values = {"accuracy": float(accuracy.compute()), "nll": nll / len(logits)}
+    values["ece"] = calibration_error(confidence, correct)
+    return values if teacher is None else {**values, "agreement": agreeing / len(logits)}
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Expected calibration error of predictions in `bins` bins (0, 1/15], ..., (14/15, 1] of equal width.
+
+    sum_b n_b / N * abs(accuracy_b - confidence_b) (Guo et al., arXiv 1706.04599). torchmetrics puts a confidence of
+    exactly 1, which float32 often gives, into a bin of its own.
+
+    Args:
+        confidence: (N,) largest probability of each row.
+        correct: (N,) bool, whether the class of that probability is the label.
+        bins: their number.
+    """
     inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    which = torch.bucketize(confidence, inner)  # of a bin's two edges the upper one belongs to it
-    surplus = torch.bincount(which, (predicted == labels).double() - confidence, minlength=bins)
-    return surplus.abs().sum() / len(labels)
+    which = torch.bucketize(confidence.double(), inner)  # of a bin's two edges the upper one belongs to it
+    surplus = torch.bincount(which, correct.double() - confidence.double(), minlength=bins)
+    return float(surplus.abs().sum()) / len(confidence)
 
 
 def evaluate(
@@ -60,8 +74,11 @@ def evaluate(
     data: DataModule,
     records: Sequence[Mapping[str, Any]],
     device: torch.device,
+    directory: Path,
 ) -> dict[str, Any]:
     """Read the test part once and report the teacher, every round and the ensemble.
+
+    Three matrices of logits (test rows, L) are held, large ones in unnamed files (see `matrix.scratch`).
 
     Args:
         teacher: the teacher.
@@ -69,14 +86,20 @@ def evaluate(
         data: its test rows are read here and nowhere else in a run.
         records: what the loop recorded of each round.
         device: where the models are asked; latency is measured on the CPU.
+        directory: where large matrices of logits are kept for the time being.
 
     Returns:
         The parts `teacher`, `rounds` and `ensemble` of results.json.
+
+    Raises:
+        RunError: where logits of the test rows are not finite, naming the model and the rows.
     """
     logger.info("evaluating the teacher and %d students on %s test samples", len(ensemble), f"{len(data.test):,}")
     labels = data.labels[data.test.start : data.test.stop]
     image = data.normalise(data.images[data.test.start : data.test.start + 1])
-    teacher_logits = predict(teacher.model, data, data.test, device)
+    teacher_logits, prefix_logits, logits = (scratch(len(labels), data.num_classes, directory) for _ in range(3))
+    predict(teacher.model, data, data.test, device, out=teacher_logits)
+    check_finite(teacher_logits, "the teacher")
     teacher.model.cpu()
     teacher_cost = measure(teacher.model, data.image_shape)
     teacher_row = {
@@ -87,12 +110,15 @@ def evaluate(
 
     rounds: list[dict[str, Any]] = []
     prefix_cost = Cost(0, 0, 0)
-    prefix_logits = torch.zeros_like(teacher_logits)
+    prefix_logits.zero_()
     prefix: dict[str, Any] = {}
     for t, (member, (a, c), record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
-        logits = predict(member, data, data.test, device)
+        predict(member, data, data.test, device, out=logits)
+        check_finite(logits, f"student {t + 1}")
         member.cpu()
-        prefix_logits = a * prefix_logits + c * logits
+        for rows in chunks(logits.shape):
+            prefix_logits[rows] = a * prefix_logits[rows] + c * logits[rows]
+        check_finite(prefix_logits, f"the ensemble of the first {t + 1} students")
         prefix = {
             **quality(prefix_logits, labels, teacher_logits),
             **vars(latency(partial(ensemble, members=t + 1), image)),
@@ -117,6 +143,23 @@ def _fraction(part: int | None, whole: int | None) -> float | None:
     return None if part is None or whole is None else part / max(1, whole)
 
 
+def check_finite(logits: Tensor, whose: str) -> None:
+    """Check the logits (test rows, L) of a model.
+
+    Raises:
+        RunError: where some are not finite, naming `whose` and the first rows.
+    """
+    found = [rows.start + (~logits[rows].isfinite().all(1)).nonzero()[:, 0] for rows in chunks(logits.shape)]
+    bad = torch.cat(found).tolist()
+    if bad:
+        first = f"{', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}"
+        raise RunError(
+            f"the logits of {whose} are not finite on {len(bad)} of {len(logits)} test rows ({first}, from 0 in the"
+            " order of the test part): nothing it is evaluated by would be true, so no results are written. The"
+            " students are kept; correct or leave out these images, or use another teacher"
+        )
+
+
 def collect_results(
     config: DictConfig,
     data: DataModule,
@@ -125,9 +168,10 @@ def collect_results(
     state: BoostingState,
     device: torch.device,
     seconds: float,
+    directory: Path,
 ) -> dict[str, Any]:
     """The whole of results.json, whose version is `schema`. `seconds`: wall time of this process's part."""
-    measured = evaluate(teacher, ensemble, data, state.records, device)
+    measured = evaluate(teacher, ensemble, data, state.records, device, directory)
     measured["teacher"]["config"] = OmegaConf.to_container(config.teacher.model, resolve=True)
     rounds = [record["seconds"] for record in state.records]
     return {

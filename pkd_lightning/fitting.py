@@ -204,12 +204,15 @@ class EpochLines(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the epoch's line."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {
+            name: float(value) if math.isfinite(value) else None  # JSON has no NaN
+            for name, value in trainer.callback_metrics.items()
+        }
         line = {"stage": self.stage, "attempt": self.attempt, "epoch": trainer.current_epoch, **metrics}
         line["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         line["seconds"] = round(time.perf_counter() - self.start, 4)
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def run(config: DictConfig) -> dict[str, object]:
             )  # fmt: skip
             ensemble = loop.run()
             seconds = time.perf_counter() - start
-            results = collect_results(config, data, teacher, ensemble, loop.state, experiment.trainer.device, seconds)
+            results = collect_results(
+                config, data, teacher, ensemble, loop.state, experiment.trainer.device, seconds, directory.path
+            )
             directory.save_results(results)
             write_report(directory.path)
             tracker.summarise(results)
