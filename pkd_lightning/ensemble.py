@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.combine import Scales, prefix_weights
 from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
 from pkd_lightning.data.images import normaliser
-from pkd_lightning.errors import RunError
-from pkd_lightning.models.building import ImageShape, build_classifier
+from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.models.building import ImageShape, Trust, build_classifier, import_model
 
 
 class ProgressiveEnsemble(nn.Module):
@@ -126,18 +125,23 @@ class ProgressiveEnsemble(nn.Module):
 
     @classmethod
     def from_students(
-        cls, directory: Path, scales: Sequence[Scales], mean: Tensor, std: Tensor
+        cls, directory: Path, scales: Sequence[Scales], mean: Tensor, std: Tensor, trust: Trust = ()
     ) -> "ProgressiveEnsemble":
-        """Load students 00, 01, ... of `directory`, as many as there are scales."""
-        members = [load_student(directory / f"{t:02d}") for t in range(len(scales))]
+        """Load students 00, 01, ... of `directory`, as many as there are scales; `trust` as in `load`."""
+        members = [load_student(directory / f"{t:02d}", trust) for t in range(len(scales))]
         return cls(members, scales, mean, std).eval()
 
     @classmethod
-    def load(cls, directory: Path | str) -> "ProgressiveEnsemble":
+    def load(cls, directory: Path | str, trust: Trust = ()) -> "ProgressiveEnsemble":
         """Load the ensemble of a run: the run's directory, or its `students` folder.
 
+        Args:
+            directory: where it is.
+            trust: import paths of models, or of packages, that a file of the run may name besides this package's own
+                models: their code is run. True: any. Models of the ladders of this process need no mention.
+
         Raises:
-            RunError: where files are missing, damaged or do not fit.
+            RunError: where files are missing, damaged or do not fit, or name a model that is not trusted.
         """
         directory = Path(directory)
         if not (directory / "ensemble.json").exists():
@@ -154,7 +158,7 @@ class ProgressiveEnsemble(nn.Module):
                 raise ValueError(f"std: {description['std']} are not {len(mean)} numbers above 0, one a channel")
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise RunError(f"{path}: does not describe an ensemble ({error!r})") from error
-        return cls.from_students(directory, scales, mean, std)
+        return cls.from_students(directory, scales, mean, std, trust)
 
     def save_description(self, directory: Path) -> None:
         """Write `ensemble.json` beside the students: what `load` needs besides them."""
@@ -189,18 +193,24 @@ def save_student(
     write_json(text, description, hashed=True)
 
 
-def load_student(stem: Path) -> nn.Module:
+def load_student(stem: Path, trust: Trust = ()) -> nn.Module:
     """Build the student described by `stem`.json and load its weights, in evaluation mode.
 
+    Args:
+        stem: file name without ending.
+        trust: as in `ProgressiveEnsemble.load`.
+
     Raises:
-        RunError: where a file is missing or damaged, or the weights do not fit.
+        RunError: where a file is missing or damaged, the model is not trusted, or the weights do not fit.
     """
     weights, path = _student_files(stem)
     description = read_json(path)
     try:
-        make, (channels, height, width) = get_object(description["model"]), description["image_shape"]
+        make, (channels, height, width) = import_model(description["model"], trust), description["image_shape"]
         model = build_classifier(make, description["options"], (channels, height, width), description["num_classes"])
-    except Exception as error:  # whatever the import of the model or its constructor raises
+    except ConfigError as error:
+        raise RunError(f"{path}: its student cannot be built: {'; '.join(error.faults)}") from error
+    except Exception as error:  # whatever the model's constructor raises
         raise RunError(f"{path}: does not describe a student ({error!r})") from error
     state = load_tensors(weights)
     try:

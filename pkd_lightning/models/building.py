@@ -1,17 +1,57 @@
 """Building any importable classifier for a data set's images, and checking that it gives their logits."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pkd_lightning.errors import ConfigError, PKDError
 
 ImageShape = tuple[int, int, int]
+Trust = bool | str | Sequence[str]
+PACKAGE = __name__.split(".")[0]
+
+# Import paths of the ladders built in this process. They are the user's own words, unlike those in a run's files: so a
+# run of a user's model is resumed, and loaded where it was trained, without `trust`.
+configured: set[str] = set()
+
+
+def import_model(path: str, trust: Trust) -> Callable[..., Any]:
+    """The model at an import path, which is imported only where it is trusted, and not called.
+
+    Args:
+        path: import path.
+        trust: import paths of models, or of packages with all models in them, that are trusted besides this package
+            and those `configured`. True: any.
+
+    Raises:
+        ConfigError: where it is not trusted, cannot be imported, or is neither a class of torch modules nor a function
+            annotated to return one.
+    """
+    given = [PACKAGE, *([trust] if isinstance(trust, str) else trust or [])] if trust is not True else [path]
+    inside = [name for name in given if f"{path}.".startswith(f"{name}.")]
+    advice = f"where you trust its code, which loading it runs, say trust={path!r}, or its package"
+    if path not in configured and not inside:
+        raise ConfigError([f"model={path!r}: is not of {PACKAGE}; {advice}"])
+    try:
+        model: Callable[..., Any] = get_object(path)
+        made = model if isinstance(model, type) else inspect.signature(model, eval_str=True).return_annotation
+    except Exception as error:  # get_object raises whatever the module's import does
+        raise ConfigError([f"model={path!r}: cannot be imported ({error})"]) from error
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise ConfigError(
+            [f"model={path!r}: must be a class of torch.nn.Module, or a function annotated to return one"]
+        )
+    # not a function, not even of this package: one could load other files with a `trust` that stands in the file
+    own = isinstance(model, type) and model.__module__.split(".")[0] == PACKAGE
+    if path not in configured and inside == [PACKAGE] and not own:
+        raise ConfigError([f"model={path!r}: is no class of {PACKAGE}; {advice}"])
+    return model
 
 
 def build_classifier(

@@ -4,21 +4,20 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from pkd_lightning.config import under
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.building import ImageShape, build_classifier
+from pkd_lightning.models.building import ImageShape, build_classifier, configured, import_model
 
 
 class Ladder:
     """Model classes in the order in which they are tried.
 
     Args:
-        model: import path of the student's class, called with the rung's options, and with `image_shape` and
-            `num_classes` where its signature names them.
+        model: import path of the student's class, or of a function annotated to return a module. It is called with
+            the rung's options, and with `image_shape` and `num_classes` where its signature names them.
         rungs: options of each class, smallest first.
         common: options all classes share; a rung's own win.
         repeat: whether a class may give several students. Without, each accepted student uses its rung up.
@@ -33,10 +32,8 @@ class Ladder:
     ) -> None:
         if not rungs:
             raise ConfigError(["rungs: a ladder needs at least one rung"])
-        try:
-            self.model = get_object(model)
-        except Exception as error:  # get_object raises whatever the module's import does
-            raise ConfigError([f"model={model!r}: cannot be imported ({error})"]) from error
+        self.model = import_model(model, trust=True)
+        configured.add(model)
         self.path = model
         self.rungs = [{**_plain(common or {}), **_plain(rung)} for rung in rungs]
         faults = []
