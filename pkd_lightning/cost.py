@@ -110,13 +110,24 @@ def with_opaque_mixers(model: nn.Module) -> tuple[nn.Module, list[tuple[Mamba, i
 
 
 def mix_macs(mixer: Mamba, length: int) -> int:
-    """Multiply-accumulates of `Mamba.mix` on one sequence of `length` tokens."""
+    """Multiply-accumulates of `Mamba.mix` on one sequence of `length` tokens.
+
+    Layers that are not as they were built, such as adapters, are called and counted.
+    """
     d_inner, d_state = mixer.d_inner, mixer.d_state
+    scan = scan_macs(1, length, d_inner, d_state)
+    if mixer.plain_weights() is None:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            mixer.conv1d(torch.zeros(1, d_inner, length))
+            linear = ((mixer.x_proj, d_inner), (mixer.dt_proj, mixer.dt_rank), (mixer.out_proj, d_inner))
+            for layer, features in linear:
+                layer(torch.zeros(1, length, features))
+        return int(counter.get_total_flops()) // 2 + scan
     convolution = d_inner * mixer.d_conv
     x_proj = d_inner * (mixer.dt_rank + 2 * d_state)
     dt_proj = mixer.dt_rank * d_inner
     out_proj = d_inner * mixer.d_model
-    return length * (convolution + x_proj + dt_proj + out_proj) + scan_macs(1, length, d_inner, d_state)
+    return length * (convolution + x_proj + dt_proj + out_proj) + scan
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.ao.nn.quantized.dynamic
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -317,6 +319,9 @@ def test_a_second_derivative_is_refused(loss):
         torch.autograd.grad(loss(mixer(tokens)), tokens, create_graph=True)
 
 
+LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+
+
 class Adapter(torch.nn.Linear):
     """A layer that does more than its weight says."""
 
@@ -324,24 +329,218 @@ class Adapter(torch.nn.Linear):
         return super().forward(x) + 1
 
 
-@pytest.mark.parametrize("how", ["hook", "pre-hook", "parametrisation", "replaced"])
-def test_layers_that_do_more_than_multiply_are_called(how):
-    mixer, tokens = make_block(2), make_tokens(2, 5, 2)
-    before = mixer(tokens)
-    if how == "hook":
-        mixer.x_proj.register_forward_hook(lambda module, inputs, output: output + 1)
-    elif how == "pre-hook":
-        mixer.out_proj.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
-    elif how == "parametrisation":
-        torch.nn.utils.parametrizations.weight_norm(mixer.in_proj)
+class Wrapped(torch.nn.Module):
+    """A low-rank adapter, reduced to what matters: an own parameter beside the layer, random in training."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base, self.shift = base, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.shift * torch.rand(()) if self.training else self.shift
+        return self.base(x) + shift
+
+
+def hook(mixer, name):
+    getattr(mixer, name).register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def pre_hook(mixer, name):
+    getattr(mixer, name).register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+
+
+def own_forward(mixer, name):
+    layer = getattr(mixer, name)
+    original = layer.forward
+    layer.forward = lambda x: original(x) + 1
+
+
+def wrap(mixer, name):
+    setattr(mixer, name, Wrapped(getattr(mixer, name)))
+
+
+def prune_and_train(mixer, name):
+    """A training step changes what the mask is applied to, and the weight only follows in a call of the layer."""
+    layer = getattr(mixer, name)
+    torch.nn.utils.prune.random_unstructured(layer, "weight", amount=0.4)
+    with torch.no_grad():
+        layer.weight_orig.mul_(3)
+
+
+def parametrise(mixer, name):
+    layer = torch.nn.utils.parametrizations.weight_norm(getattr(mixer, name))
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(2)
+
+
+def quantise(mixer, name):
+    layer = getattr(mixer, name)
+    layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    kinds = torch.ao.nn.quantized.dynamic
+    setattr(mixer, name, (kinds.Conv1d if name == "conv1d" else kinds.Linear).from_float(layer))
+
+
+def all_layers(mixer, name):
+    """A hook on every module of the process sees the layer, too."""
+    layer = getattr(mixer, name)
+    change = lambda module, inputs, output: output + 1 if module is layer else None  # noqa: E731
+    return torch.nn.modules.module.register_module_forward_hook(change)
+
+
+TOUCHED = (hook, pre_hook, own_forward, wrap, prune_and_train, parametrise, quantise, all_layers)
+
+
+def loud_block() -> Mamba:
+    """A block in whose output every layer shows."""
+    mixer = make_block(3, dt_rank=2)
+    with torch.no_grad():
+        for linear in (mixer.in_proj, mixer.x_proj, mixer.dt_proj):
+            linear.weight.mul_(4)
+    return mixer
+
+
+def in_steps(mixer: Mamba, tokens: Tensor) -> Tensor:
+    state, outputs = None, []
+    for token in tokens.unbind(1):
+        out, state = mixer.step(token, state)
+        outputs.append(out)
+    return torch.stack(outputs, 1)
+
+
+def by_calls(mixer: Mamba, tokens: Tensor) -> Tensor:
+    """The block with every layer called on the whole sequence, and the oracle's scan without its bias."""
+    x, z = mixer.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)
+    x = F.silu(mixer.conv1d(x)[..., : tokens.shape[1]])
+    dt, B, C = mixer.x_proj(x.mT).split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
+    delta = F.softplus(mixer.dt_proj(dt)).mT
+    y = selective_scan_reference(x, delta, -torch.exp(mixer.A_log), B.mT, C.mT, mixer.D, z)
+    return mixer.out_proj(y.mT)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("touch", TOUCHED)
+def test_a_layer_that_does_more_than_apply_its_weights_is_called(touch, name):
+    mixer, tokens = loud_block().eval(), 4 * make_tokens(2, 7, 3)
+    before, before_by_steps = mixer(tokens).detach(), in_steps(mixer, tokens).detach()
+    handle = touch(mixer, name)
+    mixer.eval()
+    try:
         with torch.no_grad():
-            mixer.in_proj.parametrizations.weight.original0.mul_(2)
+            expected = by_calls(mixer, tokens)
+            assert not is_fused(mixer, tokens)
+            after, stepped = mixer(tokens), in_steps(mixer, tokens)
+    finally:
+        if handle is not None:
+            handle.remove()
+    effect = (expected - before).abs().max().item()
+    assert effect > 1e-4
+    torch.testing.assert_close(after, expected, rtol=0, atol=effect / 20)
+    if touch is quantise:  # its scale is that of what is computed at once: not the same in steps
+        assert (stepped - before_by_steps).abs().max() > effect / 100
     else:
-        mixer.in_proj = Adapter(2, 8, bias=False)
-    after = mixer(tokens)
-    assert (after - before).abs().max() > 0.01
-    mixer.fused = False
-    torch.testing.assert_close(after, mixer(tokens))
+        first = mixer.d_conv - 1 if (touch, name) == (pre_hook, "conv1d") else 0  # inputs before the first are zeros
+        torch.testing.assert_close(stepped[:, first:], expected[:, first:], rtol=0, atol=effect / 20)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_wraps_a_layer_is_trained(name, fused):
+    torch.manual_seed(0)
+    mixer, tokens = loud_block(), 4 * make_tokens(2, 7, 3)
+    mixer.fused = fused
+    wrap(mixer, name)
+    first, second = mixer(tokens), mixer(tokens)
+    assert not torch.equal(first, second)  # in training mode
+    wrapper = getattr(mixer, name)
+    for out in (first, in_steps(mixer, tokens)):
+        wrapper.shift.grad = None
+        out.square().sum().backward()
+        assert wrapper.shift.grad.abs() > 1e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_hooks_of_the_backward_pass_are_called(name):
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        mixer, seen = make_block(3), []
+        getattr(getattr(mixer, name), register)(lambda module, *grads, seen=seen: seen.append(grads))
+        mixer(make_tokens(2, 7, 3).requires_grad_()).sum().backward()
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mixer: setattr(mixer, "in_proj", Adapter(3, 12, bias=False)),
+        lambda mixer: setattr(mixer, "in_proj", torch.nn.Linear(3, 12)),
+        lambda mixer: setattr(mixer, "out_proj", torch.nn.Linear(6, 3)),
+        lambda mixer: setattr(mixer, "dt_proj", torch.nn.Linear(1, 6, bias=False)),
+        lambda mixer: setattr(mixer, "conv1d", torch.nn.Conv1d(6, 6, 4, groups=6, padding=3, bias=False)),
+        lambda mixer: setattr(mixer, "conv1d", torch.nn.Conv1d(6, 6, 4, padding=3)),
+        lambda mixer: setattr(mixer, "conv1d", torch.nn.Conv1d(6, 6, 2, groups=6, padding=3, dilation=3)),
+    ],
+)
+def test_layers_of_the_same_class_that_are_built_otherwise_are_called(change):
+    torch.manual_seed(0)
+    mixer, tokens = make_block(3), make_tokens(2, 7, 3)
+    change(mixer)
+    with torch.no_grad():
+        expected = by_calls(mixer, tokens)
+        assert not is_fused(mixer, tokens)
+        torch.testing.assert_close(mixer(tokens), expected, rtol=1e-4, atol=1e-5)
+    if mixer.conv1d.dilation == (1,):
+        torch.testing.assert_close(in_steps(mixer, tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "dt_proj"])
+def test_a_weight_of_another_class_is_left_to_its_layer(name):
+    """As quantisation libraries have: the layer stays, its weight knows a few functions and computes in its own way."""
+
+    class Doubled(Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            assert function is not Tensor.__getitem__, "not one of the functions"
+            if function not in (F.linear, F.conv1d):
+                return super().__torch_function__(function, types, args, kwargs or {})
+            return function(args[0], 2 * args[1].as_subclass(Tensor), *args[2:], **(kwargs or {}))
+
+    mixer, twin, tokens = make_block(3), make_block(3), make_tokens(2, 7, 3)
+    layer = getattr(mixer, name)
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Doubled))
+    assert type(layer.weight) is Doubled
+    with torch.no_grad():
+        getattr(twin, name).weight.mul_(2)
+    for function in (mixer, lambda tokens: in_steps(mixer, tokens)):
+        torch.testing.assert_close(function(tokens), twin(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mix_of_ones_own_is_called(monkeypatch):
+    class Own(Mamba):
+        def mix(self, xz: Tensor) -> Tensor:
+            return xz[..., : self.d_model]
+
+    mixer, tokens = Own(3), make_tokens(2, 7, 3)
+    assert torch.equal(mixer(tokens), mixer.in_proj(tokens)[..., :3])
+    mixer = make_block(3)
+    monkeypatch.setattr(mixer, "mix", lambda xz: xz[..., :3])
+    assert torch.equal(mixer(tokens), mixer.in_proj(tokens)[..., :3])
+
+
+def test_untouched_blocks_stay_fused_after_hooks_and_pruning_are_removed():
+    mixer, tokens = make_block(3), make_tokens(2, 7, 3)
+    handle = mixer.dt_proj.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert not is_fused(mixer, tokens)
+    handle.remove()
+    torch.nn.utils.prune.random_unstructured(mixer.x_proj, "weight", amount=0.4)
+    assert not is_fused(mixer, tokens)
+    torch.nn.utils.prune.remove(mixer.x_proj, "weight")
+    assert is_fused(mixer, tokens)
+
+
+def test_a_block_in_float64_computes_in_float64():
+    mixer, tokens = make_block(3, 6).double(), make_tokens(2, 7, 3).double()
+    torch.testing.assert_close(mixer(tokens), by_calls(mixer, tokens), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(in_steps(mixer, tokens), by_calls(mixer, tokens), rtol=1e-12, atol=1e-12)
 
 
 def test_a_negative_view_keeps_its_sign():

@@ -77,6 +77,29 @@ def test_a_tiny_model_counted_on_paper():
     assert counted.params == 4 + (6 + 2) + 10 + (2 + 2) + 4 + 2 + 2 + (12 + 3)
 
 
+def test_adapters_are_counted():
+    """An adapter of rank 2 on dt_proj and on x_proj, beside all that is counted without them."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+            self.low_rank = nn.Sequential(nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.low_rank(x)
+
+    model, shape = build("pixels, embedded")
+    before = measure(model, shape)
+    mixer = model.blocks[0].mixer
+    mixer.dt_proj, mixer.x_proj = Adapted(mixer.dt_proj), Adapted(mixer.x_proj)
+    after = measure(model, shape)
+    adapters = 2 * (mixer.dt_rank + mixer.d_inner) + 2 * (mixer.d_inner + mixer.dt_rank + 2 * mixer.d_state)
+    padded = (mixer.d_conv - 1) * mixer.d_conv * mixer.d_inner  # of a convolution that is called
+    assert after.macs_total == before.macs_total + model.tokens.length * adapters + padded
+    assert after.flops_published == before.flops_published
+
+
 def test_published_flops_of_a_patch_model_count_its_convolution():
     shape, options = MODELS["patches"]
     model = MambaClassifier(shape, 10, **options | {"norm": "none", "head": "flatten"})

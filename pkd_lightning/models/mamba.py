@@ -6,10 +6,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from pkd_lightning.models.scan import fused_block, selective_scan, selective_scan_step
 
-LAYERS = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "x_proj": nn.Linear, "dt_proj": nn.Linear, "out_proj": nn.Linear}
+LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj")
+PLAIN = (Tensor, nn.Parameter)  # others, as those of quantisation libraries, compute in their own way
+
+
+def own_weights(layer: Any, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear or convolutional layer, or None where a call of it does more than apply them.
+
+    It does where the layer was replaced, wrapped, parametrised or quantised, which all change its class or that of its
+    weight, where it has hooks (so does pruning), or a `forward` of its own.
+    """
+    if type(layer) is not kind or "forward" in layer.__dict__ or _has_any_global_hook():
+        return None
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return None
+    parameters = layer._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+        return None
+    return weight, bias  # type: ignore[return-value]
 
 
 class MambaState(NamedTuple):
@@ -39,8 +58,9 @@ class Mamba(nn.Module):
         dt_max: largest initial step size.
 
     Attributes:
-        fused: compute the block in one pass where there is a kernel for it; False never does. Layers that were replaced
-            or have hooks (pruning, adapters, quantisation) are always called.
+        fused: compute the block in one pass where there is a kernel for it; False never does. A layer that was
+            replaced, wrapped, parametrised or hooked (adapters, pruning, quantisation) is always called, and so it is
+            by `step`.
     """
 
     fused = True
@@ -78,25 +98,55 @@ class Mamba(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (batch, length, d_model) to (batch, length, d_model)."""
-        if self.fused and self._layers_are_plain():
-            conv, dt, weights = self.conv1d, self.dt_proj, (self.A_log, self.D, self.out_proj.weight)
-            projections = (self.in_proj.weight, conv.weight, conv.bias, self.x_proj.weight, dt.weight, dt.bias)
-            mixed = fused_block(tokens, *projections, *weights)  # type: ignore[arg-type]
+        as_built = "mix" not in self.__dict__ and type(self).mix is Mamba.mix
+        weights = self.plain_weights() if self.fused and as_built else None
+        if weights is not None:
+            mixed = fused_block(tokens, *weights)
             if mixed is not None:
                 return mixed
         return self.mix(self.in_proj(tokens))
 
-    def _layers_are_plain(self) -> bool:
-        """Whether each layer is as it was built and only its weights count."""
-        for name, kind in LAYERS.items():
-            layer: Any = self._modules[name]
-            hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-            if hooks or type(layer) is not kind:
-                return False
-        return True
+    def plain_weights(self) -> tuple[Tensor, ...] | None:
+        """The weights in the order of `fused_block`, or None where a call of a layer does more than apply them."""
+        layers = self._modules
+        own, convolution = [own_weights(layers.get(name), nn.Linear) for name in LINEAR], self._convolution_weights()
+        if convolution is None or None in own:
+            return None
+        (in_proj, no_bias), (x_proj, no_other), (dt_proj, dt_bias), (out_proj, no_third) = own  # type: ignore[misc]
+        if dt_bias is None or not (no_bias is no_other is no_third is None):
+            return None
+        return in_proj, *convolution, x_proj, dt_proj, dt_bias, self.A_log, self.D, out_proj
+
+    def _convolution_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias of conv1d, or None where it is not as it was built."""
+        layer: Any = self._modules.get("conv1d")
+        own = own_weights(layer, nn.Conv1d)
+        if own is None or own[1] is None:
+            return None
+        built = ((self.d_conv,), (1,), (self.d_conv - 1,), (1,), self.d_inner, "zeros")
+        shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)
+        if shape != built:
+            return None
+        return own[0], own[1]
+
+    def _steps(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Step sizes before softplus, (..., d_inner), and the bias that is still to be added.
+
+        The scan adds the bias in float32 where the layer's own sum may be rounded to half precision.
+        """
+        own = own_weights(self._modules.get("dt_proj"), nn.Linear)
+        if own is None or own[1] is None:
+            return self.dt_proj(dt), None
+        return F.linear(dt, own[0]), own[1]
+
+    def _decay(self) -> Tensor:
+        """A, (d_inner, d_state), in float32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def step(self, token: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """One step of the block as a recurrence: over a sequence's tokens it gives what `forward` gives.
+
+        A conv1d that was replaced, wrapped or hooked is called on the last d_conv inputs, zeros before the first.
 
         Args:
             token: (batch, d_model).
@@ -110,13 +160,15 @@ class Mamba(nn.Module):
             state = MambaState(window, token.new_zeros(len(token), self.d_inner, self.d_state))
         x, z = self.in_proj(token).chunk(2, dim=-1)
         window = torch.cat([state.window, x[..., None]], dim=-1)
-        assert self.conv1d.bias is not None
-        x = F.silu((window * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias)
+        own = self._convolution_weights()
+        x = self.conv1d(window)[..., self.d_conv - 1] if own is None else (window * own[0][:, 0]).sum(-1) + own[1]
+        x = F.silu(x)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta, bias = self._steps(dt)
         y, h = selective_scan_step(
-            *(state.h, x, F.linear(dt, self.dt_proj.weight), -torch.exp(self.A_log), B, C, self.D),
+            *(state.h, x, delta, self._decay(), B, C, self.D),
             z=z,
-            delta_bias=self.dt_proj.bias,
+            delta_bias=bias,
             delta_softplus=True,
         )
         return self.out_proj(y), MambaState(window[..., 1:], h)
@@ -136,15 +188,16 @@ class Mamba(nn.Module):
         x, z = xz.transpose(1, 2).chunk(2, dim=1)
         x = F.silu(self.conv1d(x)[..., : x.shape[-1]])
         dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta, bias = self._steps(dt)
         y = selective_scan(
             x,
-            F.linear(dt, self.dt_proj.weight).transpose(1, 2),
-            -torch.exp(self.A_log.float()),
+            delta.transpose(1, 2),
+            self._decay(),
             B.transpose(1, 2),
             C.transpose(1, 2),
-            self.D.float(),
+            self.D,
             z=z,
-            delta_bias=self.dt_proj.bias.float(),
+            delta_bias=bias,
             delta_softplus=True,
         )
         assert isinstance(y, Tensor)
