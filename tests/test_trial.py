@@ -174,7 +174,7 @@ def test_what_would_fail_later_is_a_fault_before_training(cls, words):
 
 def test_batches_of_one_image_are_tried_where_they_will_be_trained_on():
     one = TrainerConfig(TRAINER.optimizer, TRAINER.schedule, accelerator="cpu", batch_size=1)
-    with pytest.raises(ConfigError, match=r"training step on 1 images fails.*more than 1 value"):
+    with pytest.raises(ConfigError, match=r"training step on a batch of one sample.*more than 1 value"):
         attempt(OneValuePerChannel, one)
 
 
