@@ -235,5 +235,5 @@ def test_tied_weights_are_saved_under_each_name_and_loaded_tied_or_not(tmp_path:
 
 def test_a_student_is_built_from_the_options_that_are_saved():
     assert Ladder("tests.test_trial.Plain", [{"sizes": (4, 2)}]).rungs == [{"sizes": [4, 2]}]
-    with pytest.raises(ConfigError, match=r"rungs\[0\]\.act=ReLU\(\): cannot be saved as JSON"):
+    with pytest.raises(ConfigError, match=r"rungs\.0\.act=ReLU\(\): cannot be saved as JSON"):
         Ladder("tests.test_trial.Plain", [{"act": nn.ReLU()}])
