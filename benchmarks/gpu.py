@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rounds must be at least {FEWEST}")
     direct = cuda.available()
     if not direct:
-        print("mamba_ssm is missing (pip install pkd-lightning[cuda]): ours is plain PyTorch (doubling)")
+        print(f"mamba_ssm cannot be used (install: {cuda.INSTALL}): ours is plain PyTorch (doubling)")
     rows = []
     for name, found in (("scan", scans(options.rounds, direct)), ("step", steps(options.rounds, direct))):
         show(name, found)

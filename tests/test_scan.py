@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -738,6 +739,79 @@ def test_dispatch_on_a_gpu_without_mamba_ssm_says_so_once(monkeypatch, caplog):
     assert len(caplog.records) == 1
     assert "pkd-lightning[cuda]" in caplog.text
     scan._say.cache_clear()
+
+
+def scan_of_mamba_ssm(u, delta, A, B, C, **options):
+    return selective_scan_reference(u, delta, A, B, C, **options)
+
+
+def raising(error):
+    def function(*_, **options):
+        raise error
+
+    return function
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Stand-ins of mamba_ssm and causal_conv1d, tried on the CPU; `installed(name, function)` replaces a function."""
+    names = ("selective_scan_cuda", "mamba_ssm", "mamba_ssm.ops", "causal_conv1d", "causal_conv1d_cuda")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    interface.selective_scan_fn = scan_of_mamba_ssm
+    interface.mamba_inner_fn = lambda xz, *weights, **options: xz.mT[..., : weights[4].shape[0]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    cuda.available.cache_clear()
+    cuda.convolution_available.cache_clear()
+    yield lambda name, function: monkeypatch.setattr(interface, name, function)
+    cuda.available.cache_clear()
+    cuda.convolution_available.cache_clear()
+
+
+def test_kernels_that_run_are_used(installed, caplog):
+    assert cuda.available()
+    assert cuda.fits_block(16, 4)
+    assert scan._choose(None, "cuda", 16) == "cuda"
+    assert not caplog.records
+
+
+FIRST_CALLS = {
+    "no kernel image": raising(RuntimeError("CUDA error: no kernel image is available for execution on the device")),
+    "another signature": raising(TypeError("causal_conv1d_fwd(): incompatible function arguments")),
+    "not compiled": raising(AttributeError("'NoneType' object has no attribute 'fwd'")),
+    "wrong": lambda u, *rest, **options: 2 * u,
+    "not numbers": lambda u, *rest, **options: torch.full((1, 8, 8), math.nan),
+}
+
+
+@pytest.mark.parametrize("fault", FIRST_CALLS)
+def test_kernels_whose_first_call_fails_are_not_used(fault, installed, caplog):
+    installed("mamba_inner_fn", FIRST_CALLS[fault])
+    assert not cuda.fits_block(16, 4)
+    assert cuda.available()
+    installed("selective_scan_fn", FIRST_CALLS[fault])
+    cuda.available.cache_clear()
+    assert not any(cuda.available() for _ in range(2))
+    assert scan._choose(None, "cuda", 16) == "doubling"
+    assert [record.message.partition(" cannot")[0] for record in caplog.records[:2]] == [
+        "Mamba blocks on CUDA run unfused, causal-conv1d",
+        "no CUDA selective scan, mamba-ssm",
+    ]
+    assert all("--no-build-isolation" in record.message for record in caplog.records[:2])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("undefined symbol"), AttributeError("no attribute"), RuntimeError("transformers")],
+)
+def test_kernels_that_cannot_be_imported_are_not_used(error, installed, monkeypatch, caplog):
+    monkeypatch.setattr(cuda.importlib, "import_module", raising(error))
+    assert not cuda.available()
+    assert not cuda.convolution_available()
+    assert caplog.text.count(str(error)) == 2
 
 
 def test_each_name_loads_its_backend():

@@ -53,8 +53,8 @@ def selective_scan(
         delta_softplus: apply softplus to delta after the bias.
         return_last_state: also return the state after the last step (the cuda backend has no gradient through it).
         backend: "reference", "cpu", "cuda" or "doubling"; by default the environment variable PKD_SCAN_BACKEND, and
-            without it by the device of u: cpu on the CPU; on a GPU cuda where mamba_ssm can be imported and takes so
-            many states, else doubling. float64 goes to the reference unless doubling is asked for: the others lack it.
+            without it by the device of u: cpu on the CPU; on a GPU cuda where mamba_ssm runs and takes so many
+            states, else doubling. float64 goes to the reference unless doubling is asked for: the others lack it.
 
     Returns:
         (batch, d_inner, length) in u's dtype; with `return_last_state` also (batch, d_inner, d_state).
@@ -82,7 +82,7 @@ def _choose(backend: str | None, device: str, states: int) -> str:
     if not name and (device == "cpu" or (device == "cuda" and cuda.available())):
         name = device
     if not name:
-        cure = "pip install pkd-lightning[cuda]" if device == "cuda" else "there are no kernels for this device"
+        cure = cuda.INSTALL if device == "cuda" else "there are no kernels for this device"
         _say(f"the selective scan on {device} runs in plain PyTorch, slower than kernels would ({cure})")
     elif name == "cuda" and states > cuda.MOST_STATES:
         _say(f"mamba-ssm's scan takes at most {cuda.MOST_STATES} states: those with more run in plain PyTorch, slower")

@@ -4,6 +4,7 @@ import functools
 import importlib
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +18,59 @@ log = logging.getLogger(__name__)
 MOST_STATES = 256  # what mamba_ssm's kernels are compiled for
 
 
+DEVICE = "cuda"  # what the kernels are tried on
+# without isolation both are built for the torch that is installed; mamba-ssm's newest source builds no scan by default
+INSTALL = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation 'pkd-lightning[cuda]'"
+
+
 @functools.cache
 def available() -> bool:
-    """Whether there is a CUDA device and mamba_ssm's compiled scan can be imported; a failed import is logged."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        # torch, imported above, loads the libraries that the extension links to
-        importlib.import_module("selective_scan_cuda")
-        importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-    except ImportError as error:  # missing, or built for another torch (an undefined symbol)
-        log.warning("no CUDA selective scan, mamba-ssm cannot be imported: %s", error)
-        return False
-    return True
+    """Whether there is a CUDA device and mamba_ssm's compiled scan runs on it; why it does not is logged."""
+    return torch.cuda.is_available() and _runs(_try_scan, "no CUDA selective scan, mamba-ssm")
 
 
 @functools.cache
 def convolution_available() -> bool:
-    """Whether causal_conv1d can be imported, which mamba_ssm's fused block needs; a failed import is logged."""
+    """Whether causal_conv1d, which mamba_ssm's fused block needs, runs in it; why it does not is logged."""
+    return _runs(_try_block, "Mamba blocks on CUDA run unfused, causal-conv1d")
+
+
+def _runs(attempt: Callable[[], bool], message: str) -> bool:
     try:
-        importlib.import_module("causal_conv1d_cuda")
-        importlib.import_module("causal_conv1d")
-    except ImportError as error:
-        log.warning("Mamba blocks on CUDA run unfused, causal-conv1d cannot be imported: %s", error)
-        return False
-    return True
+        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+            if attempt():
+                return True
+        reason = "its result is wrong"
+    # Missing, too old for the other, built for another torch (an undefined symbol) or another GPU (no kernel image):
+    # imports and first kernels fail in many ways, and there is always plain PyTorch.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    log.warning("%s cannot be used: %s (install: %s)", message, reason, INSTALL)
+    return False
+
+
+def _try_scan() -> bool:
+    # torch, imported above, loads the libraries that the extension links to
+    importlib.import_module("selective_scan_cuda")
+    interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    u, A = torch.ones(1, 2, 3, device=DEVICE), -torch.ones(2, 2, device=DEVICE)
+    B = torch.ones(1, 2, 3, device=DEVICE)
+    expected = selective_scan_reference(u, u, A, B, B)
+    assert isinstance(expected, Tensor)
+    return torch.allclose(interface.selective_scan_fn(u, u, A, B, B), expected, rtol=1e-3)
+
+
+def _try_block() -> bool:
+    importlib.import_module("causal_conv1d_cuda")
+    importlib.import_module("causal_conv1d")
+    model, inner, states, width = 8, 16, 2, 4
+    shapes = (
+        *((2 * inner, model), (inner, 1, width), (inner,), (1 + 2 * states, inner), (inner, 1), (inner,)),
+        *((inner, states), (inner,), (model, inner)),
+    )
+    tokens = torch.ones(1, 8, model, device=DEVICE)
+    mixed = mamba_block_cuda(tokens, *(torch.full(shape, 0.1, device=DEVICE) for shape in shapes))
+    return mixed.shape == tokens.shape and bool(mixed.isfinite().all())
 
 
 def fits_block(states: int, conv: int) -> bool:
@@ -99,7 +128,7 @@ def selective_scan_cuda(
     """
     check(u, delta, A, B, C, D, z, delta_bias)
     if not available():
-        raise RuntimeError("the cuda scan needs a CUDA device and mamba-ssm (pip install pkd-lightning[cuda])")
+        raise RuntimeError(f"the cuda scan needs a CUDA device and a mamba-ssm that runs on it ({INSTALL})")
     if u.dtype == torch.float64:
         raise TypeError("u is float64: the CUDA scan computes in float32; use the reference for float64")
     if not u.numel() or not A.numel():  # a grid of no blocks cannot be launched
