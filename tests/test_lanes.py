@@ -378,15 +378,46 @@ def test_a_disk_that_fills_up(load, monkeypatch):
     assert_compiled_without_a_cache(load)
 
 
+def flip_a_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",  # where the machine went down while it was written
+    "cut off": lambda content: content[: len(content) // 2],
+    "other bytes": lambda content: b"x" * len(content),
+    "one bit": flip_a_bit,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-def test_a_damaged_cache_is_not_the_end(load, tmp_path, suffix):
-    """Files of a cache are empty where the machine went down while they were written."""
+def test_a_damaged_cache_is_dropped_and_written_anew(load, tmp_path, suffix, damage):
     load()
     damaged = list((tmp_path / "cache").rglob(f"*.{suffix}"))
     assert len(damaged) == 2
     for path in damaged:
-        path.write_bytes(b"")
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    messages, compiled = load()
+    if suffix == "nbc" or damage != "one bit":  # a bit of an index may lie where it changes nothing
+        assert compiled == 2
+        assert sum("damaged" in text for level, text in messages if level == "WARNING") == 2
+    assert load() == ([], 0)  # and is paid for once
+
+
+def test_a_cache_that_is_damaged_where_it_cannot_be_written(load, tmp_path, monkeypatch):
     load()
+    for path in (tmp_path / "cache").rglob("*.nbc"):
+        path.write_bytes(b"")
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "_save_index", refuse)
+    messages, compiled = load()
+    assert compiled == 2
+    assert any("numba has no cache it can use" in text for _, text in messages)
 
 
 def test_a_kernel_without_a_source_file_compiles(caplog):

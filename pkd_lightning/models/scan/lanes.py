@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
+from numba.core import caching, cgutils
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.errors import NumbaError
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -499,9 +500,64 @@ def _stamped(function: Callable[..., None]) -> Callable[..., None]:
     return python_types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
 
 
+class _Damaged(Exception):
+    """The content of a cached kernel is not what was written."""
+
+
+class _HashedFiles(caching.IndexDataCacheFile):
+    """numba's files with a hash before each kernel: a changed bit would otherwise be run as machine code."""
+
+    def _save_data(self, name, data):
+        content = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+
+    def _load_data(self, name):
+        stored = Path(self._data_path(name)).read_bytes()
+        size = hashlib.sha256().digest_size
+        if hashlib.sha256(stored[size:]).digest() != stored[:size]:
+            raise _Damaged(f"{name} does not have the content that was written")
+        return pickle.loads(stored[size:])
+
+
+class _Cache(caching.FunctionCache):
+    def __init__(self, function):
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = _HashedFiles(self._cache_path, self._impl.filename_base, stamp)
+
+
 NOTICE_AFTER = 1.0  # seconds: loading takes much less
-# nowhere to write; a full or read-only disk; a damaged file
-_CACHE_FAULTS = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+
+
+def _compiled(function: Callable[..., None], declared: Any, cache: _Cache | None) -> Any:
+    """`function` for these types, from the cache or compiled and written there."""
+    dispatcher = njit(**_KERNEL)(function)
+    if cache is not None:
+        dispatcher._cache = cache
+    dispatcher.compile(declared)
+    dispatcher.disable_compile()
+    return dispatcher
+
+
+def _cached(function: Callable[..., None], declared: Any) -> Any:
+    """`_compiled` with numba's cache, whose damaged files are dropped and written anew.
+
+    Raises:
+        OSError: there is nowhere to write to, or the disk is full.
+    """
+    try:
+        cache = _Cache(function)
+    except RuntimeError as error:  # no directory that can be written to
+        raise OSError(str(error)) from error
+    try:
+        return _compiled(function, declared, cache)
+    except (NumbaError, OSError):
+        raise
+    except Exception as error:  # unpickling a damaged file may raise anything
+        log.warning("the cached CPU kernel %s is damaged and compiled anew (%r)", function.__name__, error)
+        cache.flush()
+        return _compiled(function, declared, cache)
 
 
 def kernel(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
@@ -513,12 +569,10 @@ def kernel(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
         notice.daemon = True
         notice.start()
         try:
-            return njit(declared, cache=True, **_KERNEL)(function)
-        except _CACHE_FAULTS as error:
-            if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
-                raise
+            return _cached(function, declared)
+        except OSError:
             _warn_uncached()
-            return njit(declared, **_KERNEL)(function)
+            return _compiled(function, declared, None)
         finally:
             notice.cancel()
 
