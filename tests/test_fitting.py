@@ -220,13 +220,14 @@ def test_keys_reach_a_loader_process_without_shared_memory(monkeypatch: pytest.M
     assert (type(found), found.augmentation_seed) == (type(key), key.augmentation_seed)
 
 
-def test_other_faults_of_loader_processes_are_not_hidden() -> None:
+def test_other_faults_of_loader_processes_are_not_hidden(caplog: pytest.LogCaptureFixture) -> None:
     def broken(images: Tensor, generator: torch.Generator) -> Tensor:
         raise RuntimeError("made up")
 
     (epoch,) = EpochLoader(images(augment=broken).training_loader(BATCH, 0, "teacher/0", 1))
     with pytest.raises(RuntimeError, match="made up"):
         list(epoch)
+    assert "/dev/shm" not in caplog.text  # nor taken for another fault
 
 
 class Recorded(TeacherModule):
