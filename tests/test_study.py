@@ -349,7 +349,8 @@ runs:
 
 
 def test_two_runs_of_one_configuration_are_a_fault(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.write("seeds: [0, 1]\nruns: {one: {}, same: {overrides: [threads=2]}, other: {overrides: [boosting=paper]}}")
+    same, other = "{overrides: [trainer.progress=true]}", "{overrides: [boosting=paper]}"
+    bench.write(f"seeds: [0, 1]\nruns: {{one: {{}}, same: {same}, other: {other}}}")
     assert bench.run() == 1
     assert bench.started == []
     said = capsys.readouterr().err
