@@ -5,10 +5,9 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import ImageShape, build_classifier
 from pkd_lightning.rundir import unlocked
 from pkd_lightning.seeding import seeded
+from pkd_lightning.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ class TeacherConfig:
     Attributes:
         model: (image_shape, num_classes) to a classifier (a Hydra partial of any `_target_`).
         trainer: how it is trained.
-        checkpoint: file of trained weights (.safetensors, or a torch file of a state dict or a Lightning checkpoint);
-            None trains the teacher here.
+        checkpoint: file of trained weights (.safetensors, or a torch file, see `load_weights`); None trains the
+            teacher here.
     """
 
     model: Callable[..., nn.Module]
@@ -140,32 +140,6 @@ def prepare_teacher(
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)
     return Teacher(model, cached_logits(model, data, logits, key, config.trainer.device), key, seconds)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a .safetensors file, a torch file of a state dict, or a Lightning checkpoint into `model`.
-
-    Raises:
-        RunError: where the file is missing, unreadable, or does not fit.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            state: Mapping[str, Any] = load_tensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except RunError:
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise RunError(f"{path}: cannot be read as weights ({error})") from error
-    if not isinstance(state, Mapping):
-        raise RunError(f"{path}: holds a {type(state).__name__}, not weights by name")
-    state = state.get("state_dict", state)
-    if all(name.startswith("model.") for name in state):
-        state = {name.removeprefix("model."): value for name, value in state.items()}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise RunError(f"{path}: the weights do not fit the model. {str(error)[:600]}") from error
 
 
 def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:

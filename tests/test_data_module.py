@@ -17,7 +17,7 @@ from pkd_lightning.errors import ConfigError, DataError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import predict
 from pkd_lightning.run import run
-from pkd_lightning.teacher import load_weights
+from pkd_lightning.weights import load_weights
 from tests.support import tiny_config
 
 CLASSES = 7

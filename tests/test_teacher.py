@@ -16,7 +16,8 @@ from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
 from pkd_lightning.rundir import RunDirectory
-from pkd_lightning.teacher import cached_logits, fingerprint, load_weights
+from pkd_lightning.teacher import cached_logits, fingerprint
+from pkd_lightning.weights import load_weights
 from tests.support import TINY, tiny_config, tiny_run
 
 RGB = (

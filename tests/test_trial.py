@@ -16,8 +16,8 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import build_classifier
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.run import run
-from pkd_lightning.teacher import load_weights
 from pkd_lightning.trial import try_model
+from pkd_lightning.weights import load_weights
 from tests.support import ACCEPT, tiny_config, tiny_run
 
 SHAPE = (1, 8, 8)
