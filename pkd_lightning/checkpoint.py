@@ -44,6 +44,16 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         _flush(path.parent)  # or a power cut could leave the file without its name
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file. One that a killed process left torn is ended first, or it would swallow this one."""
+    with path.open("ab+") as file:
+        torn = False
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        file.write(b"\n" * torn + line.encode() + b"\n")
+
+
 def _flush(path: Path) -> None:
     """Put a file, or the names in a directory, onto the disk."""
     handle = os.open(path, os.O_RDONLY)

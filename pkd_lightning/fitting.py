@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim.lr_scheduler import LambdaLR
 
+from pkd_lightning.checkpoint import append_line
 from pkd_lightning.config import TrainerConfig
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
@@ -211,8 +212,7 @@ class EpochLines(L.Callback):
         line = {"stage": self.stage, "attempt": self.attempt, "epoch": trainer.current_epoch, **metrics}
         line["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         line["seconds"] = round(time.perf_counter() - self.start, 4)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_line(self.path, json.dumps(line, allow_nan=False))
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from pkd_lightning import teacher
 from pkd_lightning.boosting.loop import BoostingLoop
-from pkd_lightning.checkpoint import HASH, content_hash, load_tensors, read_json, save_weights, write_json
+from pkd_lightning.checkpoint import HASH, append_line, content_hash, load_tensors, read_json, save_weights, write_json
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import RunError
 from pkd_lightning.experiment import assemble
+from pkd_lightning.reporting.load import read_metrics
+from pkd_lightning.rundir import RunDirectory
 from tests.support import ACCEPT, tiny_config, tiny_run
 
 VALUES = {"b": torch.arange(6.0).view(2, 3), "a": [1, 0.1, {"x": None}]}
@@ -120,6 +122,27 @@ def test_truncated_logits_are_computed_again(tmp_path: Path) -> None:
     first = teacher.cached_logits(model, data, path, "key", torch.device("cpu")).clone()
     path.write_bytes(path.read_bytes()[:50])
     assert torch.equal(teacher.cached_logits(model, data, path, "key", torch.device("cpu")), first)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, "new\n"), ("", "new\n"), ("old\n", "old\nnew\n"), ("to", "to\nnew\n")]
+)
+def test_a_torn_line_does_not_swallow_the_next(before: str | None, after: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if before is not None:
+        path.write_text(before)
+    append_line(path, "new")
+    assert path.read_text() == after
+
+
+def test_the_epochs_after_a_torn_line_are_read(tmp_path: Path) -> None:
+    path = RunDirectory(tiny_config(tmp_path, "boosting.rounds=1")).path / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"stage": "teacher", "att')
+    tiny_run(tmp_path, "boosting.rounds=1")
+    rows, notes = read_metrics(path)
+    assert [row["stage"] for row in rows] == ["round-00", "teacher"]
+    assert "1 unreadable line" in notes[0]
 
 
 @pytest.mark.parametrize(
