@@ -1,5 +1,6 @@
 """The progressive ensemble: every prefix of it is a usable model."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -14,6 +15,8 @@ from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, writ
 from pkd_lightning.data.images import normaliser
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.models.building import ImageShape, Trust, build_classifier, import_model
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressiveEnsemble(nn.Module):
@@ -135,6 +138,8 @@ class ProgressiveEnsemble(nn.Module):
     def load(cls, directory: Path | str, trust: Trust = ()) -> "ProgressiveEnsemble":
         """Load the ensemble of a run: the run's directory, or its `students` folder.
 
+        Of an unfinished run these are the students so far, and a warning says so.
+
         Args:
             directory: where it is.
             trust: import paths of models, or of packages, that a file of the run may name besides this package's own
@@ -149,6 +154,7 @@ class ProgressiveEnsemble(nn.Module):
         path = directory / "ensemble.json"
         description = read_json(path)
         try:
+            finished = description.get("finished", True)
             mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
             scales = [(float(a), float(c)) for a, c in description["scales"]]
             for name, values in (("scales", torch.tensor(scales)), ("mean", mean), ("std", std)):
@@ -156,17 +162,28 @@ class ProgressiveEnsemble(nn.Module):
                     raise ValueError(f"{name}: {description[name]} are not all finite numbers")
             if len(mean) != len(std) or not (std > 0).all():
                 raise ValueError(f"std: {description['std']} are not {len(mean)} numbers above 0, one a channel")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise RunError(f"{path}: does not describe an ensemble ({error!r})") from error
+        if not finished:
+            logger.warning("%s: the run is not finished; its first %d students are loaded", path, len(scales))
         return cls.from_students(directory, scales, mean, std, trust)
 
-    def save_description(self, directory: Path) -> None:
-        """Write `ensemble.json` beside the students: what `load` needs besides them."""
-        write_json(
-            directory / "ensemble.json",
-            {"scales": self.scales, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()},
-            hashed=True,
-        )
+
+def save_description(
+    directory: Path, scales: Sequence[Scales], mean: Tensor, std: Tensor, finished: bool = True
+) -> None:
+    """Write `ensemble.json` beside the students: what `ProgressiveEnsemble.load` needs besides them.
+
+    Args:
+        directory: of the students.
+        scales: (a_t, c_t) of each student so far.
+        mean: (C, 1, 1), see `ProgressiveEnsemble`.
+        std: (C, 1, 1), see `ProgressiveEnsemble`.
+        finished: whether no further students follow.
+    """
+    statistics = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+    description = {"scales": [list(pair) for pair in scales], **statistics, "finished": finished}
+    write_json(directory / "ensemble.json", description, hashed=True)
 
 
 def save_student(

@@ -14,7 +14,7 @@ from pkd_lightning.cli import spare_terminal
 from pkd_lightning.errors import PKDError, RunError
 from pkd_lightning.reporting import page
 from pkd_lightning.reporting.comparison import comparison_page
-from pkd_lightning.reporting.load import find_runs, load_run
+from pkd_lightning.reporting.load import find_runs, load_run, unfinished_runs
 from pkd_lightning.reporting.single import run_page
 from pkd_lightning.reporting.table import print_table
 
@@ -55,6 +55,8 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
     for run in runs:
         try:
             records.append(load_run(run))
+            if not records[-1].finished:
+                faults.append(f"{run}: is not finished; its accuracies, of the validation part, do not compare")
         except RunError as error:
             faults.append(str(error))
     if faults or not records:
@@ -71,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     spare_terminal()
     try:
+        for run in (run for given in options.runs for run in unfinished_runs(given) if run != given):
+            print(f"not finished: {run}", file=sys.stderr)
         runs = list(dict.fromkeys(found.resolve() for run in options.runs for found in find_runs(run)))
         if len(runs) == 1:
             print(write_report(runs[0], options.out))

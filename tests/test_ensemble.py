@@ -11,7 +11,7 @@ from pkd_lightning.boosting.combine import learned, mean, prefix_weights
 from pkd_lightning.boosting.combine import sum as summed
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import DataConfig, DataModule
-from pkd_lightning.ensemble import ProgressiveEnsemble, load_student, save_student
+from pkd_lightning.ensemble import ProgressiveEnsemble, load_student, save_description, save_student
 from pkd_lightning.errors import RunError
 from pkd_lightning.models.classifier import MambaClassifier
 
@@ -232,7 +232,7 @@ def run(tmp_path, data):
         stem = tmp_path / "students" / f"{t:02d}"
         save_student(student, stem, MAMBA, {**OPTIONS, "d_state_step": t}, SHAPE, CLASSES)
     ensemble = ProgressiveEnsemble(students, [(0.0, 1 / 3), (0.1, 0.7), (1.0, 2.0)], data.mean, data.std)
-    ensemble.save_description(tmp_path / "students")
+    save_description(tmp_path / "students", ensemble.scales, ensemble.mean, ensemble.std)
     return tmp_path, ensemble
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pkd_lightning.boosting import combine, objectives
+from pkd_lightning.boosting.partial import partial_results
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.boosting.student import RoundTargets, StudentModule
@@ -23,16 +24,17 @@ from pkd_lightning.boosting.weak_learner import (
     judge,
     required,
 )
-from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash
+from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash, write_json
 from pkd_lightning.config import BoostingConfig, TrainerConfig, resolve
 from pkd_lightning.data.module import DataModule
-from pkd_lightning.ensemble import ProgressiveEnsemble, save_student
+from pkd_lightning.ensemble import ProgressiveEnsemble, save_description, save_student
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import Difference, largest, quantile, scratch
 from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.reporting.load import PROGRESS
 from pkd_lightning.seeding import seeded
 from pkd_lightning.teacher import Teacher
 
@@ -67,7 +69,13 @@ class BoostingLoop:
         tracker: Tracker,
     ) -> None:
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
-        self.teacher_logits, self.directory, self.seed, self.tracker = teacher.logits, directory, seed, tracker
+        self.teacher, self.teacher_logits, self.directory, self.seed, self.tracker = (
+            teacher,
+            teacher.logits,
+            directory,
+            seed,
+            tracker,
+        )
         self.objective = resolve(config.objective, objectives, objectives.Objective)
         self.combination = resolve(config.combine, combine, combine.Combination)
         self.state = BoostingState.fresh(
@@ -77,6 +85,7 @@ class BoostingLoop:
     def run(self) -> ProgressiveEnsemble:
         """Add students until done; continues where a run before stopped."""
         self.restore()
+        self.describe()
         while not self.done:
             self.advance()
         logger.info("%d students: %s", self.state.round, self.state.stop_reason)
@@ -100,6 +109,7 @@ class BoostingLoop:
         else:
             self.accept(candidate, attempts, time.perf_counter() - start)
         self.save()
+        self.describe()
 
     def find(self) -> tuple[Candidate | None, int]:
         """The next student and the attempts it took over all classes tried, or None past the last class."""
@@ -267,12 +277,21 @@ class BoostingLoop:
         )
 
     def ensemble(self) -> ProgressiveEnsemble:
-        """The students so far, with their scales and the pixel statistics of the data, saved as `ensemble.json`."""
-        ensemble = ProgressiveEnsemble.from_students(
+        """The students so far, with their scales and the pixel statistics of the data."""
+        return ProgressiveEnsemble.from_students(
             self.directory / "students", self.state.scales, self.data.mean, self.data.std
         )
-        ensemble.save_description(self.directory / "students")
-        return ensemble
+
+    def describe(self) -> None:
+        """Write what loads and reports the students so far; after `boosting.ckpt`, so that it is never ahead of it."""
+        students = self.directory / "students"
+        if self.state.round > 0:
+            save_description(students, self.state.scales, self.data.mean, self.data.std, self.done)
+        else:
+            (students / "ensemble.json").unlink(missing_ok=True)  # of rounds that are started anew
+        experiment = self.directory.parent.name
+        results = partial_results(experiment, self.seed, self.config, self.data, self.teacher, self.state)
+        write_json(self.directory / PROGRESS, results)
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's state: primitives and tensors."""

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pkd_lightning.reporting import style
-from pkd_lightning.reporting.load import Row, RunRecord
+from pkd_lightning.reporting.load import Row, RunRecord, part
 from pkd_lightning.reporting.values import (
     LATENCY,
     acceptance,
@@ -64,13 +64,13 @@ def cards(run: RunRecord) -> list[Card]:
     made = []
     if results["rounds"]:
         for name, title, caption, draw in (
-            ("accuracy_students", "Accuracy against number of students", ACCURACY_CAPTION, accuracy_figure),
+            ("accuracy_students", "Accuracy against number of students", caption_of(results), accuracy_figure),
             ("accuracy_macs", "Accuracy against compute", MACS_CAPTION, macs_figure),
             ("cost", "Cost per student, relative to the teacher", COST_CAPTION, cost_figure),
             ("latency", "Latency", LATENCY_CAPTION, latency_figure),
             ("edges", "Edges of each round", EDGES_CAPTION, edges_figure),
         ):
-            if name == "latency" and not timed(results):
+            if (name == "latency" and not timed(results)) or (name in ("accuracy_macs", "cost") and not run.finished):
                 continue
             made.append(Card(name, title, caption, [draw(results)], lambda draw=draw: draw(results)))  # type: ignore[misc]
     stages = loss_stages(run.metrics)
@@ -80,10 +80,14 @@ def cards(run: RunRecord) -> list[Card]:
     return made
 
 
-ACCURACY_CAPTION = (
-    "Accuracy on the test part of each student alone and of the ensemble of the first t students; the dashed line is "
-    "the teacher."
-)
+def caption_of(results: Row) -> str:
+    """What the accuracies are of."""
+    return (
+        f"Accuracy on the {part(results)} part of each student alone and of the ensemble of the first t students; the"
+        " dashed line is the teacher."
+    )
+
+
 MACS_CAPTION = (
     "Accuracy of the first t students together against everything they compute for one image (convolutions, "
     "projections and scan included), numbered by t. The published FLOPs are in the cost figure and in the table."
@@ -120,7 +124,7 @@ def accuracy_figure(results: Row) -> Figure:
     axes.plot(count, alone, "s--", color=style.VERMILLION, mfc="white", lw=1.2, label="student t alone")
     axes.plot(count, prefix, "o-", color=style.BLUE, label="first t together")
     style.student_axis(axes, len(rounds), "number of students t")
-    style.accuracy_axis(axes, "test accuracy (%)")
+    style.accuracy_axis(axes, f"{part(results)} accuracy (%)")
     style.legend_above(axes, 3)
     return figure
 

@@ -10,6 +10,7 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.reporting.files import parse_json, read_plain
 
 SCHEMA = 1
+PROGRESS = "progress.json"  # of a run without results.json: the rounds so far, in the same form
 TEXT_KEYS = ("experiment", "dataset", "split", "objective", "combine")
 COST_KEYS = ("params", "flops_published", "macs_total")
 TEACHER_KEYS = ("accuracy", *COST_KEYS)
@@ -27,7 +28,8 @@ class RunRecord:
 
     Attributes:
         path: the run directory.
-        results: the checked content of `results.json`.
+        results: the checked content of `results.json`; of an unfinished run that of `progress.json`, whose `part` says
+            that the accuracies are not of the test part.
         metrics: the rows of `metrics.jsonl`, sorted by (stage, attempt, epoch), of repeated rows the last.
         config: the text of `config.yaml`, None where it is missing.
         notes: what a reader of the report must know about the files: lines skipped, values missing.
@@ -39,32 +41,55 @@ class RunRecord:
     config: str | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done, and evaluated on the test part."""
+        return part(self.results) == "test"
+
+
+def part(results: Row) -> str:
+    """The part of the data its accuracies are of: test, or validation while a run is not finished."""
+    return str(results.get("part", "test"))
+
 
 def find_runs(path: Path) -> list[Path]:
-    """The run directories at or below `path`: those that hold a `results.json`.
+    """The run directories at or below `path`: those that hold a `results.json`, or where none does, unfinished ones.
 
     Raises:
-        RunError: `path` is not a directory, or no run below it has results.
+        RunError: `path` is not a directory, or no run below it has results or finished rounds.
     """
     if not path.is_dir():
         raise RunError(f"{path} is not a directory" if path.exists() else f"no such run directory: {path}")
-    if (path / "results.json").is_file():
+    if (path / "results.json").is_file() or (path / PROGRESS).is_file():
         return [path]
-    found = sorted(file.parent for file in path.rglob("results.json") if file.is_file())
+    found = sorted(file.parent for file in path.rglob("results.json") if file.is_file()) or unfinished_runs(path)
     if not found:
         raise RunError(f"no results.json in or below {path}: a run writes it when its last round is done")
     return found
 
 
+def unfinished_runs(path: Path) -> list[Path]:
+    """The run directories at or below `path` that hold finished rounds, but no `results.json`."""
+    found = sorted(file.parent for file in path.rglob(PROGRESS))
+    return [run for run in found if not (run / "results.json").exists()]
+
+
 def load_run(path: Path) -> RunRecord:
-    """Read one run directory.
+    """Read one run directory, finished or not.
 
     Raises:
         RunError: `results.json` is missing, damaged, of another schema or incomplete. Missing or torn `metrics.jsonl`
             and `config.yaml` are notes, not errors.
     """
-    results = read_results(path / "results.json")
+    unfinished = (path / PROGRESS).is_file() and not (path / "results.json").exists()
+    results = read_results(path / (PROGRESS if unfinished else "results.json"))
     notes = [f"results.json has no number for {where}: shown as n/a" for where in _gaps(results)]
+    if unfinished:
+        notes = [
+            f"This run is not finished: {len(results['rounds'])} of {results.get('planned_rounds', '?')} rounds are"
+            " done. Accuracies are those of the validation part, by which students are chosen: the test part is read"
+            " once, at the end. Costs are counted then, too."
+        ]
     metrics, metric_notes = read_metrics(path / "metrics.jsonl")
     config: str | None = None
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.reporting import page, style
 from pkd_lightning.reporting.figures import cards, loss_stages
-from pkd_lightning.reporting.load import Row, RunRecord
+from pkd_lightning.reporting.load import Row, RunRecord, part
 from pkd_lightning.reporting.table import (
     ACCURACY_COLUMNS,
     COLUMNS,
@@ -87,19 +87,19 @@ def _tiles(results: Row) -> list[tuple[str, str, str]]:
     return made
 
 
-def _error(results: Row, part: Row) -> str:
-    """Standard error of an accuracy, from the size of the test part."""
-    size, accuracy = number(results, "sizes", "test"), number(part, "accuracy")
+def _error(results: Row, row: Row) -> str:
+    """Standard error of an accuracy, from the size of the part it is of."""
+    size, accuracy = number(results, "sizes", part(results)), number(row, "accuracy")
     if not (size > 0 and 0 <= accuracy <= 1):
-        return "of the test part"
-    return f"± {100 * math.sqrt(accuracy * (1 - accuracy) / size):.1f} points, {size:,.0f} test images"
+        return f"of the {part(results)} part"
+    return f"± {100 * math.sqrt(accuracy * (1 - accuracy) / size):.1f} points, {size:,.0f} {part(results)} images"
 
 
 def _summary(results: Row) -> list[str]:
     teacher, rounds = results["teacher"], results["rounds"]
     ensemble = results.get("ensemble") or {}
-    size = number(results, "sizes", "test")
-    images = f"the {count(size)} test images" if size > 0 else "the test images"
+    size = number(results, "sizes", part(results))
+    images = f"the {count(size)} {part(results)} images" if size > 0 else f"the {part(results)} images"
     first = f"The teacher classifies {percent(number(teacher, 'accuracy'))} of {images} correctly."
     stop = f"The run stopped: {results['stop_reason']}." if results.get("stop_reason") else ""
     if not rounds:
@@ -165,10 +165,11 @@ def _tables(results: Row) -> list[str]:
 def _table_notes(results: Row) -> list[str]:
     if not results["rounds"]:
         return []
+    where = "test part, which decided nothing" if part(results) == "test" else f"{part(results)} part"
     return [
         "Prefix: the first t students together. Rung: place of the student's model class in the ladder. Edges met: "
-        "classes with a positive edge; the first student's edges are zero by definition. Accuracies are on the test "
-        "part, which decided nothing. Latency: " + LATENCY
+        "classes with a positive edge; the first student's edges are zero by definition. "
+        f"Accuracies are on the {where}. Latency: {LATENCY}"
     ]
 
 

@@ -1,0 +1,59 @@
+"""What is known of a run between two rounds, in the form of results.json, for the report of an unfinished run."""
+
+from typing import Any
+
+from pkd_lightning.boosting.state import BoostingState
+from pkd_lightning.config import BoostingConfig
+from pkd_lightning.data.module import DataModule
+from pkd_lightning.reporting.load import SCHEMA
+from pkd_lightning.teacher import Teacher
+
+UNKNOWN = {"flops_published": None, "macs_total": None}  # counted at the end
+
+
+def partial_results(
+    experiment: str, seed: int, config: BoostingConfig, data: DataModule, teacher: Teacher, state: BoostingState
+) -> dict[str, Any]:
+    """The rounds so far. Accuracies are of the validation part, as `part` says: the test part is read once, at the end.
+
+    Args:
+        experiment: its name.
+        seed: of the run.
+        config: the boosting options.
+        data: its validation labels and sizes are read.
+        teacher: its logits of the validation rows are read.
+        state: of the loop.
+    """
+    rows = slice(data.validation.start, data.validation.stop)
+    accuracy = float((teacher.logits[rows].argmax(-1) == data.labels[rows]).float().mean())
+    rounds = [
+        {
+            **record,
+            "accuracy": record["validation_accuracy"],
+            "prefix_accuracy": record["prefix_validation_accuracy"],
+            **UNKNOWN,
+        }
+        for record in state.records
+    ]
+    params = sum(parameter.numel() for parameter in teacher.model.parameters())
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        "part": "validation",
+        "experiment": experiment,
+        "dataset": data.name,
+        "split": data.config.split,
+        "seed": seed,
+        "objective": config.objective,
+        "combine": config.combine,
+        "sizes": dict(zip(("train", "validation", "test"), data.sizes, strict=True)),
+        "wall_seconds": {"teacher": teacher.seconds, "rounds": [record["seconds"] for record in state.records]},
+        "planned_rounds": config.rounds,
+        "teacher": {"accuracy": accuracy, "params": params, **UNKNOWN},
+        "rounds": rounds,
+        "stop_reason": state.stop_reason,
+    }
+    if rounds:
+        total = sum(row["params"] for row in rounds)
+        accuracy = rounds[-1]["prefix_accuracy"]
+        results["ensemble"] = {"members": len(rounds), "accuracy": accuracy, "params": total, **UNKNOWN}
+    return results
