@@ -26,17 +26,26 @@ class ProgressiveEnsemble(nn.Module):
         members: the students, in the order of their rounds.
         scales: (a_t, c_t) of each.
         mean, std: (C, 1, 1), what `preprocess` normalises pixels by.
+        labels: the label of each output in the data set; None where they are 0, 1, ...
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, members: Sequence[nn.Module], scales: Sequence[Scales], mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self,
+        members: Sequence[nn.Module],
+        scales: Sequence[Scales],
+        mean: Tensor,
+        std: Tensor,
+        labels: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if not members or len(members) != len(scales):
             raise ValueError(f"{len(members)} members with {len(scales)} scales; needs as many, at least one")
         self.members = nn.ModuleList(members)
         self.scales = [(float(a), float(c)) for a, c in scales]
+        self.labels = None if labels is None else [int(label) for label in labels]
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
@@ -69,6 +78,11 @@ class ProgressiveEnsemble(nn.Module):
             logits = [member(images) for member in chosen]
         weights = prefix_weights(self.scales, count).to(logits[0])
         return torch.einsum("t,tbl->bl", weights, torch.stack(logits))
+
+    def predicted(self, logits: Tensor) -> Tensor:
+        """The label, as the data set has it, of the largest of the logits (batch, L) of each image: (batch,)."""
+        largest = logits.argmax(-1)
+        return largest if self.labels is None else torch.tensor(self.labels, device=logits.device)[largest]
 
     def anytime(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the logits of prefix 1, 2, ..., T; each costs one more student. Stop whenever time is up."""
@@ -128,11 +142,17 @@ class ProgressiveEnsemble(nn.Module):
 
     @classmethod
     def from_students(
-        cls, directory: Path, scales: Sequence[Scales], mean: Tensor, std: Tensor, trust: Trust = ()
+        cls,
+        directory: Path,
+        scales: Sequence[Scales],
+        mean: Tensor,
+        std: Tensor,
+        labels: Sequence[int] | None = None,
+        trust: Trust = (),
     ) -> "ProgressiveEnsemble":
         """Load students 00, 01, ... of `directory`, as many as there are scales; `trust` as in `load`."""
         members = [load_student(directory / f"{t:02d}", trust) for t in range(len(scales))]
-        return cls(members, scales, mean, std).eval()
+        return cls(members, scales, mean, std, labels).eval()
 
     @classmethod
     def load(cls, directory: Path | str, trust: Trust = ()) -> "ProgressiveEnsemble":
@@ -157,20 +177,27 @@ class ProgressiveEnsemble(nn.Module):
             finished = description.get("finished", True)
             mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
             scales = [(float(a), float(c)) for a, c in description["scales"]]
+            labels = description.get("labels")  # older files have none
+            labels = None if labels is None else [int(label) for label in labels]
             for name, values in (("scales", torch.tensor(scales)), ("mean", mean), ("std", std)):
                 if not values.isfinite().all():
                     raise ValueError(f"{name}: {description[name]} are not all finite numbers")
             if len(mean) != len(std) or not (std > 0).all():
                 raise ValueError(f"std: {description['std']} are not {len(mean)} numbers above 0, one a channel")
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
             raise RunError(f"{path}: does not describe an ensemble ({error!r})") from error
         if not finished:
             logger.warning("%s: the run is not finished; its first %d students are loaded", path, len(scales))
-        return cls.from_students(directory, scales, mean, std, trust)
+        return cls.from_students(directory, scales, mean, std, labels, trust)
 
 
 def save_description(
-    directory: Path, scales: Sequence[Scales], mean: Tensor, std: Tensor, finished: bool = True
+    directory: Path,
+    scales: Sequence[Scales],
+    mean: Tensor,
+    std: Tensor,
+    labels: Sequence[int] | None = None,
+    finished: bool = True,
 ) -> None:
     """Write `ensemble.json` beside the students: what `ProgressiveEnsemble.load` needs besides them.
 
@@ -179,11 +206,12 @@ def save_description(
         scales: (a_t, c_t) of each student so far.
         mean: (C, 1, 1), see `ProgressiveEnsemble`.
         std: (C, 1, 1), see `ProgressiveEnsemble`.
+        labels: see `ProgressiveEnsemble`.
         finished: whether no further students follow.
     """
     statistics = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
     description = {"scales": [list(pair) for pair in scales], **statistics, "finished": finished}
-    write_json(directory / "ensemble.json", description, hashed=True)
+    write_json(directory / "ensemble.json", {**description, "labels": labels}, hashed=True)
 
 
 def save_student(

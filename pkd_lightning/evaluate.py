@@ -184,6 +184,7 @@ def collect_results(
         "combine": config.boosting.combine,
         "versions": versions(),
         "hardware": hardware(),
+        "labels": data.class_labels,  # in the data set, of each output; null where they are 0, 1, ...
         "sizes": {**dict(zip(("train", "validation", "test"), data.sizes, strict=True)), "originals": data.originals},
         # a resumed run did part of its work in another process, so the parts can exceed this process's time
         "wall_seconds": {

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import BatchDataset, DataConfig, DataModule
+from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, DataError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import predict
 from pkd_lightning.run import run
 from pkd_lightning.weights import load_weights
-from tests.support import tiny_config
+from tests.support import patterns, tiny_config
 
 CLASSES = 7
 
@@ -161,6 +162,7 @@ def test_every_bad_value_is_named_at_once():
         ("split", None),
         ("copies", -1),
         ("copies", 1.5),
+        ("empty_classes", "drop"),
         ("copies", 3),  # without `augment`
     ],
 )
@@ -427,6 +429,89 @@ def test_copies_without_an_augmentation_name_what_they_need():
 
 
 # ---------------------------------------------------------------------------------- the form of the data
+
+
+# ---------------------------------------------------------------------------------- classes without samples
+
+
+def gapped(root: str | None = None, labels: tuple[int, ...] = (2, 5, 11), classes: int = 20) -> ImageSet:
+    """`numbered`, sample n with the label n % len(labels) of `labels`."""
+    plain = numbered(samples=90)
+    chosen = torch.tensor(labels)[torch.arange(90) % len(labels)]
+    return ImageSet("gapped", plain.images, chosen, classes, 60)
+
+
+def test_classes_without_samples_get_no_output_and_are_named(caplog):
+    data = DataModule(DataConfig(gapped))
+    assert data.num_classes == 3
+    assert data.class_labels == [2, 5, 11]
+    n = numbers(data.images)
+    assert torch.equal(torch.tensor(data.class_labels)[data.labels], torch.tensor([2, 5, 11])[n % 3])
+    (said,) = caplog.messages
+    assert "'gapped': no sample has label 0 to 1, 3 to 4, 6 to 10, 12 to 19: the outputs are the other 3 cl" in said
+
+
+def test_labels_that_only_end_early_stay_as_they_are():
+    data = DataModule(DataConfig(partial(gapped, labels=(0, 1, 2))))
+    assert (data.num_classes, data.class_labels) == (3, None)
+
+
+def test_classes_without_samples_can_be_kept(caplog):
+    data = DataModule(DataConfig(gapped, empty_classes="keep"))
+    assert (data.num_classes, data.class_labels) == (20, None)
+    assert torch.equal(data.labels, torch.tensor([2, 5, 11])[numbers(data.images) % 3])
+    assert "no sample has label 0 to 1, 3 to 4, 6 to 10, 12 to 19; these classes have outputs" in caplog.messages[0]
+
+
+def test_a_set_of_one_class_is_refused():
+    with pytest.raises(DataError, match="no sample has label 0 to 6, 8 to 19, so there is one class"):
+        DataModule(DataConfig(partial(gapped, labels=(7,))))
+
+
+def test_a_limit_changes_no_output_and_what_it_leaves_without_samples_is_named(caplog):
+    data = module(limit=10)
+    assert data.num_classes == CLASSES
+    training = data.labels[: data.originals].unique().tolist()
+    missing = [label for label in range(CLASSES) if label not in training]
+    assert missing
+    (said,) = caplog.messages
+    named = re.fullmatch(r"no training sample has label (.*), which cannot be learned", said)[1].split(", ")
+    spans = [[int(number) for number in word.split(" to ")] for word in named]
+    assert [label for span in spans for label in range(span[0], span[-1] + 1)] == missing
+
+
+def test_a_class_of_the_test_part_alone_is_named_by_its_label(caplog):
+    def source(root: str | None = None) -> ImageSet:
+        data = gapped()
+        return ImageSet("late", data.images, torch.where(torch.arange(90) < 60, data.labels.clamp(max=5), 11), 20, 60)
+
+    data = DataModule(DataConfig(source, split="official"))
+    assert data.num_classes == 3
+    assert caplog.messages[1:] == ["no training sample has label 11, which cannot be learned"]
+
+
+def test_a_set_with_samples_of_every_class_says_nothing(caplog):
+    assert module(700).class_labels is None
+    assert caplog.messages == []
+
+
+def test_predictions_are_read_back_as_the_labels_of_the_data_set(tmp_path):
+    source = ["data.source._target_=tests.test_data_module.striped", "boosting.rounds=1"]
+    results = run(tiny_config(tmp_path, *source))
+    assert results["labels"] == [10, 30, 200]
+    assert results["rounds"][0]["edges"]["classes"] == 3
+    ensemble = ProgressiveEnsemble.load(next(tmp_path.rglob("ensemble.json")).parent)
+    assert ensemble.labels == [10, 30, 200]
+    assert ensemble.predicted(torch.eye(3)).tolist() == [10, 30, 200]
+    plain = run(tiny_config(tmp_path, "name=plain", "boosting.rounds=1"))
+    assert plain["labels"] is None
+    ensemble = ProgressiveEnsemble.load(next((tmp_path / "plain").rglob("ensemble.json")).parent)
+    assert ensemble.predicted(torch.eye(3)).tolist() == [0, 1, 2]
+
+
+def striped(root: str | None = None) -> ImageSet:
+    plain = patterns()
+    return ImageSet("striped", plain.images, torch.tensor([10, 30, 200])[plain.labels], 201, plain.train_size)
 
 
 def channels_last(images: Tensor) -> Tensor:

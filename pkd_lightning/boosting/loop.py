@@ -278,15 +278,18 @@ class BoostingLoop:
 
     def ensemble(self) -> ProgressiveEnsemble:
         """The students so far, with their scales and the pixel statistics of the data."""
+        data = self.data
         return ProgressiveEnsemble.from_students(
-            self.directory / "students", self.state.scales, self.data.mean, self.data.std
+            self.directory / "students", self.state.scales, data.mean, data.std, data.class_labels
         )
 
     def describe(self) -> None:
         """Write what loads and reports the students so far; after `boosting.ckpt`, so that it is never ahead of it."""
         students = self.directory / "students"
         if self.state.round > 0:
-            save_description(students, self.state.scales, self.data.mean, self.data.std, self.done)
+            save_description(
+                students, self.state.scales, self.data.mean, self.data.std, self.data.class_labels, self.done
+            )
         else:
             (students / "ensemble.json").unlink(missing_ok=True)  # of rounds that are started anew
         experiment = self.directory.parent.name

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pkd_lightning.config import Faults, Split
+from pkd_lightning.data.classes import EmptyClasses, warn_of_unlearned, without_empty
 from pkd_lightning.data.images import ImageSet, normaliser
 from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.seeding import derive, generator
@@ -63,6 +64,7 @@ class DataConfig:
             images as they are. K > 0 applies it once, to make K further training samples of each training image, and
             not to batches: teacher and student then see the same views (Beyer et al., arXiv 2106.05237), because each
             copy has teacher logits, ensemble logits and residuals of its own. An epoch is 1 + K times as long.
+        empty_classes: `renumber`: classes without a sample in the whole set get no output; `keep`: they get one.
     """
 
     source: Callable[..., ImageSet]
@@ -74,6 +76,7 @@ class DataConfig:
     limit: int | None = None
     augment: Augmentation | None = None
     copies: int = 0
+    empty_classes: EmptyClasses = "renumber"
 
     def __post_init__(self) -> None:
         faults = Faults(self)
@@ -85,6 +88,7 @@ class DataConfig:
         faults.whole("split_seed", 0)
         faults.whole("limit", 1, optional=True)
         faults.whole("copies", 0)
+        faults.choice("empty_classes", get_args(EmptyClasses))
         if self.augment is None and isinstance(self.copies, int) and self.copies > 0:
             faults.found.append(f"copies={self.copies}: needs data.augment")
         faults.raise_if_any()
@@ -102,7 +106,8 @@ class DataModule:
 
     Attributes:
         images: (N, C, H, W) uint8.
-        labels: (N,) int64.
+        labels: (N,) int64 in [0, num_classes).
+        class_labels: the label of each class in the source, where classes without samples were left out; else None.
         originals: number of training images without their copies.
         sizes: (training, validation, test) number of rows, copies included.
         mean, std: (C, 1, 1) of the original training images, of pixels scaled to [0, 1].
@@ -116,13 +121,14 @@ class DataModule:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         logger.info("loading the data")
-        data = load_source(config)
+        data, self.class_labels = without_empty(load_source(config), config.empty_classes)
         self.name, self.num_classes = data.name, data.num_classes
         train, validation, test = split_rows(data, config)
         order = torch.cat([train.repeat(1 + config.copies), validation, test])
         # index_select: contiguous rows whatever the layout of the source's tensors, and no copy of them in between
         self.images, self.labels = data.images.index_select(0, order), data.labels.index_select(0, order)
         self.originals = len(train)
+        warn_of_unlearned(self.labels[: self.originals], self.num_classes, self.class_labels)
         self.sizes = (len(order) - len(validation) - len(test), len(validation), len(test))
         self._augment_copies()
         self.mean, self.std = _channel_statistics(self.images[: self.originals])

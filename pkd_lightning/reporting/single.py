@@ -178,9 +178,11 @@ def _setting(run: RunRecord) -> list[str]:
     seconds = results.get("wall_seconds") or {}
     rounds = seconds.get("rounds") if isinstance(seconds, Mapping) else None
     rounds = rounds if isinstance(rounds, list) else []
+    labels = results.get("labels")
     facts = {
         "run directory": str(run.path),
         "sizes (images)": _inline(results.get("sizes")),
+        **({"labels of the outputs": ", ".join(map(str, labels))} if isinstance(labels, list) else {}),
         "time, teacher": duration(number(results, "wall_seconds", "teacher")),
         "time, each round": ", ".join(duration(number({"s": value}, "s")) for value in rounds) or MISSING,
         "time, total": duration(number(results, "wall_seconds", "total")),
