@@ -94,7 +94,8 @@ def test_home_is_understood_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     roots: list[object] = []
     monkeypatch.setattr("tests.support.seen", roots.append, raising=False)
-    tiny_run(Path("~/runs"), "boosting.rounds=1", "data.root=~/data", "data.source._target_=tests.test_identity.noted")
+    source = "data.source._target_=tests.test_identity.noted"
+    tiny_run(Path("~/runs"), "boosting.rounds=1", "data.root='~/data'", source)
     (teacher,) = (tmp_path / "runs").rglob("teacher.safetensors")
     shutil.copyfile(teacher, tmp_path / "mine.safetensors")
     tiny_run(Path("~/runs"), "boosting.rounds=1", "teacher.checkpoint='~/mine.safetensors'")  # as in a YAML

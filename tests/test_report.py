@@ -24,6 +24,7 @@ from pkd_lightning.reporting.values import acceptance, duration, engineering, pe
 from tests.support import tiny_config
 
 PARAMS, FLOPS, MACS = (620, 1206, 2378), (686, 1372, 2744), (12_838, 44_492, 164_248)
+pytestmark = pytest.mark.report
 VOID = {"meta", "use", "path", "br", "link", "img"}
 
 

@@ -78,8 +78,8 @@ def test_a_finished_run_is_shown_and_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tiny_run(tmp_path)
-    monkeypatch.setattr("pkd_lightning.run.prepare_teacher", None)  # anything that trains would fail
-    monkeypatch.setattr("pkd_lightning.run.DataModule", None)
+    monkeypatch.setattr("pkd_lightning.teacher.prepare_teacher", None)  # anything that trains would fail
+    monkeypatch.setattr("pkd_lightning.data.module.DataModule", None)
     capsys.readouterr()
     assert tiny_run(tmp_path) == first
     shown = capsys.readouterr().out
@@ -88,11 +88,18 @@ def test_a_finished_run_is_shown_and_not_repeated(
 
 
 def test_what_does_not_change_the_result_finds_the_same_directory(tmp_path: Path) -> None:
-    same = [("trainer.progress=true",), ("logger=tensorboard",), ("threads=2",)]
+    same = [("trainer.progress=true",), ("logger=tensorboard",)]
     base = RunDirectory(tiny_config(tmp_path)).path
     for overrides in same:
         assert RunDirectory(tiny_config(tmp_path, *overrides)).path == base
-    for override in ("data.root=elsewhere", "seed=1", "boosting.alpha=0.4", "trainer.max_epochs=2", "data.limit=100"):
+    for override in (
+        "threads=2",
+        "data.root=elsewhere",
+        "seed=1",
+        "boosting.alpha=0.4",
+        "trainer.max_epochs=2",
+        "data.limit=100",
+    ):
         assert RunDirectory(tiny_config(tmp_path, override)).path != base
 
 
@@ -109,7 +116,7 @@ def test_started_twice_the_second_process_stops_with_a_clear_error(tmp_path: Pat
 
 def test_another_teacher_under_the_same_students_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pkd_lightning.run.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
+        patch.setattr("pkd_lightning.evaluate.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
         with pytest.raises(Stopped):
             tiny_run(tmp_path)
     (weights,) = tmp_path.rglob("teacher.safetensors")
@@ -143,7 +150,7 @@ def test_two_data_sets_do_not_share_a_run(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pkd_lightning.run.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
+        patch.setattr("pkd_lightning.evaluate.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
         with pytest.raises(Stopped):
             tiny_run(tmp_path)
     (checkpoint,) = tmp_path.rglob("boosting.ckpt")
