@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,18 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         _flush(path.parent)  # or a power cut could leave the file without its name
+
+
+def remove_temporaries(directory: Path, name: str = "*") -> None:
+    """Remove what processes killed in `atomic_write`, or in `scratch`, left; only under the lock of who writes there.
+
+    Args:
+        directory: where it lies.
+        name: of the file that was to be written; any by default.
+    """
+    for path in directory.glob(f".{name}.*"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name):  # as tempfile.mkstemp names them
+            path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

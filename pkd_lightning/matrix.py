@@ -172,11 +172,6 @@ class SampleMatrix:
         assert self.path is not None
         return self.path.with_name(f"{self.path.name}.{file}")
 
-    def remove(self) -> None:
-        """Delete the files, if there are any."""
-        for file in (0, 1) if self.path is not None else ():
-            self._name(file).unlink(missing_ok=True)
-
     def state(self) -> Tensor | dict[str, str]:
         """What a checkpoint stores: the matrix, or the name of its file, which is on the disk then, and its hash."""
         if self.values is not self._maps.get(self._file):  # in memory: small, or the zeros of the start

@@ -3,7 +3,6 @@
 python -m pkd_lightning.run experiment=digits [overrides]
 """
 
-import logging
 import time
 
 import hydra
@@ -15,14 +14,12 @@ from pkd_lightning.process import stopped_by_signals
 from pkd_lightning.reporting.table import print_table
 from pkd_lightning.rundir import RunDirectory, find_finished
 
-logger = logging.getLogger(__name__)
-
 
 def run(config: DictConfig) -> dict[str, object]:
     """Run, resume, or just show the experiment of a composed configuration; returns results.json."""
     directory = find_finished(config)
     if directory is not None:
-        logger.info("finished before: %s", directory.path)
+        directory.revisit()
     else:
         # here, not above: torch, lightning and numba take seconds, and --help, completion, a finished run need none
         import torch
@@ -59,8 +56,8 @@ def run(config: DictConfig) -> dict[str, object]:
             directory.save_results(results)
             write_report(directory.path)
             tracker.summarise(results)
+            loop.close()
             directory.finish()
-            loop.state.remove_files()
     results = read_json(directory.results)
     spare_terminal()
     print(f"report: {directory.path / 'report.html'}")

@@ -5,8 +5,9 @@ import fcntl
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pkd_lightning.checkpoint import atomic_write, write_json
+from pkd_lightning.checkpoint import atomic_write, remove_temporaries, write_json
 from pkd_lightning.composition import top_level_faults
 from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, device_of
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.process import task
+from pkd_lightning.reporting.load import PROGRESS
+
+WANDB_HEADER = 7  # bytes of an offline W&B file that holds nothing yet
 
 logger = logging.getLogger(__name__)
 MODULES = {
@@ -147,8 +151,35 @@ class RunDirectory:
         write_json(self.results, results)
 
     def finish(self) -> None:
-        """Mark the run complete."""
+        """Mark the run complete, and remove what only going on with it would need."""
         atomic_write(self.path / "DONE", lambda path: path.write_text(""))
+        self.tidy()
+
+    def revisit(self) -> None:
+        """Say that the run is finished, and tidy it: the process that finished it may have been killed at its end."""
+        logger.info("finished before: %s", self.path)
+        # not where it is locked, so that a live process may be writing, nor where nothing can be written
+        with suppress(OSError), (self.path / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left, and of a finished run what only going on needs; only under the lock."""
+        for folder in (self.path, *(self.path / name for name in ("teacher", "students", "figures"))):
+            remove_temporaries(folder)
+        left = [self.path / "report.html.partial"]
+        if self.finished:
+            left += [self.path / PROGRESS, *self.path.glob("*.[01]")]  # the matrices' files
+            left += [self.path / "teacher" / f"logits.{kind}" for kind in ("safetensors", "lock")]
+        for path in left:
+            path.unlink(missing_ok=True)
+        for folder in (self.path / "wandb").glob("*run-*"):
+            sizes = [file.stat().st_size for file in folder.glob("*.wandb")]
+            if sizes and max(sizes) <= WANDB_HEADER:  # `wandb sync` would upload an empty run
+                shutil.rmtree(folder)
+        for link in (self.path / "wandb").glob("*"):
+            if link.is_symlink() and not link.exists():
+                link.unlink()
 
     @contextmanager
     def open(self, config: DictConfig) -> Iterator["RunDirectory"]:
@@ -172,6 +203,8 @@ class RunDirectory:
                 ) from error
             except OSError as error:
                 unlocked(self.path, error)
+            else:  # without a lock another process may be writing what would be removed
+                self.tidy()
             text = OmegaConf.to_yaml(config, resolve=True)
             atomic_write(self.path / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
             handler = RunLog(self.path / "run.log", encoding="utf-8")

@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pkd_lightning.checkpoint import HASH, atomic_write, content_hash, load_tensors, read_json, save_weights, write_json
+from pkd_lightning.checkpoint import (
+    HASH,
+    atomic_write,
+    content_hash,
+    load_tensors,
+    read_json,
+    remove_temporaries,
+    save_weights,
+    write_json,
+)
 from pkd_lightning.config import Faults, TrainerConfig
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import RunError
@@ -149,6 +158,7 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("a") as lock:
+        alone = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -156,6 +166,9 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             unlocked(path.parent, error)
+            alone = False
+        if alone:
+            remove_temporaries(path.parent, path.name)
         stored: dict[str, Tensor] = {}
         try:
             stored = load_tensors(path) if path.exists() else {}

@@ -18,6 +18,7 @@ from pkd_lightning.errors import ConfigError, DataError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import predict
 from pkd_lightning.run import run
+from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.weights import load_weights
 from tests.support import patterns, tiny_config
 
@@ -373,7 +374,8 @@ def test_batches_of_copies_are_the_stored_images():
             assert torch.equal(batch.labels, data.labels[batch.index])
 
 
-def test_a_run_asks_the_teacher_on_each_copy(tmp_path):
+def test_a_run_asks_the_teacher_on_each_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunDirectory, "tidy", lambda self: None)  # the logits stay
     augment = "{_target_: pkd_lightning.data.augment.affine, _partial_: true, elastic: 0.5}"
     config = tiny_config(tmp_path, f"data.augment={augment}", "data.copies=2", "boosting.rounds=1")
     results = run(config)

@@ -323,14 +323,17 @@ def test_a_run_with_all_its_matrices_in_files_is_the_same_run(tmp_path: Path, mo
     assert names == {f"{name}.{i}" for name in ("residuals", "validation_residuals", "ensemble_logits") for i in (0, 1)}
 
 
-def test_residuals_follow_the_accepted_students(tmp_path: Path) -> None:
+def test_residuals_follow_the_accepted_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """S in the checkpoint is the sum of eta * (f_t - g) over the students that were kept."""
     from pkd_lightning.data.module import DataModule
     from pkd_lightning.ensemble import ProgressiveEnsemble
     from pkd_lightning.experiment import assemble
     from pkd_lightning.fitting import predict
+    from pkd_lightning.rundir import RunDirectory
     from tests.support import tiny_config
 
+    for needed_to_go_on in ((BoostingLoop, "close"), (RunDirectory, "tidy")):
+        monkeypatch.setattr(*needed_to_go_on, lambda self: None)
     results = tiny_run(tmp_path)
     (checkpoint,) = tmp_path.rglob("boosting.ckpt")
     state = torch.load(checkpoint, weights_only=True)
@@ -365,6 +368,7 @@ def test_one_exploding_image_leaves_the_bound_and_the_other_residuals_as_they_we
         found.append((row, column))
         return candidate
 
+    monkeypatch.setattr(BoostingLoop, "close", lambda self: None)  # the matrices stay
     (expected,) = tiny_run(tmp_path / "plain", *flags)["rounds"]
     monkeypatch.setattr(BoostingLoop, "train", exploding)
     (row,) = tiny_run(tmp_path / "exploding", *flags)["rounds"]

@@ -474,15 +474,3 @@ def test_a_file_left_over_from_a_larger_matrix_is_cut_to_size(monkeypatch, tmp_p
         resumed = ResidualMatrices(samples, 3, tmp_path / "S")
         resumed.load(matrices.state())
         assert torch.equal(resumed.S, torch.ones(samples, 3))
-
-
-def test_files_are_removed(monkeypatch, tmp_path):
-    monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)
-    matrices = ResidualMatrices(9, 3, tmp_path / "S")
-    for _ in range(2):
-        matrices.update(torch.ones(9, 3), 1.0)
-    assert len(list(tmp_path.iterdir())) == 2
-    matrices.remove()
-    matrices.remove()
-    assert not list(tmp_path.iterdir())
-    ResidualMatrices(9, 3).remove()  # in memory

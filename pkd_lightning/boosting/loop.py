@@ -296,17 +296,21 @@ class BoostingLoop:
         results = partial_results(experiment, self.seed, self.config, self.data, self.teacher, self.state)
         write_json(self.directory / PROGRESS, results)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, matrices: bool = True) -> dict[str, Any]:
         """The loop's state: primitives and tensors."""
-        return self.state.state_dict()
+        return self.state.state_dict(matrices)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.state.load_state_dict(state)
 
-    def save(self) -> None:
+    def close(self) -> None:
+        """Leave in `boosting.ckpt` what evaluating a finished run again needs, without the matrices."""
+        self.save(matrices=False)
+
+    def save(self, matrices: bool = True) -> None:
         """Write `boosting.ckpt`, whole or not at all."""
-        state = self.state_dict()
+        state = self.state_dict(matrices)
 
         def write(path: Path) -> None:
             with path.open("wb") as file:  # torch's own writing hides why it fails

@@ -129,10 +129,6 @@ class ResidualMatrices:
         if residual.shape != self.S.shape:
             raise ValueError(f"residuals of shape {tuple(residual.shape)}, not {tuple(self.S.shape)}")
 
-    def remove(self) -> None:
-        """Delete the files of a large S, if there are any."""
-        self._matrix.remove()
-
     def state(self) -> Tensor | dict[str, str]:
         """What a checkpoint stores, see `SampleMatrix.state`."""
         return self._matrix.state()

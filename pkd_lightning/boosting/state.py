@@ -51,11 +51,6 @@ class BoostingState:
             teacher=teacher,
         )
 
-    def remove_files(self) -> None:
-        """Delete the files of large matrices, which a finished run needs no more."""
-        for matrix in (self.residuals, self.validation_residuals, self.ensemble):
-            matrix.remove()
-
     @property
     def ensemble_logits(self) -> Tensor:
         """(training + validation rows, L) F_{t-1} by sample index."""
@@ -84,12 +79,19 @@ class BoostingState:
         """(training + validation rows,) weights of the samples' losses; 1 on validation rows, to compare their loss."""
         return torch.cat([self.residuals.sample_weights(), torch.ones(len(self.validation_residuals.S))])
 
-    def state_dict(self) -> dict[str, Any]:
-        """A dict of primitives and tensors."""
+    def state_dict(self, matrices: bool = True) -> dict[str, Any]:
+        """A dict of primitives and tensors; without `matrices` enough for a loop that is done."""
+        large = (
+            {
+                "S": self.residuals.state(),
+                "validation_S": self.validation_residuals.state(),
+                "ensemble_logits": self.ensemble.state(),
+            }
+            if matrices
+            else {}
+        )
         return {
-            "S": self.residuals.state(),
-            "validation_S": self.validation_residuals.state(),
-            "ensemble_logits": self.ensemble.state(),
+            **large,
             "round": self.round,
             "class_index": self.class_index,
             "bound": self.bound,
@@ -113,6 +115,8 @@ class BoostingState:
             ("validation_S", self.validation_residuals),
             ("ensemble_logits", self.ensemble),
         ):
+            if name not in state and state["stop_reason"] is not None:  # of a finished run
+                continue
             try:
                 matrix.load(state[name])
             except ValueError as error:
