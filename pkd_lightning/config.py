@@ -109,7 +109,7 @@ class Faults:
         value = getattr(self.owner, name)
         if value is None and optional:
             return
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             inside = low < value < high if exclusive else low <= value <= high
             if inside:
                 return

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from pkd_lightning import __version__
-from pkd_lightning.boosting.state import BoostingState
+from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.cost import Cost, latency, measure
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
@@ -165,13 +165,12 @@ def collect_results(
     data: DataModule,
     teacher: Teacher,
     ensemble: ProgressiveEnsemble,
-    state: BoostingState,
-    device: torch.device,
+    loop: BoostingLoop,
     seconds: float,
-    directory: Path,
 ) -> dict[str, Any]:
     """The whole of results.json, whose version is `schema`. `seconds`: wall time of this process's part."""
-    measured = evaluate(teacher, ensemble, data, state.records, device, directory)
+    state = loop.state
+    measured = evaluate(teacher, ensemble, data, state.records, loop.trainer.device, loop.directory)
     measured["teacher"]["config"] = OmegaConf.to_container(config.teacher.model, resolve=True)
     rounds = [record["seconds"] for record in state.records]
     return {

@@ -50,9 +50,7 @@ def run(config: DictConfig) -> dict[str, object]:
             )  # fmt: skip
             ensemble = loop.run()
             seconds = time.perf_counter() - start
-            results = collect_results(
-                config, data, teacher, ensemble, loop.state, experiment.trainer.device, seconds, directory.path
-            )
+            results = collect_results(config, data, teacher, ensemble, loop, seconds)
             directory.save_results(results)
             write_report(directory.path)
             tracker.summarise(results)

@@ -365,3 +365,9 @@ def test_a_configuration_is_composed_in_a_program_that_uses_hydra_itself() -> No
         assert str(version.getbase()) == "1.2"
         assert compose("config", ["seed=4"]).seed == 4
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_number_beyond_float64_is_a_fault() -> None:
+    (fault,) = faults_of(f"boosting.gamma={10**400}")
+    assert fault.startswith("boosting.gamma=1000")
+    assert fault.endswith("must be a number above 0")
