@@ -26,7 +26,6 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import caching, cgutils
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
-from numba.core.errors import NumbaError
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -501,11 +500,30 @@ def _stamped(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Damaged(Exception):
-    """The content of a cached kernel is not what was written."""
+    """The content of a file in the cache is not what was written."""
 
 
 class _HashedFiles(caching.IndexDataCacheFile):
-    """numba's files with a hash before each kernel: a changed bit would otherwise be run as machine code."""
+    """numba's files with a hash before each kernel: a changed bit would otherwise be run as machine code.
+
+    Damaged files are dropped, so that numba compiles the kernel and writes it anew.
+    """
+
+    def load(self, key):
+        try:
+            return super().load(key)
+        except _Damaged as error:
+            log.warning("a cached CPU kernel is damaged and compiled anew: %s", error)
+            self.flush()
+            return None
+
+    def _load_index(self):
+        try:
+            return super()._load_index()
+        except OSError:
+            raise
+        except Exception as error:  # unpickling other bytes than were written may raise anything
+            raise _Damaged(f"{self._index_path}: {error!r}") from error
 
     def _save_data(self, name, data):
         content = self._dump(data)
@@ -513,10 +531,10 @@ class _HashedFiles(caching.IndexDataCacheFile):
             file.write(hashlib.sha256(content).digest() + content)
 
     def _load_data(self, name):
-        stored = Path(self._data_path(name)).read_bytes()
-        size = hashlib.sha256().digest_size
+        path = Path(self._data_path(name))
+        stored, size = path.read_bytes(), hashlib.sha256().digest_size
         if hashlib.sha256(stored[size:]).digest() != stored[:size]:
-            raise _Damaged(f"{name} does not have the content that was written")
+            raise _Damaged(f"{path} does not have the content that was written")
         return pickle.loads(stored[size:])
 
 
@@ -527,37 +545,17 @@ class _Cache(caching.FunctionCache):
         self._cache_file = _HashedFiles(self._cache_path, self._impl.filename_base, stamp)
 
 
-NOTICE_AFTER = 1.0  # seconds: loading takes much less
-
-
-def _compiled(function: Callable[..., None], declared: Any, cache: _Cache | None) -> Any:
-    """`function` for these types, from the cache or compiled and written there."""
+def _compiled(function: Callable[..., None], declared: Any, cached: bool) -> Any:
+    """`function` for these types, with `cached` loaded from numba's cache or compiled and written there."""
     dispatcher = njit(**_KERNEL)(function)
-    if cache is not None:
-        dispatcher._cache = cache
+    if cached:
+        dispatcher._cache = _Cache(function)
     dispatcher.compile(declared)
     dispatcher.disable_compile()
     return dispatcher
 
 
-def _cached(function: Callable[..., None], declared: Any) -> Any:
-    """`_compiled` with numba's cache, whose damaged files are dropped and written anew.
-
-    Raises:
-        OSError: there is nowhere to write to, or the disk is full.
-    """
-    try:
-        cache = _Cache(function)
-    except RuntimeError as error:  # no directory that can be written to
-        raise OSError(str(error)) from error
-    try:
-        return _compiled(function, declared, cache)
-    except (NumbaError, OSError):
-        raise
-    except Exception as error:  # unpickling a damaged file may raise anything
-        log.warning("the cached CPU kernel %s is damaged and compiled anew (%r)", function.__name__, error)
-        cache.flush()
-        return _compiled(function, declared, cache)
+NOTICE_AFTER = 1.0  # seconds: loading takes much less
 
 
 def kernel(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
@@ -569,10 +567,12 @@ def kernel(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
         notice.daemon = True
         notice.start()
         try:
-            return _cached(function, declared)
-        except OSError:
+            return _compiled(function, declared, cached=True)
+        except (RuntimeError, OSError) as error:  # nowhere to write; a full or read-only disk
+            if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
+                raise
             _warn_uncached()
-            return _compiled(function, declared, None)
+            return _compiled(function, declared, cached=False)
         finally:
             notice.cancel()
 
