@@ -9,7 +9,8 @@ import multiprocessing
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,21 @@ def fill(values: Tensor, seed: int, scale: float = 1.0) -> Tensor:
     return values
 
 
+@contextmanager
+def all_mapped() -> Iterator[None]:
+    """Within the block matrices of any size are mapped from files."""
+    before, matrix.MAPPED_BYTES = matrix.MAPPED_BYTES, 0
+    try:
+        yield
+    finally:
+        matrix.MAPPED_BYTES = before
+
+
 def make(samples: int, classes: int, directory: Path) -> tuple[ResidualMatrices, Tensor, Tensor]:
     """Residual matrices after one round, and the logits of a student and the teacher, all mapped."""
-    matrix.MAPPED_BYTES = 0
-    student, teacher = (fill(scratch(samples, classes, directory), seed) for seed in (0, 1))
-    matrices = ResidualMatrices(samples, classes, directory / "residuals")
+    with all_mapped():
+        student, teacher = (fill(scratch(samples, classes, directory), seed) for seed in (0, 1))
+        matrices = ResidualMatrices(samples, classes, directory / "residuals")
     matrices.update(Difference(student, teacher), 0.1)
     return matrices, student, teacher
 

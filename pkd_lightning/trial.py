@@ -77,16 +77,17 @@ def _try_training(model: nn.Module, images: Tensor, num_classes: int, trainer: T
     model.train()
     try:
         optimizer = trainer.build_optimizer(model.parameters())
-        logits = model(images)
-        if not isinstance(logits, Tensor):
-            raise ConfigError(
-                [
-                    f"gives type {type(logits).__name__} in training mode, and logits in evaluation; it must give the"
-                    " logits in both (for torchvision's models with auxiliary heads: aux_logits=false)"
-                ]
-            )
-        check_logits(logits, len(images), num_classes)
-        F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.int64)).backward()
+        with torch.enable_grad():  # as a fit has it, also where a program calls a run without gradients
+            logits = model(images)
+            if not isinstance(logits, Tensor):
+                raise ConfigError(
+                    [
+                        f"gives type {type(logits).__name__} in training mode, and logits in evaluation; it must give"
+                        " the logits in both (for torchvision's models with auxiliary heads: aux_logits=false)"
+                    ]
+                )
+            check_logits(logits, len(images), num_classes)
+            F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.int64)).backward()
         if trainer.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), trainer.gradient_clip)
         optimizer.step()

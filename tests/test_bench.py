@@ -9,6 +9,7 @@ import torch
 from benchmarks import bench, block, data, fits, floor, gpu, memory, report, rounds, scan, steps, timing
 from benchmarks.models import PATCHES, STUDENTS
 from benchmarks.timing import Row, at_least, at_most, judged
+from pkd_lightning import matrix
 
 S1 = {"S1": STUDENTS["S1"]}
 TINY_ROWS = {
@@ -33,7 +34,9 @@ def fake(figure: float, target: timing.Target | None = None, what: str = "a row"
 
 @pytest.mark.parametrize("section", TINY_ROWS)
 def test_rows_of_each_section_are_complete(section: str) -> None:
+    before = matrix.MAPPED_BYTES
     rows = TINY_ROWS[section]()
+    assert before == matrix.MAPPED_BYTES  # nothing is left changed for what runs after it
     assert set(TINY_ROWS) == set(bench.SECTIONS)
     assert any("target" in row for row in rows)
     assert len({(row["what"], row.get("against")) for row in rows}) == len(rows)  # no two that look the same

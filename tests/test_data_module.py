@@ -580,7 +580,7 @@ def lacks_data(root: str | None = None) -> ImageSet:
         (lacks_data, DataError, "mine lacks train.npz"),
         (lambda root: {"images": colours().images}, ConfigError, "data.source: gives a dict, not a pkd_lightning"),
         (lambda root: None, ConfigError, "data.source: gives a NoneType"),
-        (7, ConfigError, "data.source: cannot be called"),
+        (7, ConfigError, "source=7: must be a `_target_` with `_partial_: true`"),
     ],
 )
 def test_a_source_that_gives_no_image_set_is_one_error(source, kind, said):

@@ -30,4 +30,4 @@ def test_no_error_of_the_package_is_defined_elsewhere() -> None:
     for module in pkgutil.walk_packages(pkd_lightning.__path__, "pkd_lightning."):
         found = vars(import_module(module.name)).values()
         assert all(kind in KINDS for kind in found if isinstance(kind, type) and issubclass(kind, Exception)
-                   and kind.__module__.startswith("pkd_lightning"))  # fmt: skip
+                   and kind.__module__.startswith("pkd_lightning") and not kind.__name__.startswith("_"))  # fmt: skip

@@ -56,6 +56,7 @@ def test_the_students_so_far_are_the_prefix_of_the_finished_ensemble(
             torch.testing.assert_close(finished(finished.preprocess(images), members=members), expected)
 
 
+@pytest.mark.report
 def test_an_unfinished_run_is_reported_by_its_validation_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

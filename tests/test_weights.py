@@ -258,7 +258,7 @@ def test_counters_that_old_batch_norms_lack_are_no_mismatch(tmp_path):
 @pytest.mark.parametrize("name", ["file.ckpt", "file.safetensors"])
 def test_a_damaged_file_is_named(content, name, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RunError, match=f"{name}: cannot be read as weights"):
+    with pytest.raises(RunError, match=rf"{name}: cannot be read (as weights )?\("):
         load_weights(Net(), tmp_path / name)
 
 
