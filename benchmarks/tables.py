@@ -1,7 +1,7 @@
-"""Writes the tables of docs/performance.md from docs/performance.json: `python -m benchmarks.tables [--from RESULTS]`.
+"""Writes the tables of docs/performance.md: `python -m benchmarks.tables [--from RESULTS]`.
 
-A table stands between `<!-- bench: NAME -->` and `<!-- end of bench -->`. With `--from` the results of a run of
-`make bench` become docs/performance.json first.
+They are made of docs/performance.json and docs/latency.json. A table stands between `<!-- bench: NAME -->` and
+`<!-- end of bench -->`. With `--from` the results of a run of `make bench` become docs/performance.json first.
 """
 
 import argparse
@@ -9,12 +9,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.timing import Row, shown
 
 DOCS = Path(__file__).parent.parent / "docs"
-RESULTS, DOCUMENT = DOCS / "performance.json", DOCS / "performance.md"
+RESULTS, LATENCIES, DOCUMENT = DOCS / "performance.json", DOCS / "latency.json", DOCS / "performance.md"
 SLOT = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
 
 
@@ -25,7 +24,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def scan(rows: Sequence[Row]) -> str:
     """A line a workload; forward / forward and backward."""
-    of = [row for row in rows if row["section"] == "scan"]
+    of = [row for row in rows if row.get("section") == "scan"]
     names = dict.fromkeys(re.sub(r" forward.*", "", row["what"]) for row in of)
     head = ["scan", "ms", "x plain loop", "x mambapy", "x reference", "of the floor", "two threads", "memory"]
     lines = []
@@ -46,7 +45,7 @@ def scan(rows: Sequence[Row]) -> str:
 
 def block(rows: Sequence[Row]) -> str:
     """A line a block; forward / forward and backward."""
-    of = [row for row in rows if row["section"] == "block"]
+    of = [row for row in rows if row.get("section") == "block"]
     names = dict.fromkeys(re.sub(r" forward.*", "", row["what"]) for row in of)
     lines = []
     for name in names:
@@ -60,7 +59,7 @@ def block(rows: Sequence[Row]) -> str:
 
 def step(rows: Sequence[Row]) -> str:
     """A line a model; one thread and two."""
-    of = [row for row in rows if row["section"] == "step"]
+    of = [row for row in rows if row.get("section") == "step"]
     names = dict.fromkeys(re.sub(r", \d threads?", "", row["what"]) for row in of)
     lines = []
     for name in names:
@@ -72,7 +71,7 @@ def step(rows: Sequence[Row]) -> str:
 
 def others(rows: Sequence[Row]) -> str:
     """The sections with a figure a line."""
-    of = [row for row in rows if row["section"] in ("fit", "data", "rounds")]
+    of = [row for row in rows if row.get("section") in ("fit", "data", "rounds")]
     lines = []
     for row in of:
         against = f" ({row['against']})" if row.get("against") else ""
@@ -94,18 +93,26 @@ def missed(rows: Sequence[Row]) -> str:
     )
 
 
+def latency(rows: Sequence[Row]) -> str:
+    """A line a model: of the rows of benchmarks.latency."""
+    of = [row for row in rows if "model" in row]
+    lines = [[row["model"], f"{row['ms']:.2f}", f"{row['prefix_ms']:.2f}" if "prefix_ms" in row else ""] for row in of]
+    return markdown(["student", "alone, ms", "first t together, ms"], lines)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "scan": scan,
     "block": block,
     "step": step,
     "others": others,
     "missed": missed,
+    "latency": latency,
 }
 
 
-def fill(text: str, results: dict[str, Any]) -> str:
+def fill(text: str, rows: Sequence[Row]) -> str:
     """`text` with every table written anew."""
-    return SLOT.sub(lambda slot: slot[1] + TABLES[slot[2]](results["rows"]) + slot[3], text)
+    return SLOT.sub(lambda slot: slot[1] + TABLES[slot[2]](rows) + slot[3], text)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,7 +122,12 @@ def main(arguments: list[str] | None = None) -> None:
     source = parser.parse_args(arguments).source
     if source is not None:
         RESULTS.write_text(source.read_text())
-    DOCUMENT.write_text(fill(DOCUMENT.read_text(), json.loads(RESULTS.read_text())))
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(), stored()))
+
+
+def stored() -> list[Row]:
+    """The rows that the tables are made of."""
+    return [row for path in (RESULTS, LATENCIES) for row in json.loads(path.read_text())["rows"]]
 
 
 if __name__ == "__main__":

@@ -6,10 +6,26 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench, block, data, fits, floor, gpu, memory, report, rounds, scan, steps, timing
+from benchmarks import (
+    bench,
+    block,
+    data,
+    fits,
+    floor,
+    gpu,
+    latency,
+    memory,
+    report,
+    rounds,
+    scan,
+    steps,
+    tables,
+    timing,
+)
 from benchmarks.models import PATCHES, STUDENTS
 from benchmarks.timing import Row, at_least, at_most, judged
 from pkd_lightning import matrix
+from pkd_lightning.cost import Latency
 
 S1 = {"S1": STUDENTS["S1"]}
 TINY_ROWS = {
@@ -146,3 +162,35 @@ def test_gpu_benchmark_says_that_there_is_no_gpu() -> None:
     with pytest.raises(SystemExit) as stop:
         gpu.main([])
     assert "needs a CUDA device" in str(stop.value)  # a text: the exit status is 1
+
+
+def test_latencies_of_the_published_models_are_written_only_where_nothing_disturbed_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document, path = tmp_path / "performance.md", tmp_path / "latency.json"
+    document.write_text("<!-- bench: latency -->\nold\n<!-- end of bench -->\n")
+    (tmp_path / "performance.json").write_text('{"rows": []}')
+    for name, value in (("DOCUMENT", document), ("LATENCIES", path), ("RESULTS", tmp_path / "performance.json")):
+        monkeypatch.setattr(tables, name, value)
+    found = [{"model": "1", "ms": 1.0, "prefix_ms": 2.0, "disturbed": True}]
+    found.append({"model": "teacher", "ms": 3.0, "disturbed": False})
+    monkeypatch.setattr(latency, "rows", lambda: found)
+    with pytest.raises(SystemExit, match="quiet machine"):
+        latency.main(["--write"])
+    assert "disturbed by other work: 1\n" in capsys.readouterr().out
+    assert not path.exists()
+    found[0]["disturbed"] = False
+    latency.main(["--write"])
+    assert "| 1 | 1.00 | 2.00 |\n| teacher | 3.00 |  |\n" in document.read_text()
+    assert json.loads(path.read_text())["rows"] == found
+
+
+def test_every_published_model_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count(1)
+    monkeypatch.setattr(
+        latency, "latency", lambda forward, image: forward(image) is None or Latency(next(calls), False)
+    )
+    found = latency.rows()
+    assert [row["model"] for row in found] == [*map(str, range(1, 8)), "teacher"]
+    assert [row["ms"] for row in found] == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert [row.get("prefix_ms") for row in found] == [2, 4, 6, 8, 10, 12, 14, None]
