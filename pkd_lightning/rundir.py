@@ -25,10 +25,6 @@ from pkd_lightning.reporting.load import PROGRESS
 WANDB_HEADER = 7  # bytes of an offline W&B file that holds nothing yet
 
 logger = logging.getLogger(__name__)
-MODULES = {
-    "objective": "objectives",
-    "combine": "combine",
-}  # of `pkd_lightning.boosting`, where the names are looked up
 
 # Keys that change where or how a run is shown, not what it computes. `threads` is not among them: sums split over two
 # threads end in other bits than those of one, and a run resumed with another number would be neither. null, whatever
