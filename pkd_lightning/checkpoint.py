@@ -128,15 +128,21 @@ def content_hash(values: Mapping[str, Any]) -> str:
     for name, value in sorted(values.items()):
         if isinstance(value, (dict, list, tuple, str, int, float, type(None))):
             digest.update(json.dumps([name, value]).encode())
-            continue
-        from torch import uint8
-
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
-        size = max(1, rows[:1].numel() * rows.element_size())
-        for part in rows.split(max(1, HASHED_BYTES // size)):
-            digest.update(part.cpu().contiguous().view(-1).view(uint8).numpy())
+        else:
+            digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+            for part in _bytes(value):
+                digest.update(part)
     return digest.hexdigest()
+
+
+def _bytes(tensor: "Tensor") -> Iterator[memoryview]:
+    """The bytes of a tensor, in parts."""
+    from torch import uint8
+
+    rows = tensor.detach().reshape(1) if tensor.dim() == 0 else tensor.detach()
+    size = max(1, rows[:1].numel() * rows.element_size())
+    for part in rows.split(max(1, HASHED_BYTES // size)):
+        yield part.cpu().contiguous().view(-1).view(uint8).numpy().data
 
 
 def check_hash(path: Path, values: Mapping[str, Any], stored: str | None) -> None:
