@@ -69,13 +69,8 @@ class BoostingLoop:
         tracker: Tracker,
     ) -> None:
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
-        self.teacher, self.teacher_logits, self.directory, self.seed, self.tracker = (
-            teacher,
-            teacher.logits,
-            directory,
-            seed,
-            tracker,
-        )
+        self.teacher, self.teacher_logits, self.directory = teacher, teacher.logits, directory
+        self.seed, self.tracker = seed, tracker
         self.objective = resolve(config.objective, objectives, objectives.Objective)
         self.combination = resolve(config.combine, combine, combine.Combination)
         self.state = BoostingState.fresh(
