@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.boosting.objectives import RoundBatch
+from pkd_lightning.checkpoint import not_finite
 from pkd_lightning.composition import top_level_faults
 from pkd_lightning.config import (
     BoostingConfig,
@@ -166,6 +167,10 @@ def _teacher(config: DictConfig) -> TeacherConfig:
     check = getattr(getattr(given.get("model"), "func", None), "faults", None)
     if check is not None:
         faults += under("model", check(given["model"].keywords, None))
+    if isinstance(config.get("model"), DictConfig):  # results.json holds its options, and JSON has no infinity
+        for fault in not_finite(OmegaConf.to_container(config.model, resolve=True), "model"):
+            place, value = fault.replace("[", ".").replace("]", "").split(" is ")
+            faults.append(f"{place}={value}: must be finite")
     if faults:
         raise ConfigError(faults)
     return build(TeacherConfig, {**given, "trainer": trainer})

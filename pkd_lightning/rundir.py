@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -108,11 +109,13 @@ def find_finished(config: DictConfig) -> "RunDirectory | None":
 
 
 class RunLog(logging.FileHandler):
-    """A log file whose errors reach the run: logging would print a traceback for each line, and go on."""
+    """A log file whose full disk reaches the run: logging would print a traceback for each line, and go on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raise what writing the record raised."""
-        raise  # logging calls this where it has caught the error
+        """Raise what writing the record raised; a record that cannot be formatted is only reported."""
+        if isinstance(sys.exc_info()[1], OSError):
+            raise  # logging calls this where it has caught the error
+        super().handleError(record)
 
 
 class RunDirectory:

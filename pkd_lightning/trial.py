@@ -74,7 +74,8 @@ def _check_state(model: nn.Module, first: set[str]) -> None:
 
 def _try_training(model: nn.Module, images: Tensor, num_classes: int, trainer: TrainerConfig) -> None:
     """One optimiser step in training mode."""
-    model.train()
+    model.train().to(trainer.device)  # where it will be trained: some kernels and optimisers are of one device only
+    images = images.to(trainer.device)
     try:
         optimizer = trainer.build_optimizer(model.parameters())
         with torch.enable_grad():  # as a fit has it, also where a program calls a run without gradients
@@ -87,7 +88,7 @@ def _try_training(model: nn.Module, images: Tensor, num_classes: int, trainer: T
                     ]
                 )
             check_logits(logits, len(images), num_classes)
-            F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.int64)).backward()
+            F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.int64, device=images.device)).backward()
         if trainer.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), trainer.gradient_clip)
         optimizer.step()
@@ -97,6 +98,7 @@ def _try_training(model: nn.Module, images: Tensor, num_classes: int, trainer: T
         on = "a batch of one sample, as all batches are here," if len(images) == 1 else f"{len(images)} images"
         raise ConfigError([f"a training step on {on} fails ({brief(error)})"]) from error
     model.zero_grad()
+    model.cpu()
 
 
 def _try_loading(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -> None:

@@ -371,3 +371,9 @@ def test_a_number_beyond_float64_is_a_fault() -> None:
     (fault,) = faults_of(f"boosting.gamma={10**400}")
     assert fault.startswith("boosting.gamma=1000")
     assert fault.endswith("must be a number above 0")
+
+
+def test_an_option_of_the_teacher_that_results_cannot_hold_is_a_fault() -> None:
+    assert "teacher.model.limits.1=inf: must be finite" in faults_of(
+        "teacher=resnet18", "+teacher.model.limits=[0.0,inf]"
+    )

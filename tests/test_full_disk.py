@@ -1,6 +1,7 @@
 """A full disk: one error that names the disk and the file, nothing half written, and the same command goes on."""
 
 import errno
+import logging
 import os
 import stat
 import tempfile
@@ -14,7 +15,7 @@ from pkd_lightning import matrix, teacher
 from pkd_lightning.checkpoint import atomic_write
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.matrix import reserve
-from pkd_lightning.rundir import RunDirectory
+from pkd_lightning.rundir import RunDirectory, RunLog
 from tests.support import ACCEPT, tiny_config, tiny_run
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
@@ -141,3 +142,10 @@ def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as caught, full_disk(tmp_path):
             raise error
         assert caught.value is error
+
+
+def test_a_record_that_cannot_be_formatted_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path / "run.log")
+    log.emit(logging.LogRecord("elsewhere", logging.INFO, "", 0, "%d", ("no number",), None))
+    log.close()
+    assert "Logging error" in capsys.readouterr().err

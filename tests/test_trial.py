@@ -237,3 +237,5 @@ def test_a_student_is_built_from_the_options_that_are_saved():
     assert Ladder("tests.test_trial.Plain", [{"sizes": (4, 2)}]).rungs == [{"sizes": [4, 2]}]
     with pytest.raises(ConfigError, match=r"rungs\.0\.act=ReLU\(\): cannot be saved as JSON"):
         Ladder("tests.test_trial.Plain", [{"act": nn.ReLU()}])
+    with pytest.raises(ConfigError, match=r"rungs\.0\.limits=\[0\.0, inf\]: cannot be saved as JSON"):
+        Ladder("tests.test_trial.Plain", [{"limits": [0.0, float("inf")]}])

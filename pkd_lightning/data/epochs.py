@@ -50,7 +50,7 @@ class EpochLoader:
                     delivered += 1
                 return
             except (OSError, RuntimeError) as error:
-                cause = str(error).splitlines()[-1]
+                cause = (str(error) or type(error).__name__).splitlines()[-1]
                 if not isinstance(error, OSError) and "shared memory" not in cause:
                     raise
             logger.warning(

@@ -40,7 +40,7 @@ class Ladder:
         for index, rung in enumerate(self.rungs):
             for key, value in rung.items():
                 try:  # a student's options are saved beside its weights; it is built from what will be read there
-                    rung[key] = json.loads(json.dumps(value))
+                    rung[key] = json.loads(json.dumps(value, allow_nan=False))
                 except (TypeError, ValueError) as error:
                     faults.append(f"rungs.{index}.{key}={value!r}: cannot be saved as JSON ({error})")
         if faults:
