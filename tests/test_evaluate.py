@@ -178,9 +178,9 @@ def test_calibration_error_is_that_of_an_independent_count(sharpness, bins):
 
 
 def test_a_confidence_of_one_is_in_the_last_bin():
-    """One image is right at confidence 1 and one wrong at 0.95: in bins of their own they would be 0 and 0.95 off."""
-    assert calibration_error(torch.tensor([1.0, 0.95]), torch.tensor([True, False])) == pytest.approx((1.95 - 1) / 2)
-    found = quality(torch.tensor([[200.0, 0.0], [math.log(19), 0.0]]), torch.tensor([0, 1]))
+    """One image is wrong at confidence 1 and one right at 0.95: in bins of their own they would be 1 and 0.05 off."""
+    assert calibration_error(torch.tensor([1.0, 0.95]), torch.tensor([False, True])) == pytest.approx((1.95 - 1) / 2)
+    found = quality(torch.tensor([[200.0, 0.0], [math.log(19), 0.0]]), torch.tensor([1, 0]))
     assert found["ece"] == pytest.approx((1.95 - 1) / 2)
 
 
