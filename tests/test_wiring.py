@@ -1,0 +1,454 @@
+"""Settings and wiring that no other test names: who is given which rows, seeds, scales and constants."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from pkd_lightning import evaluate as evaluation
+from pkd_lightning import schedules
+from pkd_lightning.boosting import combine, objectives
+from pkd_lightning.boosting import loop as boosting_loop
+from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.boosting.residuals import theoretical_eta
+from pkd_lightning.boosting.student import RoundTargets, StudentModule
+from pkd_lightning.boosting.weak_learner import fit_scales
+from pkd_lightning.cli import load_config
+from pkd_lightning.config import BoostingConfig, TrainerConfig
+from pkd_lightning.cost import Latency
+from pkd_lightning.data.module import Batch, DataConfig, DataModule
+from pkd_lightning.ensemble import ProgressiveEnsemble
+from pkd_lightning.experiment import assemble
+from pkd_lightning.fitting import FitResult, predict
+from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.teacher import Teacher
+from tests.support import patterns, tiny_config
+
+# ---------------------------------------------------------------------------------- schedules and published settings
+
+
+def test_the_learning_rate_rises_linearly_then_falls_to_its_final_part() -> None:
+    cosine = schedules.cosine
+    assert [cosine(progress) for progress in (0.0, 0.05, 0.1)] == pytest.approx([0.0, 0.5, 1.0])
+    assert cosine(0.55) == pytest.approx(0.01 + 0.99 * 0.5)
+    assert cosine(1.0) == pytest.approx(0.01)
+    assert cosine(0.25, warmup=0.5, final=0.2) == pytest.approx(0.5)
+    assert cosine(0.625, warmup=0.5, final=0.2) == pytest.approx(0.2 + 0.8 * (0.5 + math.sqrt(0.5) / 2))
+    assert cosine(1.0, warmup=0.5, final=0.2) == pytest.approx(0.2)
+
+
+def test_decay_is_exponential_and_constant_is_one() -> None:
+    assert [schedules.decay(progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([1.0, math.sqrt(0.1), 0.1])
+    assert schedules.decay(0.5, final=0.04) == pytest.approx(0.2)
+    assert [schedules.constant(progress) for progress in (0.0, 0.3, 1.0)] == [1.0] * 3
+
+
+def test_the_published_settings_are_those_of_the_paper() -> None:
+    """Mamba-PKD (arXiv 2503.01727), sections 4.1 and 4.2; what it leaves open is said in conf/ and in the studies."""
+    config = load_config("experiment=mnist_paper", "logger=none")
+    trainer, boosting = (OmegaConf.to_container(config[key], resolve=True) for key in ("trainer", "boosting"))
+    optimizer, schedule = trainer["optimizer"], trainer["schedule"]
+    assert (optimizer["_target_"], optimizer["lr"], optimizer["weight_decay"]) == ("torch.optim.Adam", 1e-4, 0.0)
+    assert (schedule["_target_"], schedule["final"]) == ("pkd_lightning.schedules.decay", 0.1)
+    assert (trainer["max_epochs"], trainer["patience"], trainer["batch_size"]) == (50, 5, 32)
+    assert trainer["gradient_clip"] is None
+    assert trainer["precision"] == "32-true"
+    assert (boosting["objective"], boosting["combine"], boosting["rounds"]) == ("published", "mean", 7)
+    assert (boosting["temperature"], boosting["alpha"], boosting["gamma"]) == (2.0, 0.5, 1.0)
+    assert (boosting["first_term"], boosting["eta"], boosting["weights"]) == ("soft", None, "none")
+    assert boosting["bound_quantile"] == 0.999
+    assert boosting["weak_learner"] == {
+        "require": "auto", "fraction": 1.0, "margin": 0.0, "min_improvement": 0.0, "check_every": 10,
+        "max_attempts": 1, "on_failure": "accept",
+    }  # fmt: skip
+    assert (config.data.split, config.data.test_fraction) == ("paper", 0.3)
+
+
+def test_eta_is_that_of_the_theory() -> None:
+    """sqrt(log(2N) / T) / B: N = 50 samples, so log 100."""
+    assert theoretical_eta(50, 7, 3.0) == pytest.approx(math.sqrt(4.605170185988092 / 7) / 3.0, rel=1e-15)
+
+
+# ---------------------------------------------------------------------------------- one round of the loop
+
+
+class Linear(nn.Module):
+    """A small student with dropout, which is off where it is only asked."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(math.prod(image_shape), width), nn.Dropout(0.5), nn.Linear(width, num_classes)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # type: ignore[no-any-return]
+
+
+def trainer_config(**options: Any) -> TrainerConfig:
+    config = TrainerConfig(
+        optimizer=partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1), schedule=schedules.constant, max_epochs=1,
+        batch_size=16, accelerator="cpu", progress=False,
+    )  # fmt: skip
+    return replace(config, **options)
+
+
+def make_loop(directory: Path, seed: int = 0, trainer: TrainerConfig | None = None, **options: Any) -> BoostingLoop:
+    """A loop on patterns with a teacher of random logits; nothing is trained."""
+    data = DataModule(DataConfig(partial(patterns, samples=200)))
+    rows = data.validation.stop
+    logits = torch.randn(rows, 3, generator=torch.Generator().manual_seed(5)) + 2 * F.one_hot(data.labels[:rows], 3)
+    teacher = Teacher(nn.Identity(), logits, "made up", 0.0)
+    ladder = Ladder(f"{__name__}.Linear", rungs=[{"width": 4}, {"width": 5}, {"width": 6}])
+    tracker = SimpleNamespace(stage=lambda name, attempt=0: nullcontext([]))
+    config = BoostingConfig(**{"rounds": 3, **options})
+    directory.mkdir(parents=True, exist_ok=True)
+    return BoostingLoop(
+        config, ladder, trainer or trainer_config(), data, teacher, directory, seed, tracker  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def in_second_round(loop: BoostingLoop) -> BoostingLoop:
+    """As after a first student of random logits."""
+    rows = loop.data.validation.stop
+    loop.state.add_logits(torch.randn(rows, 3, generator=torch.Generator().manual_seed(6)), (0.0, 1.0))
+    loop.state.round, loop.state.class_index, loop.state.bound = 1, 1, 4.0
+    return loop
+
+
+def started(
+    monkeypatch: pytest.MonkeyPatch, loop: BoostingLoop, attempt: int = 0, before: int = 0
+) -> dict[str, Tensor]:
+    """The weights that a candidate starts from."""
+    found: dict[str, Tensor] = {}
+
+    def no_fit(module: StudentModule, *args: Any) -> FitResult:
+        found.update({name: value.clone() for name, value in module.model.state_dict().items()})
+        return FitResult(1, 0, 0.0)
+
+    monkeypatch.setattr(boosting_loop, "fit", no_fit)
+    loop.train(before, attempt)
+    return found
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_student_starts_from_weights_of_its_seed_round_and_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = started(monkeypatch, make_loop(tmp_path))
+    torch.manual_seed(123)  # what else has drawn numbers changes nothing
+    assert same(started(monkeypatch, make_loop(tmp_path)), reference)
+    others = [
+        started(monkeypatch, make_loop(tmp_path, seed=1)),
+        started(monkeypatch, make_loop(tmp_path), attempt=1),
+        started(monkeypatch, make_loop(tmp_path), before=2),
+    ]
+    later = make_loop(tmp_path)
+    later.state.round = 1  # in the same class
+    others.append(started(monkeypatch, later))
+    assert not any(same(other, reference) for other in others)
+    assert not any(same(one, other) for i, one in enumerate(others) for other in others[:i])
+
+
+def test_a_fit_draws_numbers_of_its_seed_and_attempt(tmp_path: Path) -> None:
+    """Dropout draws them."""
+
+    def trained(seed: int = 0, attempt: int = 0) -> Tensor:
+        return make_loop(tmp_path, seed).train(0, attempt).logits.clone()
+
+    reference = trained()
+    torch.manual_seed(123)
+    assert torch.equal(trained(), reference)
+    assert not torch.equal(trained(seed=1), reference)
+    assert not torch.equal(trained(attempt=1), reference)
+
+
+@pytest.mark.parametrize("objective", ["independent", "anchored"])
+def test_learned_scales_are_fitted_on_training_rows_and_judged_on_validation_rows(
+    objective: str, tmp_path: Path
+) -> None:
+    def trained(spoilt: str | None = None) -> Any:
+        loop = in_second_round(make_loop(tmp_path, objective=objective, combine="learned"))
+        rows = loop.data.validation
+        if spoilt == "logits":
+            loop.teacher_logits[rows.start :] += 3 * torch.randn(len(rows), 3)
+        elif spoilt == "labels":
+            loop.data.labels[rows.start : rows.stop] = (loop.data.labels[rows.start : rows.stop] + 1) % 3
+        return loop, loop.train(0, 0)
+
+    loop, candidate = trained()
+    n, config = len(loop.data.training), loop.config
+    ensemble, labels = loop.state.ensemble_logits, loop.data.labels
+    expected = fit_scales(ensemble[:n], candidate.logits[:n], loop.teacher_logits[:n], labels[:n], config)
+    assert candidate.scales == expected
+    assert candidate.scales[0] != pytest.approx(candidate.scales[1], rel=1e-3)
+    for spoilt in ("logits", "labels"):
+        other = trained(spoilt)[1]
+        assert torch.equal(other.logits, candidate.logits)
+        assert other.scales == candidate.scales
+        assert other.validation_loss != candidate.validation_loss
+
+
+def test_the_loss_a_candidate_is_judged_by_is_that_of_the_ensemble_on_validation_rows(tmp_path: Path) -> None:
+    loop = in_second_round(make_loop(tmp_path, alpha=0.3, temperature=3.0))
+    rows = slice(loop.data.validation.start, loop.data.validation.stop)
+    logits = torch.randn(rows.stop, 3, generator=torch.Generator().manual_seed(7))
+    mixed, teacher = (0.7 * loop.state.ensemble_logits + 0.2 * logits)[rows], loop.teacher_logits[rows]
+    hard = F.cross_entropy(mixed, loop.data.labels[rows])
+    soft = 9 * F.kl_div(F.log_softmax(mixed / 3, -1), F.softmax(teacher / 3, -1), reduction="batchmean")
+    found = loop.validation_loss(logits, (0.7, 0.2))
+    assert found == pytest.approx(float(0.3 * hard + 0.7 * soft), rel=1e-5)
+    for matrix in (logits, loop.state.ensemble_logits, loop.teacher_logits):
+        matrix[: rows.start] += 1
+    loop.data.labels[: rows.start] = 0
+    assert loop.validation_loss(logits, (0.7, 0.2)) == found
+
+
+@pytest.mark.parametrize("eta", [None, 0.25])
+def test_an_accepted_student_moves_the_residuals_by_eta(eta: float | None, tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, eta=eta, combine="mean", objective="independent")
+    candidate = loop.train(0, 0)
+    loop.accept(candidate, 4, 12.5)
+    n = len(loop.data.training)
+    residual = candidate.logits - loop.teacher_logits[: loop.data.validation.stop]
+    bound = float(residual[:n].abs().max())
+    step = math.sqrt(math.log(2 * n) / 3) / bound if eta is None else eta
+    torch.testing.assert_close(loop.state.residuals.S, step * residual[:n])
+    torch.testing.assert_close(loop.state.validation_residuals.S, step * residual[n:])
+    (record,) = loop.state.records
+    assert (record["attempts"], record["seconds"], record["eta"]) == (4, 12.5, pytest.approx(step))
+    assert record["bound"] == record["largest_residual"] == pytest.approx(bound)
+    validation = slice(n, loop.data.validation.stop)
+    labels = loop.data.labels[validation]
+    expected = float((candidate.logits[validation].argmax(-1) == labels).float().mean())
+    assert record["validation_accuracy"] == record["prefix_validation_accuracy"] == expected
+    assert record["config"] == {"width": 4}
+    assert record["params"] == sum(parameter.numel() for parameter in candidate.model.parameters())
+
+
+def test_the_bound_of_a_round_is_the_largest_so_far(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, objective="published", combine="mean")
+    candidate = loop.train(0, 0)
+    n = len(loop.data.training)
+    loop.state.bound = 1e6
+    loop.accept(candidate, 1, 0.0)
+    assert loop.state.bound == 1e6
+    assert loop.state.records[0]["largest_residual"] == pytest.approx(
+        float((candidate.logits - loop.teacher_logits)[:n].abs().max())
+    )
+
+
+# ---------------------------------------------------------------------------------- the student's module
+
+
+def student_module(
+    objective: objectives.Objective, combination: combine.Combination, round_: int = 3, **options: Any
+) -> tuple[StudentModule, Batch]:
+    torch.manual_seed(3)
+    rows = 9
+    targets = RoundTargets(
+        torch.randn(rows, 3), torch.randn(rows, 3), torch.rand(rows, 3) > 0.5, 6.0, round_, torch.rand(rows)
+    )
+    model = Linear((1, 8, 8), 3).eval()
+    module = StudentModule(model, trainer_config(), BoostingConfig(**options), objective, combination, targets)
+    return module, Batch(torch.tensor([7, 2, 5]), torch.randn(3, 1, 8, 8), torch.tensor([0, 2, 1]))
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> np.ndarray:
+    """tau^2 * KL(teacher || student) of each row, in float64 numpy."""
+
+    def log_softmax(logits: Tensor) -> np.ndarray:
+        scaled = logits.detach().double().numpy() / temperature
+        return scaled - np.log(np.exp(scaled).sum(1, keepdims=True))  # type: ignore[no-any-return]
+
+    log_p, log_q = log_softmax(student), log_softmax(teacher)
+    return temperature**2 * (np.exp(log_q) * (log_q - log_p)).sum(1)  # type: ignore[no-any-return]
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> np.ndarray:
+    """-log softmax at the target of each row, in float64 numpy."""
+    values = logits.detach().double().numpy()
+    return np.log(np.exp(values).sum(1)) - values[np.arange(len(values)), target.numpy()]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["independent", "additive", "anchored"])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_round_losses_are_those_of_float64_numpy(name: str, weighed: bool) -> None:
+    alpha, tau, anchor = 0.3, 3.0, 0.2
+    module, batch = student_module(
+        getattr(objectives, name), combine.mean, alpha=alpha, temperature=tau, anchor=anchor
+    )  # fmt: skip
+    targets = module.targets
+    if not weighed:
+        targets.weight = None
+    loss, ensemble = module.losses(batch)
+    student, teacher = module.model(batch.images), targets.teacher[batch.index]
+    mixed = 0.75 * targets.ensemble[batch.index] + 0.25 * student  # round 3, from 0, of the mean
+    torch.testing.assert_close(ensemble, mixed)
+    weight = targets.weight[batch.index].double().numpy() if targets.weight is not None else np.ones(3)
+
+    def distillation(logits: Tensor) -> float:
+        rows = alpha * cross_entropy(logits, batch.labels) + (1 - alpha) * divergence(logits, teacher, tau)
+        return float((weight * rows).mean())
+
+    alone, together = distillation(student), distillation(mixed)
+    expected = {"independent": alone, "additive": together, "anchored": 0.8 * alone + 0.2 * together}[name]
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_first_round_trains_the_student_alone_whatever_the_objective() -> None:
+    for name in ("published", "additive", "anchored", "independent"):
+        module, batch = student_module(getattr(objectives, name), combine.learned, round_=0, alpha=0.3)
+        module.targets.weight = None
+        loss, ensemble = module.losses(batch)
+        student, teacher = module.model(batch.images), module.targets.teacher[batch.index]
+        rows = 0.3 * cross_entropy(student, batch.labels) + 0.7 * divergence(student, teacher, 2.0)
+        assert float(loss) == pytest.approx(float(rows.mean()), rel=1e-5)
+        torch.testing.assert_close(ensemble, student)
+        assert module.scales == (0.0, 1.0)
+        assert not module.scale_values.requires_grad
+
+
+def test_weight_decay_does_not_act_on_learned_scales() -> None:
+    module, _ = student_module(objectives.anchored, combine.learned)
+    (optimizer,), _ = module.configure_optimizers()
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay.pop(id(module.scale_values)) == 0.0
+    assert set(decay.values()) == {0.1}
+    assert set(decay) == {id(parameter) for parameter in module.model.parameters()}
+    assert module.scales == pytest.approx((0.75, 0.25), rel=1e-6)
+
+
+def test_scales_that_nothing_learns_are_not_optimised() -> None:
+    for objective, combination in ((objectives.independent, combine.learned), (objectives.anchored, combine.mean)):
+        module, _ = student_module(objective, combination)
+        (optimizer,), _ = module.configure_optimizers()
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(
+            map(id, module.model.parameters())
+        )
+        assert module.scales == (0.75, 0.25)
+
+
+# ---------------------------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predictions_are_those_of_evaluation_mode(training: bool) -> None:
+    data = DataModule(DataConfig(partial(patterns, samples=200)))
+    model = Linear(data.image_shape, 3).train(training)
+    found = predict(model, data, data.validation, torch.device("cpu"), batch_size=7)
+    assert model.training is training
+    images = data.normalise(data.images[data.validation.start : data.validation.stop])
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.eval()(images))
+    assert not found.requires_grad
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+class Fixed(nn.Module):
+    """Gives hand-made logits: row i of them for an image whose first pixel is i."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Four test images of three classes, a teacher, and two students, all with given logits."""
+    target = torch.tensor([0, 1, 2, 2])
+    teacher = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.5, 0.2, 0.3]]))
+    first = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.8, 0.1, 0.1], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8]]))
+    second = torch.log(torch.tensor([[0.2, 0.6, 0.2], [0.1, 0.8, 0.1], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6]]))
+    images = torch.arange(4)[:, None, None, None].expand(4, 1, 2, 2)
+    data = SimpleNamespace(
+        test=range(4), labels=target, images=images, num_classes=3, image_shape=(1, 2, 2),
+        normalise=lambda images: images.float(),
+        loader=lambda rows, size: [Batch(torch.arange(4), images.float(), target)],
+    )  # fmt: skip
+    ensemble = ProgressiveEnsemble(
+        [Fixed(first), Fixed(second)], [(1.0, 1.0), (0.25, 0.75)], torch.zeros(1), torch.ones(1)
+    )
+    asked: list[Any] = []
+
+    def latency(forward: Any, image: Tensor) -> Latency:
+        asked.append(forward)
+        return Latency(float(len(asked)), False)
+
+    monkeypatch.setattr(evaluation, "latency", latency)
+    return data, SimpleNamespace(model=Fixed(teacher)), ensemble, asked, target
+
+
+def test_results_of_hand_made_logits(by_hand: Any, tmp_path: Path) -> None:
+    data, teacher, ensemble, _, target = by_hand
+    records = [{"round": 0, "mark": "a"}, {"round": 1, "mark": "b"}]
+    found = evaluation.evaluate(teacher, ensemble, data, records, torch.device("cpu"), tmp_path)
+    row, (first, second), whole = found["teacher"], found["rounds"], found["ensemble"]
+    # of its own labels 0, 0, 2, 0 the teacher has 2 of 4 right
+    assert row["accuracy"] == 0.5
+    assert row["nll"] == pytest.approx(-np.log([0.7, 0.3, 0.8, 0.3]).mean(), rel=1e-6)
+    assert row["ece"] == pytest.approx((0.3 + 0.6 + 0.2 + 0.5) / 4, rel=1e-5)  # each in a bin of its own
+    assert "agreement" not in row
+    # the first student says 0, 0, 1, 2: two labels, two of the teacher's; its third and last stand against each other
+    assert (first["accuracy"], first["agreement"]) == (0.5, 0.5)
+    assert first["nll"] == pytest.approx(-np.log([0.5, 0.1, 0.3, 0.8]).mean(), rel=1e-6)
+    assert first["prefix_nll"] == pytest.approx(first["nll"])
+    # confidences 0.5 and 0.4, a bin each; 0.8 twice, once right
+    assert first["ece"] == pytest.approx((0.5 + 0.4 + abs(1 - 1.6)) / 4, rel=1e-5)
+    # the second says 1, 1, 2, 2: three labels, one of the teacher's
+    assert (second["accuracy"], second["agreement"]) == (0.75, 0.25)
+    mixed = 0.25 * ensemble.members[0].logits + 0.75 * ensemble.members[1].logits
+    assert second["prefix_nll"] == pytest.approx(float(F.cross_entropy(mixed, target)), rel=1e-6)
+    assert whole["nll"] == second["prefix_nll"]
+    assert whole["members"] == 2
+    assert [row["mark"] for row in (first, second)] == ["a", "b"]
+
+
+def test_each_latency_is_of_its_own_model_or_prefix(by_hand: Any, tmp_path: Path) -> None:
+    data, teacher, ensemble, asked, _ = by_hand
+    found = evaluation.evaluate(teacher, ensemble, data, [{}, {}], torch.device("cpu"), tmp_path)
+    image = data.images[:1].float()
+
+    def timed(milliseconds: float) -> Tensor:
+        return asked[int(milliseconds) - 1](image)  # type: ignore[no-any-return]
+
+    assert torch.equal(timed(found["teacher"]["latency_ms"]), teacher.model(image))
+    for t, row in enumerate(found["rounds"]):
+        assert torch.equal(timed(row["latency_ms"]), ensemble.members[t](image))
+        assert torch.equal(timed(row["prefix_latency_ms"]), ensemble(image, members=t + 1))
+    assert found["ensemble"]["latency_ms"] == found["rounds"][-1]["prefix_latency_ms"]
+
+
+# ---------------------------------------------------------------------------------- from the configuration
+
+
+def test_options_reach_the_parts_they_are_of(tmp_path: Path) -> None:
+    parts = assemble(
+        tiny_config(
+            tmp_path, "trainer.max_epochs=3", "trainer.batch_size=9", "teacher.trainer.batch_size=11",
+            "boosting.alpha=0.2", "boosting.weak_learner.max_attempts=4", "data.validation_fraction=0.2",
+        )
+    )  # fmt: skip
+    assert (parts.trainer.max_epochs, parts.trainer.batch_size) == (3, 9)
+    assert (parts.teacher.trainer.max_epochs, parts.teacher.trainer.batch_size) == (3, 11)
+    assert (parts.boosting.alpha, parts.boosting.weak_learner.max_attempts) == (0.2, 4)
+    assert parts.data.validation_fraction == 0.2
+    assert len(parts.student) == 3
