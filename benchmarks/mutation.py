@@ -33,7 +33,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "pkd_lightning"
 WIRING = (
-    "experiment", "teacher", "fitting", "evaluate", "ensemble", "losses", "schedules", "boosting.combine",
+    "experiment", "teacher", "fitting", "evaluate", "ensemble", "losses", "prefixes", "schedules", "boosting.combine",
     "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals", "boosting.state",
     "boosting.student", "boosting.weak_learner",
 )  # fmt: skip

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkd_lightning.boosting.combine import Scales, prefix_weights
 from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
 from pkd_lightning.data.images import normaliser
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.models.building import ImageShape, Trust, build_classifier, import_model
+from pkd_lightning.prefixes import Scales, mix
 
 logger = logging.getLogger(__name__)
 
 
 class ProgressiveEnsemble(nn.Module):
-    """Students f_1..f_T and their scales: F_t = a_t * F_{t-1} + c_t * f_t.
+    """Students f_1..f_T and their scales (a_t, c_t), see `prefixes.mix`.
 
     Args:
         members: the students, in the order of their rounds.
@@ -76,8 +76,11 @@ class ProgressiveEnsemble(nn.Module):
                 logits = list(pool.map(call, chosen))
         else:
             logits = [member(images) for member in chosen]
-        weights = prefix_weights(self.scales, count).to(logits[0])
-        return torch.einsum("t,tbl->bl", weights, torch.stack(logits))
+        prefix = None
+        for student, scales in zip(logits, self.scales, strict=False):  # of the prefix's members
+            prefix = mix(prefix, student, scales)
+        assert prefix is not None
+        return prefix
 
     def predicted(self, logits: Tensor) -> Tensor:
         """The label, as the data set has it, of the largest of the logits (batch, L) of each image: (batch,)."""
@@ -87,9 +90,8 @@ class ProgressiveEnsemble(nn.Module):
     def anytime(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the logits of prefix 1, 2, ..., T; each costs one more student. Stop whenever time is up."""
         logits: Tensor | None = None
-        for member, (a, c) in zip(self.members, self.scales, strict=True):
-            scaled = c * member(images)
-            logits = scaled if logits is None else a * logits + scaled
+        for member, scales in zip(self.members, self.scales, strict=True):
+            logits = mix(logits, member(images), scales)
             yield logits
 
     @torch.inference_mode()
@@ -106,12 +108,12 @@ class ProgressiveEnsemble(nn.Module):
         open_rows = torch.arange(len(images), device=images.device)
         used = torch.zeros_like(open_rows)
         logits: Tensor | None = None
-        for t, (member, (a, c)) in enumerate(zip(self.members, self.scales, strict=True)):
-            step = c * member(images[open_rows])
+        for t, (member, scales) in enumerate(zip(self.members, self.scales, strict=True)):
+            student = member(images[open_rows])
             if logits is None:
-                logits = step.clone()
+                logits = mix(None, student, scales)
             else:
-                logits[open_rows] = a * logits[open_rows] + step
+                logits[open_rows] = mix(logits[open_rows], student, scales)
             used[open_rows] = t + 1
             sure = logits[open_rows].softmax(-1).amax(-1) >= confidence
             open_rows = open_rows[~sure]

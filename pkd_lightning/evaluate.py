@@ -24,6 +24,7 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import predict
 from pkd_lightning.matrix import chunks, scratch
+from pkd_lightning.prefixes import mix
 from pkd_lightning.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -112,12 +113,12 @@ def evaluate(
     prefix_cost = Cost(0, 0, 0)
     prefix_logits.zero_()
     prefix: dict[str, Any] = {}
-    for t, (member, (a, c), record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
+    for t, (member, scales, record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
         predict(member, data, data.test, device, out=logits)
         check_finite(logits, f"student {t + 1}")
         member.cpu()
         for rows in chunks(logits.shape):
-            prefix_logits[rows] = a * prefix_logits[rows] + c * logits[rows]
+            prefix_logits[rows] = mix(prefix_logits[rows], logits[rows], scales)
         check_finite(prefix_logits, f"the ensemble of the first {t + 1} students")
         prefix = {
             **quality(prefix_logits, labels, teacher_logits),

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pkd_lightning.boosting.combine import learned, mean, prefix_weights
+from pkd_lightning.boosting.combine import learned, mean
 from pkd_lightning.boosting.combine import sum as summed
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_student, save_description, save_student
 from pkd_lightning.errors import RunError
 from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.prefixes import mix
 
 SHAPE, CLASSES = (2, 4, 4), 5
 MAMBA = "pkd_lightning.models.classifier.MambaClassifier"
@@ -56,21 +57,21 @@ def recursion(ensemble: ProgressiveEnsemble, images: Tensor, members: int) -> Te
 # ---------------------------------------------------------------------------------- weights and prefixes
 
 
-@pytest.mark.parametrize("members", [1, 2, 3, 4])
-def test_mean_and_sum_fold_into_equal_weights(members):
-    rounds = range(4)
-    torch.testing.assert_close(
-        prefix_weights([mean.initial(t) for t in rounds], members), torch.full((members,), 1 / members)
-    )
-    assert torch.equal(prefix_weights([summed.initial(t) for t in rounds], members), torch.ones(members))
-    assert [learned.initial(t) for t in rounds] == [mean.initial(t) for t in rounds]
+def test_mean_and_sum_are_what_they_say():
+    students, rules = torch.randn(4, 6, CLASSES), {mean: torch.mean, learned: torch.mean, summed: torch.sum}
+    for rule, expected in rules.items():
+        prefix = None
+        for t, student in enumerate(students):
+            prefix = mix(prefix, student, rule.initial(t))
+            torch.testing.assert_close(prefix, expected(students[: t + 1], 0))
     assert [rule.learned for rule in (mean, summed, learned)] == [False, False, True]
 
 
-def test_any_scales_fold():
-    # c_1 a_2 a_3, c_2 a_3, c_3
-    expected = torch.tensor([1.5 * 0.7 * 2.0, 0.4 * 2.0, 0.1])
-    torch.testing.assert_close(prefix_weights(SCALES, 3), expected)
+def test_mixing_scales_the_ensemble_by_the_first_and_the_student_by_the_second():
+    ensemble, student = torch.tensor([[2.0, -1.0]]), torch.tensor([[10.0, 20.0]])
+    assert mix(ensemble, student, (0.5, 3.0)).tolist() == [[31.0, 59.5]]
+    assert mix(None, student, (0.5, 3.0)).tolist() == [[30.0, 60.0]]
+    assert mix(ensemble, student, torch.tensor([0.5, 3.0])).tolist() == [[31.0, 59.5]]
 
 
 @pytest.mark.parametrize("members", [1, 2, 3, 4, None])

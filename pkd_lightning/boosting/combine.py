@@ -1,15 +1,9 @@
-"""How the logits of a new student join those of the ensemble: F_t = a_t * F_{t-1} + c_t * f_t.
+"""The scales a_t, c_t with which the logits of a new student join those of the ensemble, see `prefixes.mix`."""
 
-Every prefix is a weighted sum of its members' logits: the weights a, c fold into one weight per member.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-Scales = tuple[float, float]
+from pkd_lightning.prefixes import Scales
 
 
 @dataclass(frozen=True)
@@ -37,11 +31,3 @@ def _sum(round_: int) -> Scales:
 mean = Combination(_mean)
 sum = Combination(_sum)
 learned = Combination(_mean, learned=True)
-
-
-def prefix_weights(scales: Sequence[Scales], members: int) -> Tensor:
-    """The weight of each of the first `members` students in their prefix: (members,)."""
-    weights: list[float] = []
-    for a, c in scales[:members]:
-        weights = [a * w for w in weights] + [c]
-    return torch.tensor(weights)

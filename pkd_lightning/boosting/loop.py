@@ -34,6 +34,7 @@ from pkd_lightning.loggers import Tracker
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import Difference, largest, quantile, scratch
 from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.reporting.load import PROGRESS
 from pkd_lightning.seeding import seeded
 from pkd_lightning.teacher import Teacher
@@ -191,11 +192,10 @@ class BoostingLoop:
         """B of the students so far and one with these residuals of the training rows."""
         return max(self.state.bound, quantile(residual, self.config.bound_quantile))
 
-    def validation_loss(self, logits: torch.Tensor, scales: combine.Scales) -> float:
-        """Distillation loss on the validation rows of a * F_{t-1} + c * f_t."""
-        a, c = scales
+    def validation_loss(self, logits: torch.Tensor, scales: Scales) -> float:
+        """Distillation loss on the validation rows of the ensemble with a student."""
         rows = slice(self.data.validation.start, self.data.validation.stop)
-        mixed = a * self.state.ensemble_logits[rows] + c * logits[rows]
+        mixed = mix(self.state.ensemble_logits[rows], logits[rows], scales)
         return float(
             distillation_loss(
                 mixed, self.teacher_logits[rows], self.data.labels[rows], self.config.alpha, self.config.temperature

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkd_lightning.boosting.combine import Scales
 from pkd_lightning.boosting.residuals import ResidualMatrices
 from pkd_lightning.matrix import SampleMatrix, chunks, scratch
+from pkd_lightning.prefixes import Scales, mix
 
 
 @dataclass
@@ -57,11 +57,10 @@ class BoostingState:
         return self.ensemble.values
 
     def add_logits(self, logits: Tensor, scales: Scales) -> None:
-        """F_t = a * F_{t-1} + c * f_t, with the student's logits f_t (training + validation rows, L)."""
-        a, c = scales
+        """Make F_t of F_{t-1}, with the student's logits f_t (training + validation rows, L)."""
         following = self.ensemble.blank()
         for rows in chunks(following.shape):
-            following[rows] = a * self.ensemble_logits[rows] + c * logits[rows]
+            following[rows] = mix(self.ensemble_logits[rows], logits[rows], scales)
         self.ensemble.replace(following)
 
     def raise_student(self, directory: Path) -> Tensor:

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pkd_lightning.boosting.combine import Combination, Scales
+from pkd_lightning.boosting.combine import Combination
 from pkd_lightning.boosting.objectives import Objective, RoundBatch, student_loss
 from pkd_lightning.config import BoostingConfig, TrainerConfig
 from pkd_lightning.data.module import Batch
 from pkd_lightning.fitting import FitModule
+from pkd_lightning.prefixes import Scales, mix
 
 
 class RoundTargets(nn.Module):
@@ -95,8 +96,7 @@ class StudentModule(FitModule):
         """The round's loss, and the logits of the ensemble with the student."""
         index, targets = batch.index, self.targets
         student = self(batch.images)
-        a, c = self._scales()
-        ensemble = a * targets.ensemble[index] + c * student
+        ensemble = mix(targets.ensemble[index], student, self._scales())
         view = RoundBatch(
             student, ensemble, targets.teacher[index], batch.labels, targets.raise_student[index], targets.bound,
             None if targets.weight is None else targets.weight[index],

@@ -12,7 +12,6 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from pkd_lightning.boosting.combine import Scales
 from pkd_lightning.boosting.objectives import Objective
 from pkd_lightning.boosting.residuals import condition_holds
 from pkd_lightning.boosting.student import StudentModule
@@ -22,6 +21,7 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, matmul_precision, predict
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import chunks, quantile
+from pkd_lightning.prefixes import Scales, mix
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def fit_scales(ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tenso
         scales = torch.from_numpy(values / units).requires_grad_()
         total, gradient = 0.0, torch.zeros_like(scales)
         for rows in chunks(student.shape):
-            mixed = scales[0] * ensemble[rows].double() + scales[1] * student[rows].double()
+            mixed = mix(ensemble[rows].double(), student[rows].double(), scales)
             loss = distillation_loss(mixed, teacher[rows].double(), target[rows], config.alpha, config.temperature)
             loss = loss * (len(mixed) / len(student))
             gradient += torch.autograd.grad(loss, scales)[0]
