@@ -10,7 +10,7 @@ from math import ceil
 import torch
 from numba import types
 
-from pkd_lightning.models.scan.lanes import WIDTH, exp2, f32, floats, fma, kernel, load, splat, store
+from pkd_lightning.kernels.lanes import WIDTH, exp2, f32, floats, fma, kernel, load, splat, store
 
 CHAINS = 4  # states updated side by side, so that no update waits for the one before
 

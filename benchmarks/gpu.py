@@ -19,7 +19,7 @@ from benchmarks.models import BATCH, PATCHES, STUDENTS, batch, classifier
 from benchmarks.report import show, write
 from benchmarks.scan import WORKLOADS, inputs, reference, scan_call
 from benchmarks.timing import FEWEST, Row, compared, measured
-from pkd_lightning.models.scan import cuda, selective_scan
+from pkd_lightning.kernels.scan import cuda, selective_scan
 
 SCANS = {name: WORKLOADS[name] for name in "cdef"} | {"g": (256, 1536, 16)}
 MODELS = {"S7": STUDENTS["S7"], "patches, d_model 64": PATCHES["patches, d_model 64"]}
@@ -84,8 +84,8 @@ def scans(rounds: int, direct: bool) -> list[Row]:
 
 
 def steps(rounds: int, direct: bool) -> list[Row]:
-    """A bare loop's training step on the backend that is chosen: mamba_ssm's with `direct`, else doubling."""
-    backend, result = "cuda" if direct else "doubling", []
+    """A bare loop's training step on the backend that is chosen: mamba_ssm's with `direct`, else associative."""
+    backend, result = "cuda" if direct else "associative", []
     for name, options in MODELS.items():
         model = classifier(options).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rounds must be at least {FEWEST}")
     direct = cuda.available()
     if not direct:
-        print(f"mamba_ssm cannot be used (install: {cuda.INSTALL}): ours is plain PyTorch (doubling)")
+        print(f"mamba_ssm cannot be used (install: {cuda.INSTALL}): ours is plain PyTorch (associative)")
     rows = []
     for name, found in (("scan", scans(options.rounds, direct)), ("step", steps(options.rounds, direct))):
         show(name, found)

@@ -48,7 +48,7 @@ TESTS = tuple(
 LIBRARIES = (
     "torch", "lightning.pytorch", "torchmetrics", "torchvision", "hydra", "numba", "scipy.optimize", "sklearn.datasets",
     "matplotlib.pyplot", "fvcore.nn", "wandb", "tensorboard", "hypothesis", "torch._dynamo",
-    f"{PACKAGE}.models.scan.cpu", f"{PACKAGE}.models.classifier", f"{PACKAGE}.reporting.page",
+    f"{PACKAGE}.kernels.scan.cpu", f"{PACKAGE}.models.classifier", f"{PACKAGE}.reporting.page",
 )  # fmt: skip
 
 Comparisons = {

@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks.floor import floor
 from benchmarks.memory import bytes_of, peak_bytes
 from benchmarks.timing import Row, at_least, at_most, compared, interleaved, judged
-from pkd_lightning.models.scan import selective_scan, selective_scan_reference
-from pkd_lightning.models.scan.parallel import share
+from pkd_lightning.kernels.scan import selective_scan, selective_scan_reference
+from pkd_lightning.kernels.threads import share
 
 Scan = Callable[..., Tensor]
 

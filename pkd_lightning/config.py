@@ -230,7 +230,7 @@ class TrainerConfig:
         """Where models are fitted and asked."""
         import torch
 
-        from pkd_lightning.models.scan import cuda
+        from pkd_lightning.kernels.scan import cuda
 
         on_gpu = self.accelerator == "gpu" or (self.accelerator == "auto" and cuda.available())
         return torch.device("cuda" if on_gpu else "cpu")
@@ -242,7 +242,7 @@ def device_of(accelerator: str) -> str:
         return accelerator
     if find_spec("mamba_ssm") is None:
         return "cpu"  # what `cuda.available` says without it
-    from pkd_lightning.models.scan import cuda
+    from pkd_lightning.kernels.scan import cuda
 
     return "gpu" if cuda.available() else "cpu"
 

@@ -13,9 +13,9 @@ from fvcore.nn.flop_count import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pkd_lightning.kernels.scan import scan_macs
 from pkd_lightning.models.building import ImageShape, brief
 from pkd_lightning.models.mamba import Mamba
-from pkd_lightning.models.scan import scan_macs
 
 logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
 

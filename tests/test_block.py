@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pkd_lightning.models import scan
+from pkd_lightning.kernels import scan, threads
+from pkd_lightning.kernels.scan import FUSED_INNER, block, fused_block
+from pkd_lightning.kernels.scan.reference import selective_scan_reference
+from pkd_lightning.kernels.scan.states import CHUNK
 from pkd_lightning.models.mamba import Mamba
-from pkd_lightning.models.scan import FUSED_INNER, block, fused_block, parallel
-from pkd_lightning.models.scan.reference import selective_scan_reference
-from pkd_lightning.models.scan.states import CHUNK
 
 COTANGENTS = 3
 
@@ -227,7 +227,7 @@ def test_graphs_hold_operators_and_not_the_fused_block(monkeypatch):
     weights = (mixer.in_proj.weight, mixer.conv1d.weight, mixer.conv1d.bias, mixer.x_proj.weight)
     weights += (mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D, mixer.out_proj.weight)
     assert fused_block(tokens, *weights) is not None
-    for asked in ("torch.compiler.is_compiling", "pkd_lightning.models.scan.is_tracing"):
+    for asked in ("torch.compiler.is_compiling", "pkd_lightning.kernels.scan.is_tracing"):
         with monkeypatch.context() as patch:
             patch.setattr(asked, lambda: True)
             assert fused_block(tokens, *weights) is None
@@ -298,7 +298,7 @@ def test_frozen_weights_leave_the_gradients_of_the_others(trained):
 @pytest.mark.parametrize("d_model", [1, 3])
 def test_two_threads_compute_what_one_computes(d_model):
     mixer, tokens = make_block(d_model, 40), make_tokens(70, 420 // d_model, d_model)
-    assert tokens.numel() * 2 * 40 >= parallel.WORTHWHILE
+    assert tokens.numel() * 2 * 40 >= threads.WORTHWHILE
     one = results(mixer, tokens)
     torch.set_num_threads(2)
     try:

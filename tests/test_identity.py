@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from pkd_lightning.cli import CONF, load_config
-from pkd_lightning.models.scan import cuda
+from pkd_lightning.kernels.scan import cuda
 from pkd_lightning.rundir import RunDirectory, find_finished
 from tests.support import TINY, tiny_config, tiny_run
 

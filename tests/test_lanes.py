@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from numba import njit
 from numba.core import caching, config
 from numba.core.errors import TypingError
 
-from pkd_lightning.models.scan import lanes, parallel
-from pkd_lightning.models.scan.lanes import WIDTH
+from pkd_lightning.kernels import lanes, threads
+from pkd_lightning.kernels.lanes import WIDTH
 
 f32 = np.float32
 GUARD = f32(-12345.0)  # marks memory that nobody may write
@@ -247,7 +248,7 @@ def test_memory_by_its_address():
 
 TINY = """
     from numba import types
-    from pkd_lightning.models.scan.lanes import kernel
+    from pkd_lightning.kernels.lanes import kernel
 
     @kernel(types.float32[::1])
     def double(x):
@@ -306,15 +307,15 @@ def test_a_change_of_any_source_of_the_scan_compiles_anew(load, monkeypatch):
     assert load()[1] == 0
 
 
-def test_the_sources_are_all_files_of_the_scan(tmp_path, monkeypatch):
-    folder = os.path.dirname(lanes.__file__)
-    names = {name for name in os.listdir(folder) if name.endswith(".py")}
-    assert {"lanes.py", "states.py", "cpu.py", "block.py", "parallel.py"} <= names
+def test_the_sources_are_those_of_all_kernels(tmp_path, monkeypatch):
+    folder = Path(lanes.__file__).parent
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
+    assert {"lanes.py", "threads.py", "residuals.py", "scan/states.py", "scan/cpu.py", "scan/block.py"} <= names
 
     def stamp(changed=None):
         for name in names:
-            with open(os.path.join(folder, name)) as file:
-                (tmp_path / name).write_text(file.read() + ("\n" if name == changed else ""))
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text((folder / name).read_text() + ("\n" if name == changed else ""))
         with open(tmp_path / "lanes.py") as file:  # the statement alone: types are registered with numba only once
             text = file.read()
         begin = text.index("_SOURCES = hashlib")
@@ -462,14 +463,14 @@ def process(code, **environment):
 
 
 def test_without_a_compiler_the_kernels_run_and_come_from_the_cache():
-    import pkd_lightning.models.scan.block
-    import pkd_lightning.models.scan.cpu  # noqa: F401  # which compiles where nothing has been cached
+    import pkd_lightning.kernels.scan.block
+    import pkd_lightning.kernels.scan.cpu  # noqa: F401  # which compiles where nothing has been cached
 
     result = process(
         """
         import shutil
         assert not any(map(shutil.which, ("cc", "gcc", "g++", "clang")))
-        from pkd_lightning.models.scan import lanes
+        from pkd_lightning.kernels import lanes
         compiled, njit = [], lanes.njit
         def watched(*types, **options):
             def compile_(function):
@@ -502,7 +503,7 @@ def test_processors_without_avx512(module, tmp_path):
         f"""
         import importlib, logging, sys
         logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-        module = importlib.import_module("pkd_lightning.models.scan.{module}")
+        module = importlib.import_module("pkd_lightning.kernels.scan.{module}")
         for compiled in (module._forward, module._backward):
             for code in compiled.inspect_asm().values():
                 assert "zmm" not in code
@@ -528,11 +529,11 @@ def test_processors_without_avx512(module, tmp_path):
 # ---------------------------------------------------------------------------------- sharing out
 
 
-@pytest.mark.parametrize(("units", "threads"), [(1, 1), (5, 1), (5, 2), (7, 3), (3, 3), (16, 5)])
-def test_every_unit_is_given_to_one_thread(units, threads):
+@pytest.mark.parametrize(("units", "count"), [(1, 1), (5, 1), (5, 2), (7, 3), (3, 3), (16, 5)])
+def test_every_unit_is_given_to_one_thread(units, count):
     given = []
-    parallel.share(lambda *call: given.append(call), units, threads)
-    assert sorted(thread for thread, _, _ in given) == list(range(threads))
+    threads.share(lambda *call: given.append(call), units, count)
+    assert sorted(thread for thread, _, _ in given) == list(range(count))
     assert sorted(unit for _, first, last in given for unit in range(first, last)) == list(range(units))
     assert max(last - first for _, first, last in given) - min(last - first for _, first, last in given) <= 1
 
@@ -541,18 +542,18 @@ def test_small_work_and_single_units_stay_in_one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert parallel.threads_for(8, parallel.WORTHWHILE) == 4
-        assert parallel.threads_for(8, parallel.WORTHWHILE - 1) == 1
-        assert parallel.threads_for(3, 10 * parallel.WORTHWHILE) == 3
-        assert parallel.threads_for(1, 10 * parallel.WORTHWHILE) == 1
+        assert threads.threads_for(8, threads.WORTHWHILE) == 4
+        assert threads.threads_for(8, threads.WORTHWHILE - 1) == 1
+        assert threads.threads_for(3, 10 * threads.WORTHWHILE) == 3
+        assert threads.threads_for(1, 10 * threads.WORTHWHILE) == 1
     finally:
         torch.set_num_threads(before)
 
 
 def test_the_pool_grows_and_shares_run_at_once():
-    for threads in (2, 3, 2, 6, 4):
-        barrier = threading.Barrier(threads, timeout=30)
-        parallel.share(lambda *_, barrier=barrier: barrier.wait(), threads, threads)  # or BrokenBarrierError
+    for count in (2, 3, 2, 6, 4):
+        barrier = threading.Barrier(count, timeout=30)
+        threads.share(lambda *_, barrier=barrier: barrier.wait(), count, count)  # or BrokenBarrierError
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
@@ -567,18 +568,18 @@ def test_an_error_in_one_share_is_raised_when_all_others_have_ended(failing):
         ended.append(thread)
 
     with pytest.raises(MemoryError, match="workspace"):
-        parallel.share(call, 3, 3)
+        threads.share(call, 3, 3)
     assert sorted(ended) == [thread for thread in range(3) if thread != failing]
-    parallel.share(lambda *_: None, 3, 3)  # and the pool still works
+    threads.share(lambda *_: None, 3, 3)  # and the pool still works
 
 
 def test_pools_that_were_outgrown_end():
-    for threads in (2, 9, 10, 11, 12):
-        parallel.share(lambda *_: math.sqrt(2), threads, threads)
+    for count in (2, 9, 10, 11, 12):
+        threads.share(lambda *_: math.sqrt(2), count, count)
     deadline = time.monotonic() + 20
     while True:
         alive = sum(thread.name.startswith("pkd-scan") for thread in threading.enumerate())
-        if alive <= parallel._size:
+        if alive <= threads._size:
             return
-        assert time.monotonic() < deadline, f"{alive} threads for a pool of {parallel._size}"
+        assert time.monotonic() < deadline, f"{alive} threads for a pool of {threads._size}"
         time.sleep(0.01)

@@ -24,13 +24,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkd_lightning.models import scan
+from pkd_lightning.kernels import scan, threads
+from pkd_lightning.kernels.lanes import WIDTH
+from pkd_lightning.kernels.scan import cuda, scan_macs, selective_scan, selective_scan_step
+from pkd_lightning.kernels.scan.associative import selective_scan_associative
+from pkd_lightning.kernels.scan.cpu import CHUNK, selective_scan_cpu, sizes_of
+from pkd_lightning.kernels.scan.reference import selective_scan_reference
 from pkd_lightning.models.classifier import MambaClassifier
-from pkd_lightning.models.scan import cuda, parallel, scan_macs, selective_scan, selective_scan_step
-from pkd_lightning.models.scan.cpu import CHUNK, selective_scan_cpu, sizes_of
-from pkd_lightning.models.scan.doubling import selective_scan_doubling
-from pkd_lightning.models.scan.lanes import WIDTH
-from pkd_lightning.models.scan.reference import selective_scan_reference
 
 OPTIONAL = ("D", "z", "delta_bias")
 
@@ -178,7 +178,7 @@ def inputs_of(forms: tuple[str, str], sizes: tuple[int, int, int, int], **option
 
 
 def selective_scan_operator(**inputs):
-    from pkd_lightning.models.scan.library import selective_scan_operator
+    from pkd_lightning.kernels.scan.custom_op import selective_scan_operator
 
     return selective_scan_operator(**inputs)
 
@@ -193,7 +193,7 @@ def test_every_backend_takes_every_form_of_B_and_C(forms, sizes):
     for name, x in zip(("out", "state"), by_hand, strict=True):
         np.testing.assert_allclose(expected[name].numpy(), x, rtol=1e-12, atol=1e-12)
     single = (selective_scan_cpu, selective_scan_operator)
-    for function, dtype in ((selective_scan_doubling, torch.float64), *((each, torch.float32) for each in single)):
+    for function, dtype in ((selective_scan_associative, torch.float64), *((each, torch.float32) for each in single)):
         actual = run(function, inputs, dtype)
         limit = 1e-12 if dtype == torch.float64 else 5e-6
         for name, x in expected.items():
@@ -206,7 +206,7 @@ def test_B_and_C_in_groups_need_no_other_option():
     inputs = inputs_of(("two groups", "constant"), (2, 4, 5, 3), leave_out=OPTIONAL)
     inputs["delta"] = inputs["delta"].exp()  # without softplus
     expected = selective_scan_reference(**inputs)
-    for backend in ("cpu", "doubling"):
+    for backend in ("cpu", "associative"):
         torch.testing.assert_close(selective_scan(**inputs, backend=backend), expected)
 
 
@@ -250,7 +250,7 @@ def test_every_backend_refuses_the_same(wrong):
     inputs = make_inputs(2, 6, 7, 4) | REFUSED[wrong]
     said = set()
     for function in (
-        *(selective_scan_reference, selective_scan_doubling, selective_scan_cpu, selective_scan_operator),
+        *(selective_scan_reference, selective_scan_associative, selective_scan_cpu, selective_scan_operator),
         *(cuda.selective_scan_cuda, selective_scan),
     ):
         with pytest.raises((TypeError, ValueError)) as caught:
@@ -264,7 +264,7 @@ def test_every_backend_refuses_the_same(wrong):
 @pytest.mark.parametrize("sizes", [(0, 4, 5, 4), (2, 4, 0, 4), (2, 4, 5, 0), (2, 0, 5, 4)])
 def test_every_backend_takes_what_is_empty(sizes, forms):
     inputs = inputs_of(forms, sizes)
-    for function in (selective_scan_reference, selective_scan_doubling, selective_scan_cpu, selective_scan_operator):
+    for function in (selective_scan_reference, selective_scan_associative, selective_scan_cpu, selective_scan_operator):
         out, state = function(**inputs, delta_softplus=True, return_last_state=True)
         assert out.shape == inputs["u"].shape
         assert state.shape == (*sizes[:2], sizes[3])
@@ -576,7 +576,7 @@ def two_threads():
 def large_inputs(layout, seed: int = 0) -> dict[str, Tensor]:
     """Enough work for several threads."""
     batch, channels = layout
-    states = -(-parallel.WORTHWHILE // (batch * channels * 100))
+    states = -(-threads.WORTHWHILE // (batch * channels * 100))
     inputs = make_inputs(batch, channels, 100, states, seed)
     return inputs | {name: as_projected(inputs[name]) for name in ("B", "C")}
 
@@ -596,9 +596,9 @@ def threads_used(function) -> int:
     """The most ranges that one call of `share` was split into."""
     most = []
     with pytest.MonkeyPatch.context() as patch:
-        threads_for = parallel.threads_for
-        for module in ("cpu", "parallel"):
-            target = f"pkd_lightning.models.scan.{module}.threads_for"
+        threads_for = threads.threads_for
+        for module in ("scan.cpu", "threads"):
+            target = f"pkd_lightning.kernels.{module}.threads_for"
             patch.setattr(target, lambda *work: most.append(threads_for(*work)) or most[-1])
         function()
     return max(most)
@@ -632,10 +632,10 @@ def test_many_sizes_one_after_the_other_as_the_pool_grows(layout):
     inputs = large_inputs((5, 19) if layout[0] < layout[1] else (70, 2))
     expected = run(selective_scan_cpu, inputs, torch.float32)
     try:
-        for threads in (2, 1, 4, 3, 5):
-            torch.set_num_threads(threads)
+        for count in (2, 1, 4, 3, 5):
+            torch.set_num_threads(count)
             assert_same_on_any_threads(run(selective_scan_cpu, inputs, torch.float32), expected)
-            small = make_inputs(threads, 3, 20, threads)
+            small = make_inputs(count, 3, 20, count)
             assert threads_used(lambda small=small: selective_scan_cpu(**small)) == 1
     finally:
         torch.set_num_threads(1)
@@ -649,15 +649,15 @@ def _run_in_child(inputs, expected, threads):
         sys.exit(3)
 
 
-@pytest.mark.parametrize("threads", [1, 2])  # 1 as in a worker of a DataLoader
-def test_fork_after_use(threads, layout, two_threads):
+@pytest.mark.parametrize("count", [1, 2])  # 1 as in a worker of a DataLoader
+def test_fork_after_use(count, layout, two_threads):
     inputs = large_inputs(layout)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(count)
     expected = run(selective_scan_cpu, inputs, torch.float32)
     torch.set_num_threads(2)
     run(selective_scan_cpu, inputs, torch.float32)
-    assert parallel._pool is not None
-    child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(inputs, expected, threads))
+    assert threads._pool is not None
+    child = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(inputs, expected, count))
     child.start()
     child.join(timeout=30)
     if child.exitcode is None:
@@ -685,7 +685,7 @@ def test_workers_of_a_data_loader_scan(two_threads):
 
 
 def test_importing_the_package_imports_neither_numba_nor_mamba_ssm():
-    code = "import sys, pkd_lightning.models.scan; print({'numba', 'mamba_ssm'} & set(sys.modules))"
+    code = "import sys, pkd_lightning.kernels.scan; print({'numba', 'mamba_ssm'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "set()"
 
@@ -704,7 +704,7 @@ def test_dispatch(chosen, monkeypatch):
     assert chosen() == "cpu"
     assert chosen(torch.bfloat16) == "cpu"
     assert chosen(torch.float64) == chosen(torch.float64, backend="cpu") == "reference"
-    assert chosen(torch.float64, backend="doubling") == "doubling"
+    assert chosen(torch.float64, backend="associative") == "associative"
     assert chosen(D=torch.ones(1, dtype=torch.float64)) == "reference"
     assert [chosen(backend=name) for name in scan.BACKENDS] == list(scan.BACKENDS)
     monkeypatch.setenv("PKD_SCAN_BACKEND", "reference")
@@ -717,14 +717,14 @@ def test_more_states_than_mamba_ssm_has_kernels_for(backend, monkeypatch):
     monkeypatch.delenv("PKD_SCAN_BACKEND", raising=False)
     monkeypatch.setattr(cuda, "available", lambda: True)
     assert scan._choose(backend, "cuda", 256) == "cuda"
-    assert scan._choose(backend, "cuda", 257) == "doubling"
+    assert scan._choose(backend, "cuda", 257) == "associative"
 
 
 def test_dispatch_rejects_unknown_names(chosen, monkeypatch):
-    with pytest.raises(ValueError, match=r"backend is 'triton', allowed are reference, cpu, cuda, doubling"):
+    with pytest.raises(ValueError, match=r"backend is 'triton', allowed are reference, cpu, cuda, associative"):
         chosen(backend="triton")
     monkeypatch.setenv("PKD_SCAN_BACKEND", "fast")
-    with pytest.raises(ValueError, match=r"PKD_SCAN_BACKEND is 'fast', allowed are reference, cpu, cuda, doubling"):
+    with pytest.raises(ValueError, match=r"PKD_SCAN_BACKEND is 'fast', allowed are reference, cpu, cuda, associative"):
         chosen()
 
 
@@ -735,7 +735,7 @@ def test_dispatch_on_a_gpu_without_mamba_ssm_says_so_once(monkeypatch, caplog):
     assert scan._choose(None, "cuda", 16) == "cuda"
     monkeypatch.setattr(cuda, "available", lambda: False)
     with caplog.at_level(logging.WARNING):
-        assert [scan._choose(None, "cuda", 16) for _ in range(2)] == ["doubling"] * 2
+        assert [scan._choose(None, "cuda", 16) for _ in range(2)] == ["associative"] * 2
     assert len(caplog.records) == 1
     assert "pkd-lightning[cuda]" in caplog.text
     scan._say.cache_clear()
@@ -795,7 +795,7 @@ def test_kernels_whose_first_call_fails_are_not_used(fault, installed, caplog):
     installed("selective_scan_fn", FIRST_CALLS[fault])
     cuda.available.cache_clear()
     assert not any(cuda.available() for _ in range(2))
-    assert scan._choose(None, "cuda", 16) == "doubling"
+    assert scan._choose(None, "cuda", 16) == "associative"
     assert [record.message.partition(" cannot")[0] for record in caplog.records[:2]] == [
         "Mamba blocks on CUDA run unfused, causal-conv1d",
         "no CUDA selective scan, mamba-ssm",
@@ -890,7 +890,7 @@ def test_steps_compute_in_the_precision_of_the_scan(dtype):
 
 def operator_arguments(inputs: dict[str, Tensor]) -> tuple:
     """Of torch.ops.pkd.selective_scan, which takes B and C as (batch, length, d_state)."""
-    from pkd_lightning.models.scan import library  # noqa: F401  # registers the operator
+    from pkd_lightning.kernels.scan import custom_op  # noqa: F401  # registers the operator
 
     leaves = {name: x.mT.contiguous() if name in "BC" else x.clone() for name, x in inputs.items()}
     return *(leaves[name].requires_grad_() if name in leaves else None for name in INPUTS), True
@@ -1003,18 +1003,18 @@ def in_both(function: Callable, reference: Callable, inputs: dict[str, Tensor]) 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 255, 256, 257, 600])
 @pytest.mark.parametrize("leave_out", [(), OPTIONAL])
-def test_doubling_agrees_with_the_reference(length, leave_out):
+def test_associative_agrees_with_the_reference(length, leave_out):
     inputs = {name: x.double() for name, x in make_inputs(2, 3, length, 4, leave_out=leave_out).items()}
-    actual, expected = in_both(selective_scan_doubling, selective_scan_reference, inputs)
+    actual, expected = in_both(selective_scan_associative, selective_scan_reference, inputs)
     for name, x in expected.items():
         torch.testing.assert_close(actual[name], x, rtol=1e-10, atol=1e-10, msg=name)
 
 
-def test_doubling_of_an_empty_sequence_and_of_half_precision():
-    assert selective_scan_doubling(**make_inputs(2, 3, 0, 4)).shape == (2, 3, 0)
+def test_associative_of_an_empty_sequence_and_of_half_precision():
+    assert selective_scan_associative(**make_inputs(2, 3, 0, 4)).shape == (2, 3, 0)
     inputs = {name: x.bfloat16() for name, x in make_inputs(2, 3, 9, 4).items()}
     out, expected = (
-        scan_(**inputs, delta_softplus=True) for scan_ in (selective_scan_doubling, selective_scan_reference)
+        scan_(**inputs, delta_softplus=True) for scan_ in (selective_scan_associative, selective_scan_reference)
     )
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
@@ -1043,9 +1043,9 @@ def test_cuda_agrees_with_the_reference(leave_out):
 
 
 @pytest.mark.gpu
-def test_doubling_on_a_gpu_agrees_with_the_reference():
+def test_associative_on_a_gpu_agrees_with_the_reference():
     inputs = {name: x.double().cuda() for name, x in make_inputs(2, 3, 300, 4).items()}
-    actual, expected = in_both(selective_scan_doubling, selective_scan_reference, inputs)
+    actual, expected = in_both(selective_scan_associative, selective_scan_reference, inputs)
     for name, x in expected.items():
         torch.testing.assert_close(actual[name], x, rtol=1e-8, atol=1e-8, msg=name)
 
@@ -1069,10 +1069,10 @@ def test_a_second_derivative_is_refused(loss):
         torch.autograd.grad(loss(selective_scan_cpu(**inputs)), inputs["u"], create_graph=True)
 
 
-def test_doubling_has_second_derivatives():
+def test_associative_has_second_derivatives():
     names = ("u", "delta", "A", "B", "C")
     leaves = [make_inputs(1, 2, 5, 3)[name].double().requires_grad_() for name in names]
-    assert torch.autograd.gradgradcheck(lambda *x: selective_scan_doubling(*x, delta_softplus=True), leaves)
+    assert torch.autograd.gradgradcheck(lambda *x: selective_scan_associative(*x, delta_softplus=True), leaves)
 
 
 def test_a_tensor_without_memory_is_refused():

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pkd_lightning.boosting import kernels
+from pkd_lightning.kernels import residuals as kernels
 from pkd_lightning.matrix import Rows, SampleMatrix, chunks, largest
 
 

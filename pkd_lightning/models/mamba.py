@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from pkd_lightning.models.scan import fused_block, selective_scan, selective_scan_step
+from pkd_lightning.kernels.scan import fused_block, selective_scan, selective_scan_step
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj")
 PLAIN = (Tensor, nn.Parameter)  # others, as those of quantisation libraries, compute in their own way

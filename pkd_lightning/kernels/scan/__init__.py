@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import Parameter
 
-from pkd_lightning.models.scan import cuda
-from pkd_lightning.models.scan.reference import scan_macs, selective_scan_reference, selective_scan_step
+from pkd_lightning.kernels.scan import cuda
+from pkd_lightning.kernels.scan.reference import scan_macs, selective_scan_reference, selective_scan_step
 
 __all__ = ["BACKENDS", "fused_block", "scan_macs", "selective_scan", "selective_scan_reference", "selective_scan_step"]
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 FUSED_INNER = 32  # inner channels up to which a fused block is faster; twice as many where the batch fills its lanes
 SINGLE = {torch.float32, torch.bfloat16, torch.float16}  # computed in float32
-BACKENDS = ("reference", "cpu", "cuda", "doubling")  # each the module that holds selective_scan_<name>
+BACKENDS = ("reference", "cpu", "cuda", "associative")  # each the module that holds selective_scan_<name>
 
 
 def selective_scan(
@@ -52,9 +52,9 @@ def selective_scan(
         delta_bias: (d_inner,) added to delta, or None.
         delta_softplus: apply softplus to delta after the bias.
         return_last_state: also return the state after the last step (the cuda backend has no gradient through it).
-        backend: "reference", "cpu", "cuda" or "doubling"; by default the environment variable PKD_SCAN_BACKEND, and
+        backend: "reference", "cpu", "cuda" or "associative"; by default the environment variable PKD_SCAN_BACKEND, and
             without it by the device of u: cpu on the CPU; on a GPU cuda where mamba_ssm runs and takes so many
-            states, else doubling. float64 goes to the reference unless doubling is asked for: the others lack it.
+            states, else associative. float64 goes to the reference unless associative is asked for: the others lack it.
 
     Returns:
         (batch, d_inner, length) in u's dtype; with `return_last_state` also (batch, d_inner, d_state).
@@ -66,8 +66,8 @@ def selective_scan(
     """
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     name, traced = _choose(backend, u.device.type, A.shape[-1]), _traced(*tensors)
-    if any(x is not None and x.dtype == torch.float64 for x in tensors) and name != "doubling":
-        name = "doubling" if traced else "reference"  # torch.compile of the reference's loop gives wrong results
+    if any(x is not None and x.dtype == torch.float64 for x in tensors) and name != "associative":
+        name = "associative" if traced else "reference"  # torch.compile of the reference's loop gives wrong results
     if is_tracing() and name == "cpu":
         name = "reference"
     scan = _operator() if traced and name == "cpu" else _load(name)
@@ -88,7 +88,7 @@ def _choose(backend: str | None, device: str, states: int) -> str:
         _say(f"mamba-ssm's scan takes at most {cuda.MOST_STATES} states: those with more run in plain PyTorch, slower")
     else:
         return name
-    return "doubling"
+    return "associative"
 
 
 def fused_block(tokens: Tensor, *weights: Tensor) -> Tensor | None:
@@ -106,7 +106,7 @@ def fused_block(tokens: Tensor, *weights: Tensor) -> Tensor | None:
     if backend == device == "cuda" and cuda.fits_block(d_state, d_conv):
         return cuda.mamba_block_cuda(tokens, *weights)
     if backend == device == "cpu" and d_inner <= (FUSED_INNER if tokens.shape[0] < 16 else 2 * FUSED_INNER):
-        from pkd_lightning.models.scan.block import mamba_block_cpu as block  # numba takes a second to import
+        from pkd_lightning.kernels.scan.block import mamba_block_cpu as block  # numba takes a second to import
 
         if kinds == {torch.float32}:
             return block(tokens, *weights)
@@ -128,9 +128,9 @@ def _say(message: str) -> None:
 def _operator() -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """The scan as an operator, which numba's kernels, that cannot be traced, are behind."""
     try:
-        from pkd_lightning.models.scan.library import selective_scan_operator
+        from pkd_lightning.kernels.scan.custom_op import selective_scan_operator
     except AttributeError as error:  # torch.export replaces functions that numba's import looks into
-        cure = "call the model once, or import pkd_lightning.models.scan.library, before torch.export"
+        cure = "call the model once, or import pkd_lightning.kernels.scan.custom_op, before torch.export"
         raise RuntimeError(f"the CPU kernels cannot be loaded while a model is traced: {cure}") from error
     return selective_scan_operator
 

@@ -13,7 +13,7 @@ What a lane stands for is the kernel's choice: sequences of the batch, or channe
 
 from numba import njit
 
-from pkd_lightning.models.scan.lanes import INLINE, WIDTH, ZERO, exp2, fma, load, splat, store
+from pkd_lightning.kernels.lanes import INLINE, WIDTH, ZERO, exp2, fma, load, splat, store
 
 CHUNK = 16  # steps between saved states; what a chunk needs then fits into the cache next to the core
 SUMMED = 32  # states summed up at once

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkd_lightning.models.scan.shapes import check, check_step
+from pkd_lightning.kernels.scan.shapes import check, check_step
 
 
 def _for_channels(x: Tensor, channels: int, length: int) -> Tensor:

@@ -20,7 +20,7 @@ def real(x: Tensor) -> Tensor:
 def refuse_second_derivative() -> None:
     """Called in a backward pass: `once_differentiable` would let constant gradients pass, and drop what they give."""
     if torch.is_grad_enabled():
-        raise RuntimeError("the CPU kernels have no second derivative; PKD_SCAN_BACKEND=doubling has one")
+        raise RuntimeError("the CPU kernels have no second derivative; PKD_SCAN_BACKEND=associative has one")
 
 
 def kinds_of(tensors: Iterable[Tensor | None]) -> list[Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkd_lightning.models.scan.reference import finish, prepare
-from pkd_lightning.models.scan.shapes import check
+from pkd_lightning.kernels.scan.reference import finish, prepare
+from pkd_lightning.kernels.scan.shapes import check
 
 SPAN = 256  # steps at a time: bounds the temporary tensors
 
@@ -44,7 +44,7 @@ class _LinearScan(torch.autograd.Function):
         return torch.cat([torch.zeros_like(h[:1]), grad_x[1:] * h[:-1]]), grad_x
 
 
-def selective_scan_doubling(
+def selective_scan_associative(
     u: Tensor,
     delta: Tensor,
     A: Tensor,

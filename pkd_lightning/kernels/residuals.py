@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from pkd_lightning.models.scan.lanes import WIDTH, fma, kernel, lanes, load, load_first, store, store_first
+from pkd_lightning.kernels.lanes import WIDTH, fma, kernel, lanes, load, load_first, store, store_first
 
 LARGEST = 500.0  # e^500 and a sum of as many of them as there are samples are far from the largest float64
 

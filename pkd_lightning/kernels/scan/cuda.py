@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkd_lightning.models.scan.reference import selective_scan_reference
-from pkd_lightning.models.scan.shapes import check
+from pkd_lightning.kernels.scan.reference import selective_scan_reference
+from pkd_lightning.kernels.scan.shapes import check
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
-from pkd_lightning.models.scan.lanes import (
+from pkd_lightning.kernels.lanes import (
     INLINE,
     LN2,
     LOG2E,
@@ -37,10 +37,10 @@ from pkd_lightning.models.scan.lanes import (
     total_of_each,
     transpose,
 )
-from pkd_lightning.models.scan.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
-from pkd_lightning.models.scan.parallel import share, threads_for
-from pkd_lightning.models.scan.shapes import by_ranges, check
-from pkd_lightning.models.scan.states import CHUNK, ROW, STATE_ROW, SUMMED, fill, fold, scan_pair, scan_pair_backward
+from pkd_lightning.kernels.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
+from pkd_lightning.kernels.scan.shapes import by_ranges, check
+from pkd_lightning.kernels.scan.states import CHUNK, ROW, STATE_ROW, SUMMED, fill, fold, scan_pair, scan_pair_backward
+from pkd_lightning.kernels.threads import share, threads_for
 
 BLOCK = 160  # states whose B and C of a chunk are in the cache at a time
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")

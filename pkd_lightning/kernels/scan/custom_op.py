@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from pkd_lightning.models.scan import cpu
-from pkd_lightning.models.scan.memory import real
-from pkd_lightning.models.scan.reference import scan_macs
-from pkd_lightning.models.scan.shapes import by_ranges, check
+from pkd_lightning.kernels.memory import real
+from pkd_lightning.kernels.scan import cpu
+from pkd_lightning.kernels.scan.reference import scan_macs
+from pkd_lightning.kernels.scan.shapes import by_ranges, check
 
 
 def _checked(

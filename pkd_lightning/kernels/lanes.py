@@ -488,7 +488,7 @@ def _say_compiling() -> None:
 
 # numba's cache knows when the file of a kernel changes, not when the files of what it calls do
 _SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
 ).hexdigest()
 
 

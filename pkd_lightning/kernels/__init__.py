@@ -1,0 +1,1 @@
+"""What compiled kernels share: vector types, memory and threads; and the passes over all residuals."""
