@@ -57,7 +57,7 @@ def make(samples: int, classes: int, directory: Path) -> tuple[ResidualMatrices,
 
 def signs(matrices: ResidualMatrices) -> None:
     for rows in chunks(matrices.S.shape):
-        matrices.raise_student(rows)
+        matrices.indicator(rows)
 
 
 def passes(

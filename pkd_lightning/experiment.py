@@ -89,10 +89,10 @@ class Experiment:
 
     def _try_round(self, num_classes: int) -> None:
         logits = torch.zeros(3, 2, num_classes, requires_grad=True)
-        raise_student = torch.ones(2, num_classes, dtype=torch.bool)
+        indicator = torch.ones(2, num_classes, dtype=torch.bool)
         weight = torch.ones(2) if self.boosting.weights == "samples" else None
         batch = RoundBatch(
-            logits[0], logits[1], logits[2].detach(), torch.zeros(2, dtype=torch.int64), raise_student, 1.0, weight
+            logits[0], logits[1], logits[2].detach(), torch.zeros(2, dtype=torch.int64), indicator, 1.0, weight
         )
         loss: Any = None
         with reported("objective"):

@@ -46,7 +46,7 @@ def barrier(s: Tensor, edge: float = 0.95) -> Tensor:
     return torch.where(s > -edge, torch.log1p(s.clamp(min=-edge)), beyond)
 
 
-def residual_barrier_loss(residual: Tensor, raise_student: Tensor, bound: float, gamma: float = 1.0) -> Tensor:
+def residual_barrier_loss(residual: Tensor, indicator: Tensor, bound: float, gamma: float = 1.0) -> Tensor:
     """L_B = -(1/gamma) * mean_i sum_j [I * log(1 + s) + (1 - I) * log(1 - s)], s = l / (2B).
 
     Mamba-PKD (arXiv 2503.01727), equation 3, after B-DISTIL (arXiv 2302.10093). Both sum over samples and classes; over
@@ -54,9 +54,9 @@ def residual_barrier_loss(residual: Tensor, raise_student: Tensor, bound: float,
 
     Args:
         residual: (batch, classes) l = f - g.
-        raise_student: (batch, classes) bool, I = 1[K+ > K-]: where the ensemble is below the teacher.
+        indicator: (batch, classes) bool, I = 1[K+ > K-]: where the ensemble is below the teacher.
         bound: B > 0, bound on abs(l) over the training data; beyond abs(s) = 0.95 the loss goes on linearly.
         gamma: divisor, as in the paper; with the number of classes this is the mean over classes too.
     """
     s = residual / (2 * bound)
-    return -barrier(torch.where(raise_student, s, -s)).sum(-1).mean() / gamma
+    return -barrier(torch.where(indicator, s, -s)).sum(-1).mean() / gamma

@@ -76,7 +76,7 @@ def test_rounds_of_the_published_method(alpha: float, gamma: float, tau: float) 
         }
         batch = objectives.RoundBatch(
             torch.from_numpy(student), torch.full((SAMPLES, CLASSES), torch.nan), torch.from_numpy(teacher),
-            torch.from_numpy(target), matrices.raise_student(), BOUND,
+            torch.from_numpy(target), matrices.indicator(), BOUND,
         )  # fmt: skip
         for first_term, value in expected.items():
             config = BoostingConfig(first_term=first_term, alpha=alpha, gamma=gamma, temperature=tau)

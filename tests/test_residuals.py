@@ -116,7 +116,7 @@ def test_before_the_first_update_all_weights_are_equal_and_every_edge_is_exactly
     edges = matrices.edges(1e6 * torch.randn(30, 4, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(edges, torch.zeros(4, dtype=torch.float64))
     assert not condition_holds(edges)
-    assert not matrices.raise_student().any()  # K+ is not greater than K-
+    assert not matrices.indicator().any()  # K+ is not greater than K-
 
 
 def test_k_plus_grows_where_the_ensemble_is_below_the_teacher():
@@ -130,7 +130,7 @@ def test_k_plus_grows_where_the_ensemble_is_below_the_teacher():
     plus, minus = matrices.k_plus().numpy(), matrices.k_minus().numpy()
     assert np.array_equal(plus > minus, below)
     assert np.array_equal(minus > plus, above)
-    assert np.array_equal(matrices.raise_student().numpy(), below)
+    assert np.array_equal(matrices.indicator().numpy(), below)
     # the further below, the larger the weight within a class
     gap = np.mean(students, axis=0) - teacher
     for j in range(3):
@@ -212,7 +212,7 @@ def test_chunks_and_files_change_nothing(samples, monkeypatch, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     for chunked in (after(samples, 3, rounds), mapped):
         assert torch.equal(chunked.S, whole.S)
-        assert torch.equal(chunked.raise_student(), whole.raise_student())
+        assert torch.equal(chunked.indicator(), whole.indicator())
         for ours, theirs in zip((chunked.k_plus(), chunked.k_minus(), chunked.edges(candidate)), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
 

@@ -133,7 +133,7 @@ class BoostingLoop:
             description += f", attempt {attempt + 1}"
         stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
         targets = RoundTargets(
-            self.teacher_logits, state.ensemble_logits, state.raise_student(self.directory), max(state.bound, 1e-3),
+            self.teacher_logits, state.ensemble_logits, state.indicator(self.directory), max(state.bound, 1e-3),
             state.round, state.sample_weights() if self.config.weights == "samples" and state.round > 0 else None,
         )  # fmt: skip
         logger.info("training a student: %s", description)

@@ -19,7 +19,7 @@ class RoundBatch(NamedTuple):
         ensemble: (batch, classes) logits a * F_{t-1} + c * f_t of the ensemble with the student.
         teacher: (batch, classes) logits g.
         target: (batch,) labels.
-        raise_student: (batch, classes) bool, 1[K+ > K-].
+        indicator: (batch, classes) bool, 1[K+ > K-].
         bound: B of the students so far, see `boosting.bound_quantile`.
         weight: (batch,) of each sample's loss, 1 for a validation row; None where nothing is weighed.
     """
@@ -28,7 +28,7 @@ class RoundBatch(NamedTuple):
     ensemble: Tensor
     teacher: Tensor
     target: Tensor
-    raise_student: Tensor
+    indicator: Tensor
     bound: float
     weight: Tensor | None = None
 
@@ -63,7 +63,7 @@ def ensemble_loss(batch: RoundBatch, config: BoostingConfig) -> Tensor:
 
 
 def _published(batch: RoundBatch, config: BoostingConfig) -> Tensor:
-    barrier = residual_barrier_loss(batch.student - batch.teacher, batch.raise_student, batch.bound, config.gamma)
+    barrier = residual_barrier_loss(batch.student - batch.teacher, batch.indicator, batch.bound, config.gamma)
     if config.first_term == "both":
         return student_loss(batch, config) + (1 - config.alpha) * barrier
     if config.first_term == "soft":

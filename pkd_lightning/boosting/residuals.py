@@ -72,7 +72,7 @@ class ResidualMatrices:
         """K- of `rows`: (rows, L) float64, large where the ensemble is above the teacher."""
         return torch.exp(self.S[rows].double() - self.log_normaliser())
 
-    def raise_student(self, rows: slice = slice(None)) -> Tensor:
+    def indicator(self, rows: slice = slice(None)) -> Tensor:
         """I = 1[K+ > K-] of `rows`: (rows, L) bool."""
         S = self.S[rows].contiguous()
         result = torch.empty(S.shape, dtype=torch.bool)

@@ -63,14 +63,14 @@ class BoostingState:
             following[rows] = mix(self.ensemble_logits[rows], logits[rows], scales)
         self.ensemble.replace(following)
 
-    def raise_student(self, directory: Path) -> Tensor:
+    def indicator(self, directory: Path) -> Tensor:
         """1[K+ > K-] of the training and then the validation rows: (N, L) bool."""
         samples, classes = self.ensemble_logits.shape
         signs = scratch(samples, classes, directory, torch.bool)
         start = 0
         for matrices in (self.residuals, self.validation_residuals):
             for rows in chunks(matrices.S.shape):
-                signs[start + rows.start : start + rows.stop] = matrices.raise_student(rows)
+                signs[start + rows.start : start + rows.stop] = matrices.indicator(rows)
             start += len(matrices.S)
         return signs
 

@@ -19,7 +19,7 @@ class RoundTargets(nn.Module):
     Args:
         teacher: (N, L) logits g.
         ensemble: (N, L) logits F_{t-1}.
-        raise_student: (N, L) bool, 1[K+ > K-].
+        indicator: (N, L) bool, 1[K+ > K-].
         bound: B.
         round_: t from 0.
         weight: (N,) of each sample's loss, or None.
@@ -27,14 +27,14 @@ class RoundTargets(nn.Module):
 
     teacher: Tensor
     ensemble: Tensor
-    raise_student: Tensor
+    indicator: Tensor
     weight: Tensor | None
 
     def __init__(
         self,
         teacher: Tensor,
         ensemble: Tensor,
-        raise_student: Tensor,
+        indicator: Tensor,
         bound: float,
         round_: int,
         weight: Tensor | None = None,
@@ -42,7 +42,7 @@ class RoundTargets(nn.Module):
         super().__init__()
         # buffers, to follow the module to its device; not persistent, to stay out of every state dict
         for name, value in (
-            ("teacher", teacher), ("ensemble", ensemble), ("raise_student", raise_student), ("weight", weight)
+            ("teacher", teacher), ("ensemble", ensemble), ("indicator", indicator), ("weight", weight)
         ):  # fmt: skip
             self.register_buffer(name, value, persistent=False)
         self.bound, self.round = bound, round_
@@ -98,7 +98,7 @@ class StudentModule(FitModule):
         student = self(batch.images)
         ensemble = mix(targets.ensemble[index], student, self._scales())
         view = RoundBatch(
-            student, ensemble, targets.teacher[index], batch.labels, targets.raise_student[index], targets.bound,
+            student, ensemble, targets.teacher[index], batch.labels, targets.indicator[index], targets.bound,
             None if targets.weight is None else targets.weight[index],
         )  # fmt: skip
         loss = student_loss if targets.round == 0 else self.objective.loss
