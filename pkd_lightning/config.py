@@ -258,8 +258,8 @@ class WeakLearnerConfig:
         margin: what an edge must exceed (0 is the published condition).
         min_improvement: relative decrease of the validation loss that counts as an improvement.
         check_every: epochs between two checks of the condition; training stops early when it holds.
-        max_attempts: candidates tried in a model class before it counts as failed, and one more where one diverges.
-        on_failure: `expand`: go to the next larger class; `accept`: take the best candidate and say so.
+        max_attempts: candidates tried on a rung before it counts as failed, and one more where one diverges.
+        on_failure: `expand`: go up one rung; `accept`: take the best candidate and say so.
     """
 
     require: Require = "auto"

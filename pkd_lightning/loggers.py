@@ -34,7 +34,7 @@ def summary_of(row: Mapping[str, Any]) -> dict[str, float]:
     edges = {f"edge/class_{j}": edge for j, edge in enumerate(row["edges"]["per_class"])}
     return {
         **{name: row[name] for name in SUMMARY if row[name] is not None},
-        "class": row["class_index"] + 1,
+        "rung": row["class_index"] + 1,
         "attempts": row["attempts"],
         "edges_satisfied": row["edges"]["satisfied"],
         **edges,

@@ -179,10 +179,10 @@ def test_expansion_climbs_every_class_and_stops_past_the_last(tmp_path: Path, mo
     results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=expand", "boosting.weak_learner.max_attempts=2")
     assert [row["class_index"] for row in results["rounds"]] == [0]
     assert "no weak learner for round 2" in results["stop_reason"]
-    assert "3 classes" in results["stop_reason"]
+    assert "3 rungs" in results["stop_reason"]
     (log,) = tmp_path.rglob("metrics.jsonl")
     attempts = {line for line in log.read_text().splitlines() if '"stage": "round-01"' in line}
-    assert len(attempts) == 4  # two in class 2, two in class 3; class 1 was used by the first round
+    assert len(attempts) == 4  # two on rung 2, two on rung 3; rung 1 was used by the first round
 
 
 def test_a_class_that_fails_is_followed_by_the_next_and_the_round_goes_on(
@@ -193,7 +193,7 @@ def test_a_class_that_fails_is_followed_by_the_next_and_the_round_goes_on(
     results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=expand")
     assert [row["class_index"] for row in results["rounds"]] == [0, 2]
     assert results["rounds"][1]["attempts"] == 2
-    assert "all 3 classes" in results["stop_reason"]
+    assert "all 3 rungs" in results["stop_reason"]
 
 
 def test_repetition_stays_in_a_class_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

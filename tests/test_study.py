@@ -133,7 +133,7 @@ def test_what_is_collected_is_not_run_again_on_any_machine(bench: Bench, capsys:
     assert sorted(bench.started) == ["one-seed0", "one-seed1", "other-seed3"]
     assert bench.collected() == set(bench.started)
     said = capsys.readouterr().out
-    assert "one-seed1: round 1/1: class 1" in said
+    assert "one-seed1: round 1/1: rung 1" in said
     assert "noise" not in said
     assert "teacher 60.0%, ensemble 60.0%" in said
     assert "180 seconds" in said

@@ -122,7 +122,7 @@ def in_second_round(loop: BoostingLoop) -> BoostingLoop:
     """As after a first student of random logits."""
     rows = loop.data.validation.stop
     loop.state.add_logits(torch.randn(rows, 3, generator=torch.Generator().manual_seed(6)), (0.0, 1.0))
-    loop.state.round, loop.state.class_index, loop.state.bound = 1, 1, 4.0
+    loop.state.round, loop.state.rung, loop.state.bound = 1, 1, 4.0
     return loop
 
 

@@ -49,7 +49,7 @@ class BoostingLoop:
 
     Args:
         config: see `BoostingConfig`.
-        ladder: the model classes.
+        ladder: the rungs that students are built from.
         trainer: how each candidate is fitted.
         data: the data module.
         teacher: the teacher; its logits are read, and on resume its fingerprint.
@@ -95,12 +95,12 @@ class BoostingLoop:
         return self.state.stop_reason is not None
 
     def advance(self) -> None:
-        """One round: find a weak learner, widening the class where none is found, and add it to the ensemble."""
+        """One round: find a weak learner, a rung higher where there is none, and add it to the ensemble."""
         start = time.perf_counter()
         candidate, attempts = self.find()
         if candidate is None:
             self.state.stop_reason = (
-                f"no weak learner for round {self.state.round + 1} in the last of {len(self.ladder)} classes"
+                f"no weak learner for round {self.state.round + 1} on the last of {len(self.ladder)} rungs"
             )
         else:
             self.accept(candidate, attempts, time.perf_counter() - start)
@@ -108,27 +108,27 @@ class BoostingLoop:
         self.describe()
 
     def find(self) -> tuple[Candidate | None, int]:
-        """The next student and the attempts it took over all classes tried, or None past the last class."""
+        """The next student and the attempts it took over all rungs tried, or None past the last rung."""
         state, total = self.state, 0
-        while state.class_index < len(self.ladder):
+        while state.rung < len(self.ladder):
             candidate, attempts = find_weak_learner(state.round, partial(self.train, total), self.config.weak_learner)
             total += attempts
             if candidate is not None:
                 return candidate, total
-            state.class_index += 1
-            if state.class_index < len(self.ladder):
+            state.rung += 1
+            if state.rung < len(self.ladder):
                 logger.info(
-                    "round %d: no weak learner in class %d, trying class %d of %d",
-                    state.round + 1, state.class_index, state.class_index + 1, len(self.ladder),
+                    "round %d: no weak learner on rung %d, trying rung %d of %d",
+                    state.round + 1, state.rung, state.rung + 1, len(self.ladder),
                 )  # fmt: skip
         return None, total
 
     def train(self, before: int, attempt: int) -> Candidate:
-        """Train and judge one candidate of the current class, after `before` attempts in smaller classes."""
+        """Train and judge one candidate of the current rung, after `before` attempts on lower ones."""
         state, data = self.state, self.data
         attempt += before
         name = f"round-{state.round:02d}"
-        description = f"round {state.round + 1}/{self.config.rounds}, class {state.class_index + 1}"
+        description = f"round {state.round + 1}/{self.config.rounds}, rung {state.rung + 1}"
         if attempt:
             description += f", attempt {attempt + 1}"
         stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
@@ -137,15 +137,15 @@ class BoostingLoop:
             state.round, state.sample_weights() if self.config.weights == "samples" and state.round > 0 else None,
         )  # fmt: skip
         logger.info("training a student: %s", description)
-        with seeded(self.seed, stage.key, state.class_index, "init"):
-            model = self.ladder.build(state.class_index, data.image_shape, data.num_classes)
+        with seeded(self.seed, stage.key, state.rung, "init"):
+            model = self.ladder.build(state.rung, data.image_shape, data.num_classes)
         module = StudentModule(model, self.trainer, self.config, self.objective, self.combination, targets)
         require = required(self.config, self.objective)
         n = len(data.training)
         logits = scratch(data.validation.stop, data.num_classes, self.directory)
         check = WeakLearnerCheck(data, self.edges, self.config.weak_learner, logits[:n])
         checks = [check] if require == "condition" and state.round > 0 else []
-        with seeded(self.seed, stage.key, state.class_index, "fit"), self.tracker.stage(name, attempt) as loggers:
+        with seeded(self.seed, stage.key, state.rung, "fit"), self.tracker.stage(name, attempt) as loggers:
             result = fit(module, data, stage, loggers, checks)
         if check.held is not None:  # its logits of the training rows are those of the check
             module.load_state_dict(check.held)
@@ -207,7 +207,7 @@ class BoostingLoop:
         state, n = self.state, len(self.data.training)
         save_student(
             candidate.model, self.directory / "students" / f"{state.round:02d}",
-            self.ladder.path, self.ladder.rungs[state.class_index], self.data.image_shape, self.data.num_classes,
+            self.ladder.path, self.ladder.rungs[state.rung], self.data.image_shape, self.data.num_classes,
         )  # fmt: skip
         residual, on_validation = (
             Difference(candidate.logits[rows], self.teacher_logits[rows]) for rows in (slice(n), slice(n, None))
@@ -229,11 +229,11 @@ class BoostingLoop:
         logger.info("%s", self.line(state.records[-1]))
         state.round += 1
         if not self.ladder.repeat:
-            state.class_index += 1
+            state.rung += 1
         if state.round == self.config.rounds:
             state.stop_reason = f"reached boosting.rounds={self.config.rounds}"
-        elif state.class_index == len(self.ladder):
-            state.stop_reason = f"all {len(self.ladder)} classes of the ladder are used"
+        elif state.rung == len(self.ladder):
+            state.stop_reason = f"all {len(self.ladder)} rungs of the ladder are used"
 
     def record(
         self, candidate: Candidate, attempts: int, seconds: float, eta: float, largest_residual: float
@@ -243,10 +243,10 @@ class BoostingLoop:
         labels = self.data.labels[rows]
         return {
             "round": state.round,
-            "class_index": state.class_index,
+            "class_index": state.rung,  # the name it has had in results.json from the first version on
             "attempts": attempts,
             "epochs": candidate.fit.epochs,
-            "config": self.ladder.rungs[state.class_index],
+            "config": self.ladder.rungs[state.rung],
             "params": sum(p.numel() for p in candidate.model.parameters()),
             "validation_accuracy": float((candidate.logits[rows].argmax(-1) == labels).float().mean()),
             "prefix_validation_accuracy": float((state.ensemble_logits[rows].argmax(-1) == labels).float().mean()),
@@ -264,7 +264,7 @@ class BoostingLoop:
         """One line for the terminal."""
         edges = record["edges"]
         return (
-            f"round {record['round'] + 1}/{self.config.rounds}: class {record['class_index'] + 1},"
+            f"round {record['round'] + 1}/{self.config.rounds}: rung {record['class_index'] + 1},"
             f" {record['params']:,} parameters, {record['epochs']} epochs, attempt {record['attempts']},"
             f" {record['seconds']:.1f} s; validation {record['validation_accuracy']:.1%} alone,"
             f" {record['prefix_validation_accuracy']:.1%} ensemble; edges {edges['satisfied']}/{edges['classes']}"

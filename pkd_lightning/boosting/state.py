@@ -22,7 +22,7 @@ class BoostingState:
             give the validation loss of the published objective.
         ensemble: (training + validation rows, L) F_{t-1} by sample index.
         round: rounds done, the number of students.
-        class_index: rung of the ladder the next candidate is built from.
+        rung: of the ladder, from 0, that the next candidate is built from.
         bound: B of the students so far on the training rows: the largest of each one's quantile of abs(f - g).
         scales: (a_t, c_t) of each student.
         records: what each round reports.
@@ -34,7 +34,7 @@ class BoostingState:
     validation_residuals: ResidualMatrices
     ensemble: SampleMatrix
     round: int = 0
-    class_index: int = 0
+    rung: int = 0
     bound: float = 0.0
     scales: list[Scales] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -92,7 +92,7 @@ class BoostingState:
         return {
             **large,
             "round": self.round,
-            "class_index": self.class_index,
+            "class_index": self.rung,  # as in records
             "bound": self.bound,
             "scales": [list(pair) for pair in self.scales],
             "records": self.records,
@@ -120,6 +120,6 @@ class BoostingState:
                 matrix.load(state[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        self.round, self.class_index, self.bound = state["round"], state["class_index"], state["bound"]
+        self.round, self.rung, self.bound = state["round"], state["class_index"], state["bound"]
         self.scales = [(a, c) for a, c in state["scales"]]
         self.records, self.stop_reason = state["records"], state["stop_reason"]

@@ -1,4 +1,4 @@
-"""Find weak learner: train candidates of one model class until one is good enough (B-DISTIL, arXiv 2302.10093)."""
+"""Find weak learner: train candidates of one rung until one is good enough (B-DISTIL, arXiv 2302.10093)."""
 
 import logging
 from collections.abc import Callable
@@ -132,7 +132,7 @@ def find_weak_learner(
     train: Callable[[int], Candidate],
     config: WeakLearnerConfig,
 ) -> tuple[Candidate | None, int]:
-    """Train up to `max_attempts` candidates of one model class; one more where one diverged.
+    """Train up to `max_attempts` candidates of one rung; one more where one diverged.
 
     Args:
         round_: round from 0, for messages.
@@ -140,7 +140,7 @@ def find_weak_learner(
         config: attempts, and what happens when all fail.
 
     Returns:
-        The candidate and the number of attempts; None where the class failed. With `on_failure=accept` a class fails
+        The candidate and the number of attempts; None where the rung failed. With `on_failure=accept` a rung fails
         only by divergence: else the candidate with the lowest validation loss is taken, with `accepted_by`
         "best_candidate".
     """

@@ -1,4 +1,4 @@
-"""The ladder of model classes F_1, F_2, ... of growing size that `find_weak_learner` climbs."""
+"""The ladder that `find_weak_learner` climbs: model classes F_1, F_2, ... of growing size, each a rung."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from pkd_lightning.models.building import ImageShape, build_classifier, configur
 
 
 class Ladder:
-    """Model classes in the order in which they are tried.
+    """Rungs, model classes, in the order in which they are tried.
 
     Args:
         model: import path of the student's class, or of a function annotated to return a module. It is called with
             the rung's options, and with `image_shape` and `num_classes` where its signature names them.
-        rungs: options of each class, smallest first.
-        common: options all classes share; a rung's own win.
-        repeat: whether a class may give several students. Without, each accepted student uses its rung up.
+        rungs: options of each, smallest first.
+        common: options all rungs share; a rung's own win.
+        repeat: whether a rung may give several students. Without, each accepted student uses its rung up.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Ladder:
         return len(self.rungs)
 
     def build(self, index: int, image_shape: ImageShape, num_classes: int) -> nn.Module:
-        """A new student of class `index` (from 0), randomly initialised."""
+        """A new student of rung `index` (from 0), randomly initialised."""
         return build_classifier(self.model, self.rungs[index], image_shape, num_classes)
 
     def faults(self, rounds: int, image_shape: ImageShape | None = None) -> list[str]:
