@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from benchmarks.timing import Row, at_least, interleaved, measured
-from pkd_lightning.config import build
+from pkd_lightning.checks import build
 from pkd_lightning.data.augment import crop_flip
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.images import ImageSet

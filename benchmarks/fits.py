@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from benchmarks.data import images_like, module_of
 from benchmarks.models import BATCH, STUDENTS, classifier
 from benchmarks.timing import Row, at_most, compared
-from pkd_lightning.config import TrainerConfig
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.schedules import decay
 from pkd_lightning.teacher import TeacherModule
+from pkd_lightning.trainer import TrainerConfig
 
 LIMITS = {"S1": 1.6, "S3": 1.25}
 STEPS = 400  # of an epoch: a fixed cost of an epoch weighs three times as much as on MNIST's 1378

@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pkd_lightning.checks import suggest, unknown_keys
 from pkd_lightning.cli import load_config, suggestions
-from pkd_lightning.config import suggest, unknown_keys
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.rundir import RunDirectory
 

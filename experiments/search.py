@@ -34,8 +34,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from pkd_lightning.checkpoint import atomic_write, write_json
+from pkd_lightning.checks import unknown_keys
 from pkd_lightning.cli import load_config, log_to_terminal
-from pkd_lightning.config import TrainerConfig, unknown_keys
 from pkd_lightning.cost import Cost, measure
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import ConfigError, PKDError, RunError
@@ -45,6 +45,7 @@ from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig
 from pkd_lightning.seeding import derive, seeded
 from pkd_lightning.teacher import TeacherModule
+from pkd_lightning.trainer import TrainerConfig
 
 CONF = Path(__file__).parent.parent / "conf"
 MODEL = "pkd_lightning.models.classifier.MambaClassifier"

@@ -42,8 +42,8 @@ from rich.table import Table
 
 from experiments.plan import COMPOSITION, KEEP, Job, Study, option_faults, read_study
 from pkd_lightning.checkpoint import read_json, write_json
+from pkd_lightning.checks import suggest
 from pkd_lightning.cli import spare_terminal
-from pkd_lightning.config import suggest
 from pkd_lightning.errors import ConfigError, PKDError, RunError
 from pkd_lightning.reporting.values import duration, number, percent
 from pkd_lightning.rundir import RunDirectory

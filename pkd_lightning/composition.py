@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pkd_lightning.config import Faults
+from pkd_lightning.checks import Faults
 
 PARTS = ("data", "teacher", "student", "boosting", "trainer", "logger")
 SETTINGS = ("name", "seed", "run_root", "threads")

@@ -180,7 +180,7 @@ def collect_results(
         "dataset": data.name,
         "split": data.config.split,
         "seed": config.seed,
-        "objective": config.boosting.objective,
+        "objective": loop.objective.name,
         "combine": config.boosting.combine,
         "versions": versions(),
         "hardware": hardware(),

@@ -16,25 +16,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pkd_lightning.boosting import combine, objectives
-from pkd_lightning.boosting.objectives import RoundBatch
+from pkd_lightning.boosting.combine import combination_of
+from pkd_lightning.boosting.objectives import RoundBatch, objective_of
+from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import not_finite
+from pkd_lightning.checks import build, collect, under, unknown_keys
 from pkd_lightning.composition import top_level_faults
-from pkd_lightning.config import (
-    BoostingConfig,
-    TrainerConfig,
-    WeakLearnerConfig,
-    build,
-    collect,
-    resolve,
-    under,
-    unknown_keys,
-)
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.teacher import TeacherConfig
+from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.trial import try_model
 
 T = TypeVar("T")
@@ -96,11 +89,11 @@ class Experiment:
         )
         loss: Any = None
         with reported("objective"):
-            loss = resolve(self.boosting.objective, objectives, objectives.Objective).loss(batch, self.boosting)
+            loss = objective_of(self.boosting).loss(batch)
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             raise ConfigError(["objective: its loss is not a scalar tensor"])
         with reported("combine"):
-            a, c = resolve(self.boosting.combine, combine, combine.Combination).initial(1)
+            a, c = combination_of(self.boosting).initial(1)
             if not (a > 0 and c > 0 and math.isfinite(a + c)):
                 raise ValueError(f"initial(1) gives ({a}, {c}), not two positive numbers")
 
@@ -179,11 +172,21 @@ def _teacher(config: DictConfig) -> TeacherConfig:
 def _boosting(config: DictConfig) -> BoostingConfig:
     faults: list[str] = []
     given = options(config)
+    objective = config.get("objective")
+    if isinstance(objective, DictConfig):
+        given["objective"] = collect(faults, "objective", lambda: _instantiate(objective, _partial_=True))
     weak = collect(faults, "weak_learner", lambda: build(WeakLearnerConfig, given.pop("weak_learner", {})))
+    named = {key: given[key] for key in ("objective", "combine") if given.get(key) is not None}
+    boosting = BoostingConfig(**named)  # whose names are looked at, whatever else is wrong
     try:
         boosting = build(BoostingConfig, {**given, "weak_learner": weak or WeakLearnerConfig()})
     except ConfigError as error:
-        raise ConfigError(faults + error.faults) from error
+        faults += error.faults
+    for part in (objective_of, combination_of):
+        try:
+            part(boosting)
+        except ConfigError as error:
+            faults += error.faults
     if faults:
         raise ConfigError(faults)
     return boosting
@@ -204,7 +207,7 @@ def options(config: DictConfig) -> dict[str, Any]:
         try:
             value = config[name]
             if isinstance(value, DictConfig) and "_target_" in value:
-                found[name] = _callable(value)
+                found[name] = _callable(value) if name != "objective" else value
             elif isinstance(value, (DictConfig, ListConfig)):
                 found[name] = OmegaConf.to_container(value, resolve=True)
             else:
@@ -229,9 +232,9 @@ def _callable(config: DictConfig) -> Callable[..., Any]:
     return made  # type: ignore[no-any-return]
 
 
-def _instantiate(config: DictConfig) -> Any:
+def _instantiate(config: DictConfig, **settings: bool) -> Any:
     try:
-        return instantiate(config)
+        return instantiate(config, **settings)
     except HydraException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error

@@ -23,12 +23,12 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.optim.lr_scheduler import LambdaLR
 
 from pkd_lightning.checkpoint import append_line
-from pkd_lightning.config import TrainerConfig
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.loggers import rank_zero
 from pkd_lightning.progress import progress_of
+from pkd_lightning.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes before every one of many fits

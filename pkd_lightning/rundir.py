@@ -16,13 +16,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import atomic_write, remove_temporaries, write_json
 from pkd_lightning.composition import top_level_faults
-from pkd_lightning.config import BoostingConfig, TrainerConfig, WeakLearnerConfig, device_of
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.process import task
 from pkd_lightning.reporting.load import PROGRESS
+from pkd_lightning.trainer import TrainerConfig, device_of
 
+OBJECTIVES = "pkd_lightning.boosting.objectives."
 WANDB_HEADER = 7  # bytes of an offline W&B file that holds nothing yet
 
 logger = logging.getLogger(__name__)
@@ -54,9 +56,14 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     if teacher.get("checkpoint") is not None:
         content = Path(teacher["checkpoint"]).expanduser().read_bytes()
         teacher["checkpoint"] = hashlib.blake2b(content, digest_size=16).hexdigest()
-    for key, module in (("objective", "objectives"), ("combine", "combine")):
-        if key in boosting:
-            boosting[key] = boosting[key].removeprefix(f"pkd_lightning.boosting.{module}.")
+    if isinstance(boosting.get("objective"), dict) and boosting["objective"].get("_target_", "").startswith(OBJECTIVES):
+        own = boosting.pop("objective")  # as options of `boosting` would have it
+        boosting.update({key: value for key, value in own.items() if key != "_partial_"})
+        boosting["objective"] = boosting.pop("_target_")
+    if str(boosting.get("objective")).startswith(OBJECTIVES):
+        boosting["objective"] = boosting["objective"].removeprefix(OBJECTIVES).lower()
+    if "combine" in boosting:
+        boosting["combine"] = boosting["combine"].removeprefix("pkd_lightning.boosting.combine.")
     boosting["weak_learner"] = _without_defaults(boosting.get("weak_learner", {}), WeakLearnerConfig)
     plain["boosting"] = _without_defaults(boosting, BoostingConfig)
     for owner in (plain, teacher):

@@ -24,7 +24,7 @@ from pkd_lightning.checkpoint import (
     save_weights,
     write_json,
 )
-from pkd_lightning.config import Faults, TrainerConfig
+from pkd_lightning.checks import Faults
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
@@ -33,6 +33,7 @@ from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import ImageShape, build_classifier
 from pkd_lightning.rundir import unlocked
 from pkd_lightning.seeding import seeded
+from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.weights import load_weights
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import weights_of
-from pkd_lightning.config import TrainerConfig
 from pkd_lightning.cost import measure
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import ImageShape, brief, check_logits, evaluated
+from pkd_lightning.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
 

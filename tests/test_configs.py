@@ -1,6 +1,7 @@
 """Every YAML under conf/ composes and runs; impossible values fail before any training, all faults at once."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from omegaconf import OmegaConf
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.cli import CONF, load_config, suggestions
 from pkd_lightning.composition import PARTS, SETTINGS
-from pkd_lightning.config import BoostingConfig
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
+from pkd_lightning.rundir import plain_config, plain_hash
 from tests.support import ACCEPT, QUICK, tiny_config, tiny_run
 
 OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in Path(CONF).glob("*/*.yaml"))
@@ -321,11 +322,14 @@ def test_a_students_class_is_tried_before_the_teacher_is_trained(rung: str, said
     assert not list(tmp_path.iterdir())
 
 
-def sum_of_rows(batch: objectives.RoundBatch, config: BoostingConfig) -> torch.Tensor:
-    return batch.student.sum(1)
+@dataclass(frozen=True)
+class NotAScalar(objectives.Objective):
+    """A user's objective that gives a loss for each sample."""
+
+    def loss(self, batch: objectives.RoundBatch) -> torch.Tensor:
+        return batch.student.sum(1)
 
 
-not_a_scalar = objectives.Objective(sum_of_rows, "improvement", sees_ensemble=False)
 negative = combine.Combination(lambda round_: (-1.0, 1.0))
 
 
@@ -336,7 +340,7 @@ def cropped(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["boosting.objective=tests.test_configs.not_a_scalar"], "not a scalar"),
+        (["boosting.objective=tests.test_configs.NotAScalar"], "not a scalar"),
         (["boosting.combine=tests.test_configs.negative"], "not two positive numbers"),
         (["+data.augment={_target_: tests.test_configs.cropped, _partial_: true}"], "the images' shape"),
         (["+data.augment={_target_: pkd_lightning.data.augment.shift, _partial_: true, pixel: 1}"], "pixel"),
@@ -377,3 +381,50 @@ def test_an_option_of_the_teacher_that_results_cannot_hold_is_a_fault() -> None:
     assert "teacher.model.limits.1=inf: must be finite" in faults_of(
         "teacher=resnet18", "+teacher.model.limits=[0.0,inf]"
     )
+
+
+# ---------------------------------------------------------------------------------- objectives
+
+
+def objective(*overrides: str) -> objectives.Objective:
+    return objectives.objective_of(assemble(load_config(*overrides)).boosting)
+
+
+def test_an_objective_has_what_it_leaves_open_from_the_boosting_options() -> None:
+    shared = ("boosting.alpha=0.2", "boosting.temperature=3", "boosting.gamma=5", "boosting.first_term=labels")
+    assert objective("boosting.objective=published", *shared) == objectives.Published(0.2, 3, "labels", 5)
+    path = "boosting.objective=pkd_lightning.boosting.objectives.Published"
+    assert objective(path, *shared) == objectives.Published(0.2, 3, "labels", 5)
+    assert objective("objective=published", *shared) == objectives.Published(0.2, 3, "soft", 1.0)
+    chosen = ("objective=published", "boosting.objective.gamma=7", "+boosting.objective.alpha=0.9")
+    assert objective(*chosen, *shared) == objectives.Published(0.9, 3, "soft", 7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["boosting.objective=publishd"], "boosting.objective: 'publishd': must be one of additive, anchored"),
+        (["boosting.objective=math.pi"], "boosting.objective: 'math.pi' gives a float, not of type Objective"),
+        (["boosting.objective={_target_: math.sqrt}"], "boosting.objective: gives no Objective"),
+        (["objective=published", "boosting.objective.gamma=0"], "boosting.objective.gamma=0: must be a number above 0"),
+        (["objective=anchored", "+boosting.objective.gama=2"], "boosting.objective.gama: no such option."),
+        (["boosting.objective=published", "boosting.weights=samples"], "boosting.weights='samples': must be none"),
+        (["boosting.combine=avg"], "boosting.combine: 'avg': must be one of learned, mean, sum, or an import path."),
+        (["boosting.rounds=0", "boosting.objective=publishd"], "boosting.objective: 'publishd'"),
+    ],
+)
+def test_what_is_no_objective_is_a_fault(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        assemble(load_config(*overrides))
+    assert said in str(error.value)
+
+
+def test_an_objective_given_in_any_way_is_the_same_run() -> None:
+    def hash_of(*overrides: str) -> str:
+        return plain_hash(plain_config(load_config(*overrides)))
+
+    expected = hash_of("boosting.objective=published", "boosting.gamma=3")
+    assert hash_of("objective=published", "boosting.objective.gamma=3") == expected
+    assert hash_of("boosting.objective=pkd_lightning.boosting.objectives.Published", "boosting.gamma=3") == expected
+    assert hash_of("objective=published", "boosting.objective.gamma=2") != expected
+    assert hash_of("objective=anchored") == hash_of()

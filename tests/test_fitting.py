@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pkd_lightning.boosting.combine import learned
-from pkd_lightning.boosting.objectives import additive
+from pkd_lightning.boosting.objectives import Additive
+from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.student import RoundTargets, StudentModule
-from pkd_lightning.config import BoostingConfig, TrainerConfig
 from pkd_lightning.data import epochs
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, BatchDataset, DataConfig, DataModule
@@ -32,6 +32,7 @@ from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.progress import FitProgress
 from pkd_lightning.schedules import constant, cosine
 from pkd_lightning.teacher import TeacherModule
+from pkd_lightning.trainer import TrainerConfig
 from tests.support import patterns, tiny_config
 
 BATCH = 16
@@ -327,7 +328,7 @@ def test_a_student_learns_its_scales_with_its_weights(tmp_path: Path) -> None:
     rows = data.validation.stop
     torch.manual_seed(1)
     targets = RoundTargets(torch.randn(rows, 3), torch.randn(rows, 3), torch.rand(rows, 3) > 0.5, 1.0, 1)
-    module = StudentModule(network(), settings(), BoostingConfig(), additive, learned, targets)
+    module = StudentModule(network(), settings(), BoostingConfig(), Additive(), learned, targets)
     before, scales = network().state_dict(), module.scales
     fit(module, data, stage(tmp_path))
     assert all(not torch.equal(value, before[name]) for name, value in module.model.state_dict().items())

@@ -69,13 +69,13 @@ def test_a_place_is_the_same_from_wherever_it_is_named(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("there", [False, True])
 def test_auto_is_the_device_it_means(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkd_lightning.config.find_spec", lambda name: "a spec")
+    monkeypatch.setattr("pkd_lightning.trainer.find_spec", lambda name: "a spec")
     monkeypatch.setattr(cuda, "available", lambda: there)
     same, other = ("gpu", "cpu") if there else ("cpu", "gpu")
     assert place("trainer.accelerator=auto") == place(f"trainer.accelerator={same}")
     assert place("trainer.accelerator=auto") != place(f"trainer.accelerator={other}")
     assert place("teacher.trainer.accelerator=auto") == place(f"teacher.trainer.accelerator={same}")
-    monkeypatch.setattr("pkd_lightning.config.find_spec", lambda name: None)
+    monkeypatch.setattr("pkd_lightning.trainer.find_spec", lambda name: None)
     assert place("trainer.accelerator=auto") == place("trainer.accelerator=cpu")
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from pkd_lightning import matrix
 from pkd_lightning.boosting import combine, objectives, weak_learner
 from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.boosting.residuals import ResidualMatrices
 from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner, fit_scales, judge
-from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult
 from pkd_lightning.losses import distillation_loss
@@ -497,9 +497,9 @@ def test_samples_are_weighed_by_the_residual_matrices_after_the_first_round(
 
 def test_only_an_objective_that_weighs_samples_takes_weights() -> None:
     with pytest.raises(ConfigError, match=r"weights='samples': must be none with objective='published'"):
-        BoostingConfig(objective="published", weights="samples")
+        objectives.objective_of(BoostingConfig(objective="published", weights="samples"))
     for name in ("anchored", "additive", "independent"):
-        assert BoostingConfig(objective=name, weights="samples").weights == "samples"
+        assert objectives.objective_of(BoostingConfig(objective=name, weights="samples")).weighs_samples
     assert BoostingConfig(objective="published").weights == "none"
 
 
@@ -523,25 +523,25 @@ def test_what_an_objective_sees() -> None:
     config = BoostingConfig()
     torch.manual_seed(0)
     for name in names:
-        objective = getattr(objectives, name)
+        objective = getattr(objectives, name)()
         tensors = [torch.randn(6, 3) for _ in range(3)]
         batch = objectives.RoundBatch(*tensors, torch.arange(6) % 3, torch.rand(6, 3) > 0.5, 5.0)
         other = batch._replace(ensemble=batch.ensemble + 1 + torch.randn(6, 3))
-        changed = not torch.equal(objective.loss(batch, config), objective.loss(other, config))
+        changed = not torch.equal(objective.loss(batch), objective.loss(other))
         assert changed == objective.sees_ensemble
         weighed = batch._replace(weight=torch.tensor([0.0, 2.0, 1.0, 1.0, 0.5, 1.5]))
-        changed = not torch.equal(objective.loss(batch, config), objective.loss(weighed, config))
+        changed = not torch.equal(objective.loss(batch), objective.loss(weighed))
         assert changed == objective.weighs_samples
     assert combine.learned.learned
-    assert weak_learner.required(config, objectives.published) == "condition"
-    assert weak_learner.required(config, objectives.anchored) == "improvement"
+    assert weak_learner.required(config, objectives.Published()) == "condition"
+    assert weak_learner.required(config, objectives.Anchored()) == "improvement"
 
 
 def test_anchor_weights_the_two_losses() -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(6, 3) for _ in range(3)]
     batch = objectives.RoundBatch(*tensors, torch.arange(6) % 3, torch.rand(6, 3) > 0.5, 5.0)
-    at = {anchor: float(objectives.anchored.loss(batch, BoostingConfig(anchor=anchor))) for anchor in (0.0, 0.25, 1.0)}
-    assert at[0.0] == pytest.approx(float(objectives.independent.loss(batch, BoostingConfig())))
-    assert at[1.0] == pytest.approx(float(objectives.additive.loss(batch, BoostingConfig())))
+    at = {anchor: float(objectives.Anchored(anchor=anchor).loss(batch)) for anchor in (0.0, 0.25, 1.0)}
+    assert at[0.0] == pytest.approx(float(objectives.Independent().loss(batch)))
+    assert at[1.0] == pytest.approx(float(objectives.Additive().loss(batch)))
     assert at[0.25] == pytest.approx(0.75 * at[0.0] + 0.25 * at[1.0])

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from pkd_lightning.config import TrainerConfig
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import Stage, fit
@@ -19,6 +18,7 @@ from pkd_lightning.process import STOPS, stopped_by_signals, task
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.schedules import constant
 from pkd_lightning.teacher import TeacherModule
+from pkd_lightning.trainer import TrainerConfig
 from tests.support import patterns, tiny_config, tiny_run
 
 SLURM = {

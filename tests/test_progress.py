@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from pkd_lightning.config import TrainerConfig
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.progress import FitLines, FitProgress, progress_of
 from pkd_lightning.schedules import constant
 from pkd_lightning.teacher import TeacherModule
+from pkd_lightning.trainer import TrainerConfig
 from tests.support import patterns, tiny_run
 
 

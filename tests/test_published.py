@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pkd_lightning.boosting import objectives
+from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.residuals import ResidualMatrices
-from pkd_lightning.config import BoostingConfig
 
 SAMPLES, CLASSES, ROUNDS, ETA, BOUND = 7, 3, 4, 0.25, 5.0
 
@@ -79,14 +79,15 @@ def test_rounds_of_the_published_method(alpha: float, gamma: float, tau: float) 
             torch.from_numpy(target), matrices.indicator(), BOUND,
         )  # fmt: skip
         for first_term, value in expected.items():
-            config = BoostingConfig(first_term=first_term, alpha=alpha, gamma=gamma, temperature=tau)
-            assert float(objectives.published.loss(batch, config)) == pytest.approx(value, rel=1e-13), first_term
+            objective = objectives.Published(alpha, tau, first_term, gamma)
+            assert float(objective.loss(batch)) == pytest.approx(value, rel=1e-13), first_term
         matrices.update(l, ETA)
         residuals.append(residual)
 
 
 def test_the_paper_is_read_with_soft_labels() -> None:
-    assert BoostingConfig(objective="published").first_term == "soft"
+    assert objectives.objective_of(BoostingConfig(objective="published")).first_term == "soft"
+    assert objectives.Published().first_term == "soft"
 
 
 def test_with_as_many_as_the_classes_gamma_gives_the_mean_over_classes() -> None:
@@ -94,5 +95,5 @@ def test_with_as_many_as_the_classes_gamma_gives_the_mean_over_classes() -> None
     residual, upwards = torch.from_numpy(numbers(5, 10, seed=9)), torch.rand(5, 10) < 0.5
     s = torch.where(upwards, residual, -residual) / (2 * BOUND)
     batch = objectives.RoundBatch(residual, residual, 0 * residual, torch.arange(5), upwards, BOUND)
-    loss = objectives.published.loss(batch, BoostingConfig(alpha=0.0, gamma=10.0))
+    loss = objectives.Published(alpha=0.0, gamma=10.0).loss(batch)
     assert float(loss) == pytest.approx(-float(torch.log1p(s).mean()), rel=1e-12)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from pkd_lightning.checkpoint import save_weights
-from pkd_lightning.config import TrainerConfig
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import build_classifier
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.run import run
+from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.trial import try_model
 from pkd_lightning.weights import load_weights
 from tests.support import ACCEPT, tiny_config, tiny_run

@@ -1,8 +1,12 @@
 """The scales a_t, c_t with which the logits of a new student join those of the ensemble, see `prefixes.mix`."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pkd_lightning.boosting.options import BoostingConfig
+from pkd_lightning.checks import resolve, under
+from pkd_lightning.errors import ConfigError
 from pkd_lightning.prefixes import Scales
 
 
@@ -31,3 +35,20 @@ def _sum(round_: int) -> Scales:
 mean = Combination(_mean)
 sum = Combination(_sum)
 learned = Combination(_mean, learned=True)
+
+
+def combination_of(config: BoostingConfig) -> Combination:
+    """The combination of the boosting options.
+
+    Raises:
+        ConfigError: where there is none of that name.
+    """
+    try:
+        found = resolve(config.combine, sys.modules[__name__], _is_one, Combination.__name__)
+    except ConfigError as error:
+        raise ConfigError(under("combine", error.faults)) from error
+    return found  # type: ignore[no-any-return]
+
+
+def _is_one(found: object) -> bool:
+    return isinstance(found, Combination)

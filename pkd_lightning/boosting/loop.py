@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from pkd_lightning.boosting import combine, objectives
+from pkd_lightning.boosting.combine import combination_of
+from pkd_lightning.boosting.objectives import objective_of
+from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.partial import partial_results
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.state import BoostingState
@@ -25,7 +27,6 @@ from pkd_lightning.boosting.weak_learner import (
     required,
 )
 from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash, write_json
-from pkd_lightning.config import BoostingConfig, TrainerConfig, resolve
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble, save_description, save_student
 from pkd_lightning.errors import RunError
@@ -38,6 +39,7 @@ from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.reporting.load import PROGRESS
 from pkd_lightning.seeding import seeded
 from pkd_lightning.teacher import Teacher
+from pkd_lightning.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +74,7 @@ class BoostingLoop:
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
         self.teacher, self.teacher_logits, self.directory = teacher, teacher.logits, directory
         self.seed, self.tracker = seed, tracker
-        self.objective = resolve(config.objective, objectives, objectives.Objective)
-        self.combination = resolve(config.combine, combine, combine.Combination)
+        self.objective, self.combination = objective_of(config), combination_of(config)
         self.state = BoostingState.fresh(
             len(data.training), len(data.validation), data.num_classes, teacher.fingerprint, directory
         )
@@ -288,7 +289,9 @@ class BoostingLoop:
         else:
             (students / "ensemble.json").unlink(missing_ok=True)  # of rounds that are started anew
         experiment = self.directory.parent.name
-        results = partial_results(experiment, self.seed, self.config, self.data, self.teacher, self.state)
+        results = partial_results(
+            experiment, self.seed, self.config, self.objective.name, self.data, self.teacher, self.state
+        )
         write_json(self.directory / PROGRESS, results)
 
     def state_dict(self, matrices: bool = True) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The loss of rounds 2..T. The first round is always the distillation loss of the student alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import sys
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkd_lightning.config import BoostingConfig
+from pkd_lightning.boosting.options import BoostingConfig, FirstTerm
+from pkd_lightning.checks import Faults, build, collect, resolve
+from pkd_lightning.errors import ConfigError
 from pkd_lightning.losses import distillation_loss, residual_barrier_loss, soft_loss
 
 
@@ -33,55 +35,170 @@ class RoundBatch(NamedTuple):
     weight: Tensor | None = None
 
 
-@dataclass(frozen=True)
 class Objective:
-    """A round loss.
+    """A round loss. Subclasses are frozen dataclasses of their options, and give `loss`.
 
     Attributes:
-        loss: batch and configuration to a scalar.
         accept_by: what a candidate trained with it is judged by where `boosting.weak_learner.require` is `auto`.
         sees_ensemble: the loss depends on the ensemble's logits, so learned scales get a gradient from it.
         weighs_samples: the loss multiplies each sample's by `RoundBatch.weight`, so `boosting.weights` may be set.
     """
 
-    loss: Callable[[RoundBatch, BoostingConfig], Tensor]
-    accept_by: Literal["condition", "improvement"]
-    sees_ensemble: bool
-    weighs_samples: bool = False
+    accept_by: ClassVar[Literal["condition", "improvement"]] = "improvement"
+    sees_ensemble: ClassVar[bool] = False
+    weighs_samples: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return type(self).__name__.lower()
+
+    def loss(self, batch: RoundBatch) -> Tensor:
+        """The scalar loss of a batch."""
+        raise NotImplementedError
 
 
-def student_loss(batch: RoundBatch, config: BoostingConfig) -> Tensor:
-    """The distillation loss of the student alone: the first round of every objective."""
-    return distillation_loss(batch.student, batch.teacher, batch.target, config.alpha, config.temperature, batch.weight)
+@dataclass(frozen=True)
+class Distillation(Objective):
+    """What the objectives here have in common.
+
+    Args:
+        alpha: weight of the hard loss.
+        temperature: tau of the soft loss.
+    """
+
+    alpha: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        self._faults().raise_if_any()
+
+    def _faults(self) -> Faults:
+        faults = Faults(self)
+        faults.number("alpha", 0, 1)
+        faults.number("temperature", 0, exclusive=True)
+        return faults
+
+    def student_loss(self, batch: RoundBatch) -> Tensor:
+        """The distillation loss of the student alone."""
+        return self._distillation(batch, batch.student)
+
+    def ensemble_loss(self, batch: RoundBatch) -> Tensor:
+        """The distillation loss of the ensemble with the student."""
+        return self._distillation(batch, batch.ensemble)
+
+    def _distillation(self, batch: RoundBatch, logits: Tensor) -> Tensor:
+        return distillation_loss(logits, batch.teacher, batch.target, self.alpha, self.temperature, batch.weight)
 
 
-def ensemble_loss(batch: RoundBatch, config: BoostingConfig) -> Tensor:
-    """The distillation loss of the ensemble with the student."""
-    return distillation_loss(
-        batch.ensemble, batch.teacher, batch.target, config.alpha, config.temperature, batch.weight
-    )
+@dataclass(frozen=True)
+class Published(Distillation):
+    """Mamba-PKD (arXiv 2503.01727): alpha * first term + (1 - alpha) * L_B. K+ and K- enter by their order, in L_B.
+
+    Args:
+        first_term: see `BoostingConfig`.
+        gamma: divisor of the barrier loss.
+    """
+
+    accept_by = "condition"
+    first_term: FirstTerm = "soft"
+    gamma: float = 1.0
+
+    def _faults(self) -> Faults:
+        faults = super()._faults()
+        faults.choice("first_term", get_args(FirstTerm))
+        faults.number("gamma", 0, exclusive=True)
+        return faults
+
+    def loss(self, batch: RoundBatch) -> Tensor:
+        """The loss as printed, or in another reading of its first term."""
+        barrier = residual_barrier_loss(batch.student - batch.teacher, batch.indicator, batch.bound, self.gamma)
+        if self.first_term == "both":
+            return self.student_loss(batch) + (1 - self.alpha) * barrier
+        if self.first_term == "soft":
+            first = soft_loss(batch.student, batch.teacher, self.temperature)
+        else:
+            first = F.cross_entropy(batch.student, batch.target)
+        return self.alpha * first + (1 - self.alpha) * barrier
 
 
-def _published(batch: RoundBatch, config: BoostingConfig) -> Tensor:
-    barrier = residual_barrier_loss(batch.student - batch.teacher, batch.indicator, batch.bound, config.gamma)
-    if config.first_term == "both":
-        return student_loss(batch, config) + (1 - config.alpha) * barrier
-    if config.first_term == "soft":
-        first = soft_loss(batch.student, batch.teacher, config.temperature)
-    else:
-        first = F.cross_entropy(batch.student, batch.target)
-    return config.alpha * first + (1 - config.alpha) * barrier
+@dataclass(frozen=True)
+class Additive(Distillation):
+    """Functional gradient boosting: each student corrects the ensemble before it. With combine=sum."""
+
+    sees_ensemble = True
+    weighs_samples = True
+
+    def loss(self, batch: RoundBatch) -> Tensor:
+        """The distillation loss of the ensemble."""
+        return self.ensemble_loss(batch)
 
 
-def _anchored(batch: RoundBatch, config: BoostingConfig) -> Tensor:
-    return (1 - config.anchor) * student_loss(batch, config) + config.anchor * ensemble_loss(batch, config)
+@dataclass(frozen=True)
+class Anchored(Distillation):
+    """Each student is a classifier of its own and corrects the ensemble before it. With combine=learned.
+
+    Args:
+        anchor: weight of the ensemble's loss; the student's own has 1 - anchor.
+    """
+
+    sees_ensemble = True
+    weighs_samples = True
+    anchor: float = 0.5
+
+    def _faults(self) -> Faults:
+        faults = super()._faults()
+        faults.number("anchor", 0, 1)
+        return faults
+
+    def loss(self, batch: RoundBatch) -> Tensor:
+        """Both distillation losses."""
+        return (1 - self.anchor) * self.student_loss(batch) + self.anchor * self.ensemble_loss(batch)
 
 
-# Mamba-PKD (arXiv 2503.01727): alpha * first term + (1 - alpha) * L_B. K+ and K- enter by their order, in L_B.
-published = Objective(_published, "condition", sees_ensemble=False)
-# Functional gradient boosting: each student corrects the ensemble before it. With combine=sum.
-additive = Objective(ensemble_loss, "improvement", sees_ensemble=True, weighs_samples=True)
-# Each student is a classifier of its own and corrects the ensemble before it. With combine=learned.
-anchored = Objective(_anchored, "improvement", sees_ensemble=True, weighs_samples=True)
-# The baseline: students that know nothing of each other.
-independent = Objective(student_loss, "improvement", sees_ensemble=False, weighs_samples=True)
+@dataclass(frozen=True)
+class Independent(Distillation):
+    """The baseline: students that know nothing of each other."""
+
+    weighs_samples = True
+
+    def loss(self, batch: RoundBatch) -> Tensor:
+        """The distillation loss of the student."""
+        return self.student_loss(batch)
+
+
+# the short names
+published, additive, anchored, independent = Published, Additive, Anchored, Independent
+
+
+def objective_of(config: BoostingConfig) -> Objective:
+    """The objective of the boosting options. What it leaves open of its own options, it has from theirs.
+
+    Raises:
+        ConfigError: where there is none of that name, an option is wrong, or it does not weigh samples and should.
+    """
+    faults: list[str] = []
+    objective = collect(faults, "objective", lambda: _made(config.objective, config))
+    if objective is not None and config.weights == "samples" and not objective.weighs_samples:
+        faults.append(
+            f"weights='samples': must be none with objective={objective.name!r}, whose loss does not weigh samples"
+        )
+    if faults or objective is None:
+        raise ConfigError(faults)
+    return objective
+
+
+def _made(given: Any, config: BoostingConfig) -> Objective:
+    if isinstance(given, str):
+        given = resolve(given, sys.modules[__name__], _gives_one, Objective.__name__)
+    if isinstance(given, Objective):
+        return given
+    kind, own = getattr(given, "func", given), getattr(given, "keywords", {})
+    if not _gives_one(kind):
+        raise ConfigError([f"gives no {Objective.__name__}: {kind!r}"])
+    shared = {field.name: getattr(config, field.name) for field in fields(kind) if hasattr(config, field.name)}
+    return build(kind, {**shared, **own})  # type: ignore[no-any-return]
+
+
+def _gives_one(found: object) -> bool:
+    return isinstance(found, Objective) or (isinstance(found, type) and issubclass(found, Objective))

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.state import BoostingState
-from pkd_lightning.config import BoostingConfig
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.reporting.load import SCHEMA
 from pkd_lightning.teacher import Teacher
@@ -12,7 +12,13 @@ UNKNOWN = {"flops_published": None, "macs_total": None}  # counted at the end
 
 
 def partial_results(
-    experiment: str, seed: int, config: BoostingConfig, data: DataModule, teacher: Teacher, state: BoostingState
+    experiment: str,
+    seed: int,
+    config: BoostingConfig,
+    objective: str,
+    data: DataModule,
+    teacher: Teacher,
+    state: BoostingState,
 ) -> dict[str, Any]:
     """The rounds so far. Accuracies are of the validation part, as `part` says: the test part is read once, at the end.
 
@@ -20,6 +26,7 @@ def partial_results(
         experiment: its name.
         seed: of the run.
         config: the boosting options.
+        objective: its name.
         data: its validation labels and sizes are read.
         teacher: its logits of the validation rows are read.
         state: of the loop.
@@ -43,7 +50,7 @@ def partial_results(
         "dataset": data.name,
         "split": data.config.split,
         "seed": seed,
-        "objective": config.objective,
+        "objective": objective,
         "combine": config.combine,
         "sizes": dict(zip(("train", "validation", "test"), data.sizes, strict=True)),
         "wall_seconds": {"teacher": teacher.seconds, "rounds": [record["seconds"] for record in state.records]},

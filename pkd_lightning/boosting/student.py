@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.combine import Combination
-from pkd_lightning.boosting.objectives import Objective, RoundBatch, student_loss
-from pkd_lightning.config import BoostingConfig, TrainerConfig
+from pkd_lightning.boosting.objectives import Distillation, Objective, RoundBatch
+from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.data.module import Batch
 from pkd_lightning.fitting import FitModule
 from pkd_lightning.prefixes import Scales, mix
+from pkd_lightning.trainer import TrainerConfig
 
 
 class RoundTargets(nn.Module):
@@ -70,7 +71,8 @@ class StudentModule(FitModule):
         targets: RoundTargets,
     ) -> None:
         super().__init__(model, trainer)
-        self.config, self.objective, self.targets = config, objective, targets
+        self.objective, self.targets = objective, targets
+        self.first = Distillation(config.alpha, config.temperature)
         initial = torch.tensor(combination.initial(targets.round) if targets.round > 0 else (0.0, 1.0))
         self.learns_scales = combination.learned and objective.sees_ensemble and targets.round > 0
         # learned scales as logarithms, which keeps them positive
@@ -101,5 +103,5 @@ class StudentModule(FitModule):
             student, ensemble, targets.teacher[index], batch.labels, targets.indicator[index], targets.bound,
             None if targets.weight is None else targets.weight[index],
         )  # fmt: skip
-        loss = student_loss if targets.round == 0 else self.objective.loss
-        return loss(view, self.config), ensemble
+        loss = self.first.student_loss if targets.round == 0 else self.objective.loss
+        return loss(view), ensemble

@@ -13,9 +13,9 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.objectives import Objective
+from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.boosting.residuals import condition_holds
 from pkd_lightning.boosting.student import StudentModule
-from pkd_lightning.config import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, matmul_precision, predict

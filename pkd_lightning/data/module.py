@@ -7,19 +7,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from pkd_lightning.config import Faults, Split
+from pkd_lightning.checks import Faults
 from pkd_lightning.data.classes import EmptyClasses, warn_of_unlearned, without_empty
 from pkd_lightning.data.images import ImageSet, normaliser
 from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.seeding import derive, generator
 
 logger = logging.getLogger(__name__)
+Split = Literal["paper", "official"]
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 COPIES_AT_ONCE = 128  # what augmenting them needs in between stays in the processor's cache; the draws depend on it
 

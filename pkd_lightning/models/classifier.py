@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from pkd_lightning.config import Faults, unknown_keys
+from pkd_lightning.checks import Faults, unknown_keys
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.mamba import Mamba

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from pkd_lightning.config import under
+from pkd_lightning.checks import under
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import ImageShape, build_classifier, configured, import_model
 

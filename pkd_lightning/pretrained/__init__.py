@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pkd_lightning.config import suggest
+from pkd_lightning.checks import suggest
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_student
 from pkd_lightning.errors import ConfigError
 

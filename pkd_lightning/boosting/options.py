@@ -1,0 +1,101 @@
+"""Options of the boosting loop, of its round losses and of the search for a weak learner."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from pkd_lightning.checks import Faults
+
+Require = Literal["auto", "condition", "improvement"]
+OnFailure = Literal["expand", "accept"]
+FirstTerm = Literal["labels", "soft", "both"]
+Weights = Literal["none", "samples"]
+
+
+@dataclass(frozen=True)
+class WeakLearnerConfig:
+    """When a candidate becomes a student (METHOD: the weak-learning condition of B-DISTIL, arXiv 2302.10093).
+
+    Attributes:
+        require: `condition`: positive edges; `improvement`: the ensemble with the candidate has a lower validation loss
+            than without it; `auto`: what the objective was made for.
+        fraction: fraction of the classes whose edge must exceed `margin` (1 is the published condition).
+        margin: what an edge must exceed (0 is the published condition).
+        min_improvement: relative decrease of the validation loss that counts as an improvement.
+        check_every: epochs between two checks of the condition; training stops early when it holds.
+        max_attempts: candidates tried on a rung before it counts as failed, and one more where one diverges.
+        on_failure: `expand`: go up one rung; `accept`: take the best candidate and say so.
+    """
+
+    require: Require = "auto"
+    fraction: float = 1.0
+    margin: float = 0.0
+    min_improvement: float = 0.0
+    check_every: int = 10
+    max_attempts: int = 1
+    on_failure: OnFailure = "expand"
+
+    def __post_init__(self) -> None:
+        faults = Faults(self)
+        faults.choice("require", get_args(Require))
+        faults.number("fraction", 0, 1)
+        faults.number("margin")
+        faults.number("min_improvement", 0, 1)
+        faults.whole("check_every", 1)
+        faults.whole("max_attempts", 1)
+        faults.choice("on_failure", get_args(OnFailure))
+        faults.raise_if_any()
+
+
+@dataclass(frozen=True)
+class BoostingConfig:
+    """The boosting loop and its round losses.
+
+    Attributes:
+        rounds: most students T.
+        objective: name in `pkd_lightning.boosting.objectives`, import path of an `Objective`, or a `_target_` of one
+            with options of its own. What those leave open, it has from here, by name: alpha, temperature, ...
+        combine: name in `pkd_lightning.boosting.combine`, or import path of a `Combination`.
+        temperature: tau of the distillation loss.
+        alpha: weight of the hard loss.
+        anchor: weight of the ensemble's loss in the anchored objective; the student's own has 1 - anchor.
+        first_term: of the published round loss, beside the barrier loss, which has the weight 1 - alpha. `soft`: the
+            soft loss, weighed by alpha. `labels`: the cross-entropy of the labels, weighed by alpha. `both`: the whole
+            loss of the first round. Section 3 of Mamba-PKD (arXiv 2503.01727) writes the labels, section 4.2 the
+            teacher's soft labels at temperature 2; only with soft labels has that temperature an effect after round 1.
+        gamma: divisor of the barrier loss, which sums over the classes.
+        eta: step of the multiplicative update; None for sqrt(log(2N) / T) / B.
+        bound_quantile: B is this quantile of abs(f - g) over the training rows and classes: 1, the theory's bound, is
+            the largest. Below 1, residuals are clipped to [-B, B] where they enter K+ and K- or an edge.
+        weights: what weighs the samples in the distillation loss that students of rounds after the first are trained
+            with: `none`, or `samples`: sample i by sum_j abs(K+(i,j) - K-(i,j)), of mean 1 over the training rows.
+            Learned scales are solved for without weights.
+        weak_learner: see `WeakLearnerConfig`.
+    """
+
+    rounds: int = 7
+    objective: Any = "anchored"
+    combine: str = "learned"
+    temperature: float = 2.0
+    alpha: float = 0.5
+    anchor: float = 0.5
+    first_term: FirstTerm = "soft"
+    gamma: float = 1.0
+    eta: float | None = None
+    bound_quantile: float = 1.0
+    weights: Weights = "none"
+    weak_learner: WeakLearnerConfig = field(default_factory=WeakLearnerConfig)
+
+    def __post_init__(self) -> None:
+        faults = Faults(self)
+        faults.whole("rounds", 1)
+        faults.number("temperature", 0, exclusive=True)
+        faults.number("alpha", 0, 1)
+        faults.number("anchor", 0, 1)
+        faults.choice("first_term", get_args(FirstTerm))
+        faults.number("gamma", 0, exclusive=True)
+        faults.number("eta", 0, optional=True)
+        faults.number("bound_quantile", 0, 1)
+        if self.bound_quantile == 0:
+            faults.found.append("bound_quantile=0: must be above 0; B would be the smallest residual")
+        faults.choice("weights", get_args(Weights))
+        faults.raise_if_any()

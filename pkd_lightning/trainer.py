@@ -1,0 +1,113 @@
+"""How one model is fitted: the options, and the device that they mean."""
+
+import inspect
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pkd_lightning.checks import Faults
+
+if TYPE_CHECKING:  # where it is used it is imported: `--help` and a finished run do without its seconds
+    import torch
+
+Accelerator = Literal["auto", "cpu", "gpu"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+MatmulPrecision = Literal["highest", "high", "medium"]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How one model is fitted.
+
+    Attributes:
+        optimizer: parameters to a torch optimiser (a Hydra partial); see `build_optimizer`.
+        schedule: progress in [0, 1] to a multiplier of the learning rate (see `pkd_lightning.schedules`).
+        max_epochs: most epochs of one fit.
+        patience: epochs without a better validation loss before a fit stops; None never stops it early.
+        batch_size: samples per step. The last step of an epoch has what is left; a single sample joins the step before.
+        gradient_clip: largest gradient norm; a step whose norm is not finite is skipped. None does neither.
+        accelerator: `cpu`, `gpu`, or `auto`: a GPU where mamba_ssm's CUDA scan can run on it, else the CPU.
+        precision: `32-true`, `bf16-mixed` or `16-mixed`.
+        matmul_precision: of float32 matrix products during the fit, as in `torch.set_float32_matmul_precision`:
+            `highest`, or `high` or `medium`, which let TF32 or bfloat16 compute them. It is reset after the fit.
+        compile: run the model through torch.compile during the fit; on the CPU this needs a C++ compiler.
+        num_workers: loader processes; 0 loads in the training process, fastest for data in memory.
+        progress: show a bar for each fit, or lines where stdout is no terminal.
+    """
+
+    optimizer: Callable[..., Any]
+    schedule: Callable[[float], float]
+    max_epochs: int = 50
+    patience: int | None = 5
+    batch_size: int = 32
+    gradient_clip: float | None = 1.0
+    accelerator: Accelerator = "auto"
+    precision: Precision = "32-true"
+    matmul_precision: MatmulPrecision = "highest"
+    compile: bool = False
+    num_workers: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        import torch
+
+        faults = Faults(self)
+        faults.whole("max_epochs", 1)
+        faults.whole("patience", 1, optional=True)
+        faults.whole("batch_size", 1)
+        faults.whole("num_workers", 0)
+        faults.number("gradient_clip", 0, optional=True, exclusive=True)
+        faults.choice("accelerator", get_args(Accelerator))
+        faults.choice("precision", get_args(Precision))
+        faults.choice("matmul_precision", get_args(MatmulPrecision))
+        faults.flag("compile")
+        faults.flag("progress")
+        # tried out, because only they know their options
+        faults.works("optimizer", lambda: self.build_optimizer([torch.nn.Parameter(torch.zeros(1))]).step())
+        faults.works("schedule", lambda: [float(self.schedule(progress)) for progress in (0.0, 0.5, 1.0)])
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            faults.found.append("accelerator='gpu': torch sees no GPU")
+        elif self.compile is True and self.device.type == "cpu":
+            compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what inductor asks
+            if shutil.which(compiler) is None:
+                faults.found.append(
+                    f"compile=True: torch.compile needs a C++ compiler on the CPU, and there is no {compiler!r};"
+                    " install one (apt install g++), name yours in the environment variable CXX, or set compile=false"
+                )
+        faults.raise_if_any()
+
+    def build_optimizer(self, parameters: Iterable[Any]) -> "torch.optim.Optimizer":
+        """The optimiser of `parameters`, or of groups of them, fused where it offers that and nothing else is chosen.
+
+        Over many small tensors, a fused step of Adam takes a fraction of the time of the other two kinds.
+        """
+        make, given = getattr(self.optimizer, "func", self.optimizer), getattr(self.optimizer, "keywords", {})
+        chosen = [name for name in ("fused", "foreach") if given.get(name) is not None]
+        free = not chosen and "fused" in inspect.signature(make).parameters
+        optimizer: torch.optim.Optimizer = self.optimizer(parameters, **({"fused": True} if free else {}))
+        return optimizer
+
+    @property
+    def device(self) -> "torch.device":
+        """Where models are fitted and asked."""
+        import torch
+
+        from pkd_lightning.kernels.scan import cuda
+
+        on_gpu = self.accelerator == "gpu" or (self.accelerator == "auto" and cuda.available())
+        return torch.device("cuda" if on_gpu else "cpu")
+
+
+def device_of(accelerator: str) -> str:
+    """`accelerator`, and of `auto` the one of `TrainerConfig.device`; without torch where possible."""
+    if accelerator != "auto":
+        return accelerator
+    if find_spec("mamba_ssm") is None:
+        return "cpu"  # what `cuda.available` says without it
+    from pkd_lightning.kernels.scan import cuda
+
+    return "gpu" if cuda.available() else "cpu"
