@@ -7,6 +7,7 @@ else under the key `HASH`. A file without one, of an earlier version or from els
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkd_lightning.errors import RunError, full_disk
 
+logger = logging.getLogger(__name__)
 HASH = "blake2b"
 HASHED_BYTES = 2**21  # worked on at a time: a tensor that is not contiguous is copied only in parts
 
@@ -43,6 +45,13 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         _flush(path.parent)  # or a power cut could leave the file without its name
+
+
+def unlocked(path: Path, error: OSError) -> None:
+    """Warn that the file system has no locks; any other error of taking one is raised again."""
+    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        raise error
+    logger.warning("%s: this file system has no locks (%s); start no second process on it", path, error.strerror)
 
 
 def remove_temporaries(directory: Path, name: str = "*") -> None:

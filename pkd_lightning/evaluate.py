@@ -25,10 +25,10 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import predict
 from pkd_lightning.matrix import chunks, scratch
 from pkd_lightning.prefixes import mix
+from pkd_lightning.results import SCHEMA
 from pkd_lightning.teacher import Teacher
 
 logger = logging.getLogger(__name__)
-SCHEMA = 1
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "numba", "wandb")
 
 

@@ -1,6 +1,5 @@
 """The run directory: the same configuration finds the same directory, one process at a time."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
-from pkd_lightning.checkpoint import atomic_write, remove_temporaries, write_json
+from pkd_lightning.checkpoint import atomic_write, remove_temporaries, unlocked, write_json
 from pkd_lightning.composition import top_level_faults
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.process import task
-from pkd_lightning.reporting.load import PROGRESS
+from pkd_lightning.results import PROGRESS
 from pkd_lightning.trainer import TrainerConfig, device_of
 
 OBJECTIVES = "pkd_lightning.boosting.objectives."
@@ -94,13 +93,6 @@ def _same(value: Any) -> Any:
     if isinstance(value, list):
         return [_same(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def unlocked(path: Path, error: OSError) -> None:
-    """Warn that the file system has no locks; any other error of taking one is raised again."""
-    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-        raise error
-    logger.warning("%s: this file system has no locks (%s); start no second process on it", path, error.strerror)
 
 
 def find_finished(config: DictConfig) -> "RunDirectory | None":

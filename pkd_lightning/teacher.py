@@ -22,6 +22,7 @@ from pkd_lightning.checkpoint import (
     read_json,
     remove_temporaries,
     save_weights,
+    unlocked,
     write_json,
 )
 from pkd_lightning.checks import Faults
@@ -31,7 +32,6 @@ from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import ImageShape, build_classifier
-from pkd_lightning.rundir import unlocked
 from pkd_lightning.seeding import seeded
 from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.weights import load_weights

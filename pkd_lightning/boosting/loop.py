@@ -36,7 +36,7 @@ from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import Difference, largest, quantile, scratch
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.prefixes import Scales, mix
-from pkd_lightning.reporting.load import PROGRESS
+from pkd_lightning.results import PROGRESS
 from pkd_lightning.seeding import seeded
 from pkd_lightning.teacher import Teacher
 from pkd_lightning.trainer import TrainerConfig

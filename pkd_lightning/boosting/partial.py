@@ -5,7 +5,7 @@ from typing import Any
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.data.module import DataModule
-from pkd_lightning.reporting.load import SCHEMA
+from pkd_lightning.results import SCHEMA
 from pkd_lightning.teacher import Teacher
 
 UNKNOWN = {"flops_published": None, "macs_total": None}  # counted at the end

@@ -8,9 +8,8 @@ from typing import Any
 
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting.files import parse_json, read_plain
+from pkd_lightning.results import PROGRESS, SCHEMA
 
-SCHEMA = 1
-PROGRESS = "progress.json"  # of a run without results.json: the rounds so far, in the same form
 TEXT_KEYS = ("experiment", "dataset", "split", "objective", "combine")
 COST_KEYS = ("params", "flops_published", "macs_total")
 TEACHER_KEYS = ("accuracy", *COST_KEYS)

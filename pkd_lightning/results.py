@@ -1,0 +1,4 @@
+"""The form of a run's results: its version, and where they are before they are whole."""
+
+SCHEMA = 1  # of results.json and progress.json
+PROGRESS = "progress.json"  # of a run without results.json: the rounds so far, in the same form
