@@ -428,3 +428,13 @@ def test_an_objective_given_in_any_way_is_the_same_run() -> None:
     assert hash_of("boosting.objective=pkd_lightning.boosting.objectives.Published", "boosting.gamma=3") == expected
     assert hash_of("objective=published", "boosting.objective.gamma=2") != expected
     assert hash_of("objective=anchored") == hash_of()
+
+
+def test_a_data_sets_file_needs_no_more_than_its_source(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    text = "source: {_target_: tests.support.patterns, _partial_: true}\n"
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text(text)
+    found = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "data=mine", "+name=mine"]
+    parts = assemble(load_config(*found, "data.split=official", "data.limit=50", "data.validation_fraction=0.2"))
+    assert (parts.data.split, parts.data.limit, parts.data.validation_fraction) == ("official", 50, 0.2)
+    assert (parts.data.root, parts.data.augment, parts.data.copies) == (None, None, 0)
