@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pkd_lightning.kernels.scan import scan_macs
 from pkd_lightning.models.building import ImageShape, brief
 from pkd_lightning.models.mamba import Mamba
+from pkd_lightning.outputs import output_of
 
 logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
 
@@ -106,7 +107,19 @@ def with_opaque_mixers(model: nn.Module) -> tuple[nn.Module, list[tuple[Mamba, i
         if isinstance(module, Mamba):
             module.fused = False
             setattr(module, "mix", make(module))  # noqa: B010  # mypy rejects assigning a method
-    return opaque, calls
+    return LogitsAlone(opaque), calls
+
+
+class LogitsAlone(nn.Module):
+    """A model whose `Output`, which tracers do not know, is given as its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of images."""
+        return output_of(self.model(images)).logits
 
 
 def mix_macs(mixer: Mamba, length: int) -> int:

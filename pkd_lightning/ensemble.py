@@ -14,6 +14,7 @@ from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, writ
 from pkd_lightning.data.images import normaliser
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.models.building import ImageShape, Trust, build_classifier, import_model
+from pkd_lightning.outputs import output_of
 from pkd_lightning.prefixes import Scales, mix
 
 logger = logging.getLogger(__name__)
@@ -70,12 +71,12 @@ class ProgressiveEnsemble(nn.Module):
 
             def call(member: nn.Module) -> Tensor:
                 with torch.set_grad_enabled(grad):
-                    return member(images)  # type: ignore[no-any-return]
+                    return output_of(member(images)).logits
 
             with ThreadPoolExecutor(count) as pool:
                 logits = list(pool.map(call, chosen))
         else:
-            logits = [member(images) for member in chosen]
+            logits = [output_of(member(images)).logits for member in chosen]
         prefix = None
         for student, scales in zip(logits, self.scales, strict=False):  # of the prefix's members
             prefix = mix(prefix, student, scales)
@@ -91,7 +92,7 @@ class ProgressiveEnsemble(nn.Module):
         """Yield the logits of prefix 1, 2, ..., T; each costs one more student. Stop whenever time is up."""
         logits: Tensor | None = None
         for member, scales in zip(self.members, self.scales, strict=True):
-            logits = mix(logits, member(images), scales)
+            logits = mix(logits, output_of(member(images)).logits, scales)
             yield logits
 
     @torch.inference_mode()
@@ -109,7 +110,7 @@ class ProgressiveEnsemble(nn.Module):
         used = torch.zeros_like(open_rows)
         logits: Tensor | None = None
         for t, (member, scales) in enumerate(zip(self.members, self.scales, strict=True)):
-            student = member(images[open_rows])
+            student = output_of(member(images[open_rows])).logits
             if logits is None:
                 logits = mix(None, student, scales)
             else:

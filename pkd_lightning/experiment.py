@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from pkd_lightning.boosting.combine import combination_of
-from pkd_lightning.boosting.objectives import RoundBatch, objective_of
+from pkd_lightning.boosting.objectives import Objective, RoundBatch, objective_of
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import not_finite
 from pkd_lightning.checks import build, collect, under, unknown_keys
@@ -26,6 +27,7 @@ from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.outputs import NONE, Taps
 from pkd_lightning.teacher import TeacherConfig
 from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.trial import try_model
@@ -67,7 +69,7 @@ class Experiment:
         collect(faults, "teacher.model", partial(attempt, "teacher.model", build, trainer=trainer))
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
-        collect(faults, "boosting", lambda: self._try_round(data.num_classes))
+        self._try_round(data, images, faults)
         if faults:
             raise ConfigError(faults)
 
@@ -80,22 +82,63 @@ class Experiment:
         if getattr(found, "shape", None) != raw.shape:
             raise ConfigError([f"augment: gives no tensor of the images' shape {tuple(raw.shape)}"])
 
-    def _try_round(self, num_classes: int) -> None:
-        logits = torch.zeros(3, 2, num_classes, requires_grad=True)
-        indicator = torch.ones(2, num_classes, dtype=torch.bool)
-        weight = torch.ones(2) if self.boosting.weights == "samples" else None
+    def _try_round(self, data: DataModule, images: torch.Tensor, faults: list[str]) -> None:
+        """The round loss, once, or for each rung where it needs features, and the combination."""
+        objective, shape, classes = objective_of(self.boosting), data.image_shape, data.num_classes
+        with_features = bool(objective.student_features or objective.teacher_features)
+        for index in range(len(self.student) if with_features else 1):
+            if with_features and faults:  # models that cannot be built have no features
+                break
+
+            def attempt(rung: int = index) -> None:
+                of_student, of_teacher = NONE, NONE
+                if with_features:
+                    student, teacher = self.student.build(rung, shape, classes), self.teacher.build(shape, classes)
+                    of_student = features(student, objective, "student_features", images)
+                    with torch.no_grad():
+                        of_teacher = features(teacher, objective, "teacher_features", images)
+                self._try_loss(objective, classes, of_student, of_teacher)
+
+            collect(faults, "boosting", attempt)
+        collect(faults, "boosting", self._try_combination)
+
+    def _try_loss(
+        self,
+        objective: Objective,
+        classes: int,
+        of_student: Mapping[str, torch.Tensor],
+        of_teacher: Mapping[str, torch.Tensor],
+    ) -> None:
+        logits = torch.zeros(3, 2, classes, requires_grad=True)
         batch = RoundBatch(
-            logits[0], logits[1], logits[2].detach(), torch.zeros(2, dtype=torch.int64), indicator, 1.0, weight
-        )
+            logits[0], logits[1], logits[2].detach(), torch.zeros(2, dtype=torch.int64),
+            torch.ones(2, classes, dtype=torch.bool), 1.0,
+            torch.ones(2) if self.boosting.weights == "samples" else None, of_student, of_teacher,
+        )  # fmt: skip
         loss: Any = None
         with reported("objective"):
-            loss = objective_of(self.boosting).loss(batch)
+            loss = objective.loss(batch)
         if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
             raise ConfigError(["objective: its loss is not a scalar tensor"])
+
+    def _try_combination(self) -> None:
         with reported("combine"):
             a, c = combination_of(self.boosting).initial(1)
             if not (a > 0 and c > 0 and math.isfinite(a + c)):
                 raise ValueError(f"initial(1) gives ({a}, {c}), not two positive numbers")
+
+
+def features(model: nn.Module, objective: Objective, key: str, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """What the modules of a model at the objective's `key` give for images.
+
+    Raises:
+        ConfigError: where it has no such modules.
+    """
+    try:
+        with Taps(model, getattr(objective, key)) as taps:
+            return taps.call(model, images).features
+    except ConfigError as error:
+        raise ConfigError(under(f"objective.{key}", error.faults)) from error
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.loggers import rank_zero
+from pkd_lightning.outputs import Output, Taps, output_of
 from pkd_lightning.progress import progress_of
 from pkd_lightning.trainer import TrainerConfig
 
@@ -54,14 +55,20 @@ class FitModule(L.LightningModule):
     `on_train_batch_*` hooks come once an epoch, and those around backward and the optimiser do not come.
     Subclasses give `losses(batch)` and may add parameters of their own.
 
+    Args:
+        model: what is trained.
+        trainer: how.
+        features: paths of the modules whose outputs `forward` gives beside the logits.
+
     Attributes:
         total_steps: optimiser steps of the whole fit, over which the learning rate is scheduled; `fit` sets it.
     """
 
-    def __init__(self, model: nn.Module, trainer: TrainerConfig) -> None:
+    def __init__(self, model: nn.Module, trainer: TrainerConfig, features: Sequence[str] = ()) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
+        self.taps = Taps(model, features)
         self.settings = trainer
         self.total_steps = 1
         # a function, not a module: the state dict's names stay those of the model
@@ -70,10 +77,9 @@ class FitModule(L.LightningModule):
         self._counts: dict[str, int] = {}
         self._skipped = 0
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The model's logits, by way of torch.compile where that is configured. `losses` calls the model like this."""
-        logits: Tensor = self.model(images) if self._compiled is None else self._compiled(images)
-        return logits
+    def forward(self, images: Tensor) -> Output:
+        """What the model gives, by way of torch.compile where that is configured; `losses` calls it like this."""
+        return self.taps.call(self.model if self._compiled is None else self._compiled, images)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss (scalar) and the logits that accuracy is measured on (batch, classes)."""
@@ -154,7 +160,7 @@ class FitModule(L.LightningModule):
         return [optimizer], [schedule]
 
 
-def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     """Calls `model` by way of torch.compile, as a function."""
     torch.compiler.reset()  # or torch would stop compiling at the eighth model of a class, with no more than a warning
     return torch.compile(lambda images: model(images))
@@ -287,7 +293,7 @@ def fit(
     )
     start = time.perf_counter()
     try:
-        with rank_zero(), matmul_precision(settings.matmul_precision), compile_errors():
+        with rank_zero(), matmul_precision(settings.matmul_precision), compile_errors(), module.taps:
             trainer.fit(module, EpochLoader(training), data.loader(data.validation, max(settings.batch_size, 256)))
     except SIGTERMException as stop:  # a SystemExit of code 0: make, CI and schedulers would see success
         raise SystemExit(128 + signal.SIGTERM) from stop
@@ -332,6 +338,6 @@ def predict(
     model.to(device).eval()
     logits = torch.empty(len(rows), data.num_classes) if out is None else out
     for batch, part in zip(data.loader(rows, batch_size), logits.split(batch_size), strict=True):
-        part.copy_(model(batch.images.to(device)))
+        part.copy_(output_of(model(batch.images.to(device))).logits)
     model.train(training)
     return logits

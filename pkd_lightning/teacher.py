@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import ImageShape, build_classifier
+from pkd_lightning.outputs import Output, Taps
 from pkd_lightning.seeding import seeded
 from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.weights import load_weights
@@ -78,7 +79,7 @@ class TeacherModule(FitModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the logits."""
-        logits = self(batch.images)
+        logits = self(batch.images).logits
         return F.cross_entropy(logits, batch.labels), logits
 
 
@@ -97,6 +98,37 @@ class Teacher:
     logits: Tensor
     fingerprint: str
     seconds: float
+
+
+class CachedTeacher(nn.Module):
+    """The teacher as a round asks it: logits by sample index, features of the very inputs that the student sees.
+
+    Args:
+        logits: (N, L), by sample index.
+        model: gives the features, where there are paths. It is no part of this module's state.
+        features: paths of the modules whose outputs are features.
+    """
+
+    logits: Tensor
+
+    def __init__(self, logits: Tensor, model: nn.Module | None = None, features: Sequence[str] = ()) -> None:
+        super().__init__()
+        # a buffer, to follow the module to its device; not persistent, to stay out of every state dict
+        self.register_buffer("logits", logits, persistent=False)
+        self._model = [model] if features else []  # in a list: not one of this module's own
+        self._taps = Taps(model, features) if model is not None and features else None
+
+    @torch.no_grad()
+    def outputs(self, index: Tensor, inputs: Tensor) -> Output:
+        """Logits (batch, L) of the samples `index` (batch,), and features of `inputs`, which are those samples."""
+        logits = self.logits[index]
+        if self._taps is None:
+            return Output(logits)
+        (model,) = self._model
+        assert model is not None
+        model.to(inputs.device).eval()
+        with self._taps:
+            return Output(logits, self._taps.call(model, inputs).features)
 
 
 def prepare_teacher(

@@ -12,6 +12,7 @@ from pkd_lightning.checkpoint import weights_of
 from pkd_lightning.cost import measure
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import ImageShape, brief, check_logits, evaluated
+from pkd_lightning.outputs import output_of
 from pkd_lightning.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _try_training(model: nn.Module, images: Tensor, num_classes: int, trainer: T
     try:
         optimizer = trainer.build_optimizer(model.parameters())
         with torch.enable_grad():  # as a fit has it, also where a program calls a run without gradients
-            logits = model(images)
+            logits = output_of(model(images)).logits
             if not isinstance(logits, Tensor):
                 raise ConfigError(
                     [

@@ -31,7 +31,7 @@ from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.progress import FitProgress
 from pkd_lightning.schedules import constant, cosine
-from pkd_lightning.teacher import TeacherModule
+from pkd_lightning.teacher import CachedTeacher, TeacherModule
 from pkd_lightning.trainer import TrainerConfig
 from tests.support import patterns, tiny_config
 
@@ -327,7 +327,7 @@ def test_a_student_learns_its_scales_with_its_weights(tmp_path: Path) -> None:
     data = images()
     rows = data.validation.stop
     torch.manual_seed(1)
-    targets = RoundTargets(torch.randn(rows, 3), torch.randn(rows, 3), torch.rand(rows, 3) > 0.5, 1.0, 1)
+    targets = RoundTargets(CachedTeacher(torch.randn(rows, 3)), torch.randn(rows, 3), torch.rand(rows, 3) > 0.5, 1.0, 1)
     module = StudentModule(network(), settings(), BoostingConfig(), Additive(), learned, targets)
     before, scales = network().state_dict(), module.scales
     fit(module, data, stage(tmp_path))

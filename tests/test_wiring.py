@@ -31,7 +31,7 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import FitResult, predict
 from pkd_lightning.models.ladder import Ladder
-from pkd_lightning.teacher import Teacher
+from pkd_lightning.teacher import CachedTeacher, Teacher
 from pkd_lightning.trainer import TrainerConfig
 from tests.support import patterns, tiny_config
 
@@ -260,9 +260,10 @@ def student_module(
 ) -> tuple[StudentModule, Batch]:
     torch.manual_seed(3)
     rows = 9
+    teacher = CachedTeacher(torch.randn(rows, 3))
     targets = RoundTargets(
-        torch.randn(rows, 3), torch.randn(rows, 3), torch.rand(rows, 3) > 0.5, 6.0, round_, torch.rand(rows)
-    )
+        teacher, torch.randn(rows, 3), torch.rand(rows, 3) > 0.5, 6.0, round_, torch.rand(rows)
+    )  # fmt: skip
     model = Linear((1, 8, 8), 3).eval()
     config = BoostingConfig(objective=name, **options)
     module = StudentModule(model, trainer_config(), config, objectives.objective_of(config), combination, targets)
@@ -295,7 +296,7 @@ def test_round_losses_are_those_of_float64_numpy(name: str, weighed: bool) -> No
     if not weighed:
         targets.weight = None
     loss, ensemble = module.losses(batch)
-    student, teacher = module.model(batch.images), targets.teacher[batch.index]
+    student, teacher = module.model(batch.images), targets.teacher.logits[batch.index]
     mixed = 0.75 * targets.ensemble[batch.index] + 0.25 * student  # round 3, from 0, of the mean
     torch.testing.assert_close(ensemble, mixed)
     weight = targets.weight[batch.index].double().numpy() if targets.weight is not None else np.ones(3)
@@ -314,7 +315,7 @@ def test_the_first_round_trains_the_student_alone_whatever_the_objective() -> No
         module, batch = student_module(name, combine.learned, round_=0, alpha=0.3)
         module.targets.weight = None
         loss, ensemble = module.losses(batch)
-        student, teacher = module.model(batch.images), module.targets.teacher[batch.index]
+        student, teacher = module.model(batch.images), module.targets.teacher.logits[batch.index]
         rows = 0.3 * cross_entropy(student, batch.labels) + 0.7 * divergence(student, teacher, 2.0)
         assert float(loss.detach()) == pytest.approx(float(rows.mean()), rel=1e-5)
         torch.testing.assert_close(ensemble, student)

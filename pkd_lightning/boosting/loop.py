@@ -38,7 +38,7 @@ from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.results import PROGRESS
 from pkd_lightning.seeding import seeded
-from pkd_lightning.teacher import Teacher
+from pkd_lightning.teacher import CachedTeacher, Teacher
 from pkd_lightning.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,12 @@ class BoostingLoop:
         if attempt:
             description += f", attempt {attempt + 1}"
         stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
+        later = state.round > 0
+        features = self.objective.teacher_features if later else ()
         targets = RoundTargets(
-            self.teacher_logits, state.ensemble_logits, state.indicator(self.directory), max(state.bound, 1e-3),
-            state.round, state.sample_weights() if self.config.weights == "samples" and state.round > 0 else None,
+            CachedTeacher(self.teacher_logits, self.teacher.model, features), state.ensemble_logits,
+            state.indicator(self.directory), max(state.bound, 1e-3), state.round,
+            state.sample_weights() if self.config.weights == "samples" and later else None,
         )  # fmt: skip
         logger.info("training a student: %s", description)
         with seeded(self.seed, stage.key, state.rung, "init"):

@@ -1,6 +1,7 @@
 """The loss of rounds 2..T. The first round is always the distillation loss of the student alone."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -11,6 +12,7 @@ from pkd_lightning.boosting.options import BoostingConfig, FirstTerm
 from pkd_lightning.checks import Faults, build, collect, resolve
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.losses import distillation_loss, residual_barrier_loss, soft_loss
+from pkd_lightning.outputs import NONE
 
 
 class RoundBatch(NamedTuple):
@@ -24,6 +26,8 @@ class RoundBatch(NamedTuple):
         indicator: (batch, classes) bool, 1[K+ > K-].
         bound: B of the students so far, see `boosting.bound_quantile`.
         weight: (batch,) of each sample's loss, 1 for a validation row; None where nothing is weighed.
+        student_features: what the modules at the objective's `student_features` gave for the batch.
+        teacher_features: what those of the teacher at `teacher_features` gave, without gradients.
     """
 
     student: Tensor
@@ -33,6 +37,8 @@ class RoundBatch(NamedTuple):
     indicator: Tensor
     bound: float
     weight: Tensor | None = None
+    student_features: Mapping[str, Tensor] = NONE
+    teacher_features: Mapping[str, Tensor] = NONE
 
 
 class Objective:
@@ -42,8 +48,13 @@ class Objective:
         accept_by: what a candidate trained with it is judged by where `boosting.weak_learner.require` is `auto`.
         sees_ensemble: the loss depends on the ensemble's logits, so learned scales get a gradient from it.
         weighs_samples: the loss multiplies each sample's by `RoundBatch.weight`, so `boosting.weights` may be set.
+        student_features: paths of the student's modules whose outputs the loss needs (`blocks.0`); a subclass may make
+            it an option.
+        teacher_features: of the teacher's, whose model is then called in every step, on the inputs of the student.
     """
 
+    student_features: ClassVar[Sequence[str]] = ()
+    teacher_features: ClassVar[Sequence[str]] = ()
     accept_by: ClassVar[Literal["condition", "improvement"]] = "improvement"
     sees_ensemble: ClassVar[bool] = False
     weighs_samples: ClassVar[bool] = False

@@ -11,6 +11,7 @@ from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.data.module import Batch
 from pkd_lightning.fitting import FitModule
 from pkd_lightning.prefixes import Scales, mix
+from pkd_lightning.teacher import CachedTeacher
 from pkd_lightning.trainer import TrainerConfig
 
 
@@ -18,7 +19,7 @@ class RoundTargets(nn.Module):
     """What every candidate of a round is trained against, by sample index (rows of training and validation).
 
     Args:
-        teacher: (N, L) logits g.
+        teacher: its logits g by sample index, and its features where the objective needs them.
         ensemble: (N, L) logits F_{t-1}.
         indicator: (N, L) bool, 1[K+ > K-].
         bound: B.
@@ -26,14 +27,13 @@ class RoundTargets(nn.Module):
         weight: (N,) of each sample's loss, or None.
     """
 
-    teacher: Tensor
     ensemble: Tensor
     indicator: Tensor
     weight: Tensor | None
 
     def __init__(
         self,
-        teacher: Tensor,
+        teacher: CachedTeacher,
         ensemble: Tensor,
         indicator: Tensor,
         bound: float,
@@ -42,9 +42,8 @@ class RoundTargets(nn.Module):
     ) -> None:
         super().__init__()
         # buffers, to follow the module to its device; not persistent, to stay out of every state dict
-        for name, value in (
-            ("teacher", teacher), ("ensemble", ensemble), ("indicator", indicator), ("weight", weight)
-        ):  # fmt: skip
+        self.teacher = teacher
+        for name, value in (("ensemble", ensemble), ("indicator", indicator), ("weight", weight)):
             self.register_buffer(name, value, persistent=False)
         self.bound, self.round = bound, round_
 
@@ -70,7 +69,7 @@ class StudentModule(FitModule):
         combination: Combination,
         targets: RoundTargets,
     ) -> None:
-        super().__init__(model, trainer)
+        super().__init__(model, trainer, objective.student_features if targets.round > 0 else ())
         self.objective, self.targets = objective, targets
         self.first = Distillation(config.alpha, config.temperature)
         initial = torch.tensor(combination.initial(targets.round) if targets.round > 0 else (0.0, 1.0))
@@ -97,11 +96,11 @@ class StudentModule(FitModule):
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The round's loss, and the logits of the ensemble with the student."""
         index, targets = batch.index, self.targets
-        student = self(batch.images)
-        ensemble = mix(targets.ensemble[index], student, self._scales())
+        student, teacher = self(batch.images), targets.teacher.outputs(index, batch.images)
+        ensemble = mix(targets.ensemble[index], student.logits, self._scales())
         view = RoundBatch(
-            student, ensemble, targets.teacher[index], batch.labels, targets.indicator[index], targets.bound,
-            None if targets.weight is None else targets.weight[index],
+            student.logits, ensemble, teacher.logits, batch.labels, targets.indicator[index], targets.bound,
+            None if targets.weight is None else targets.weight[index], student.features, teacher.features,
         )  # fmt: skip
         loss = self.first.student_loss if targets.round == 0 else self.objective.loss
         return loss(view), ensemble

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pkd_lightning.errors import ConfigError, PKDError
+from pkd_lightning.outputs import output_of
 
 ImageShape = tuple[int, int, int]
 Trust = bool | str | Sequence[str]
@@ -83,7 +84,7 @@ def build_classifier(
 
 
 def evaluated(model: nn.Module, images: Tensor) -> Any:
-    """What `model` gives for `images` (batch, C, H, W) in evaluation mode, without gradients.
+    """The logits that `model` gives for `images` (batch, C, H, W) in evaluation mode, without gradients.
 
     Raises:
         ConfigError: where the call fails.
@@ -92,7 +93,7 @@ def evaluated(model: nn.Module, images: Tensor) -> Any:
     model.eval()
     try:
         with torch.no_grad():
-            return model(images)
+            return output_of(model(images)).logits
     except Exception as error:  # whatever the user's forward raises
         shape = "x".join(map(str, images.shape[1:]))
         raise ConfigError([f"cannot read images of {shape} ({brief(error)})"]) from error

@@ -1,0 +1,87 @@
+"""What a model gives: its logits, and intermediate tensors where they are asked for."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pkd_lightning.errors import ConfigError
+
+NONE: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Output(NamedTuple):
+    """What a model gives for a batch. A model may return a tensor instead, which are the logits.
+
+    Attributes:
+        logits: (batch, L).
+        features: intermediate tensors by name; empty unless they are asked for.
+    """
+
+    logits: Tensor
+    features: Mapping[str, Tensor] = NONE
+
+
+def output_of(given: Any) -> Output:
+    """The `Output` that a model's call gave, or that stands for the logits it gave."""
+    return given if isinstance(given, Output) else Output(given)
+
+
+class Taps:
+    """Takes what modules inside of a model give, by their paths (`blocks.2`), while it is open (`with`).
+
+    Args:
+        model: any torch module; it is not changed, and has no hooks while the taps are closed.
+        paths: names as in `model.named_modules()`.
+
+    Raises:
+        ConfigError: where there is no such module, with the nearest.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        known = dict(model.named_modules())
+        faults = []
+        for path in paths:
+            if path not in known or not path:
+                near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.3)
+                faults.append(f"{path!r}: no module of the model; nearest: {', '.join(near) or 'none'}")
+        if faults:
+            raise ConfigError(faults)
+        self.modules = {path: known[path] for path in paths}
+        self._found: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Taps":
+        for path, module in self.modules.items():
+            self._handles.append(module.register_forward_hook(self._taking(path)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _taking(self, path: str) -> Callable[..., None]:
+        def take(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._found[path] = output
+
+        return take
+
+    def call(self, forward: Callable[[Tensor], Any], inputs: Tensor) -> Output:
+        """What `forward`, which calls the model once, gives, with the features that were taken on the way.
+
+        Raises:
+            ConfigError: where a module was not called, or gave no tensor.
+        """
+        self._found = {}
+        logits, features = output_of(forward(inputs))
+        for path in self.modules:
+            if not isinstance(self._found.get(path), Tensor):
+                gave = f"gave a {type(self._found[path]).__name__}" if path in self._found else "was not called"
+                raise ConfigError([f"{path!r}: this module {gave}, so there is no feature of that name"])
+        return Output(logits, {**features, **self._found}) if self.modules else Output(logits, features)
