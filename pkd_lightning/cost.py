@@ -7,15 +7,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from fvcore.nn.flop_count import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkd_lightning.kernels.scan import scan_macs
 from pkd_lightning.models.building import ImageShape, brief
-from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.outputs import output_of
 
 logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
@@ -30,7 +30,7 @@ class Cost:
         flops_published: what fvcore counts where the fused Mamba kernel is opaque to it: of a block only `in_proj`.
             This reproduces the FLOPs of Mamba-PKD's tables (arXiv 2503.01727). They are multiply-accumulates, and far
             fewer than are computed.
-        macs_total: all multiply-accumulates of convolutions and matrix products, and of the scan (see `mix_macs`).
+        macs_total: all multiply-accumulates of convolutions and matrix products, and of the scan (see `Mamba.macs`).
     """
 
     params: int
@@ -73,41 +73,38 @@ def measure(model: nn.Module, image_shape: ImageShape, missing: list[str] | None
 
 def published_flops(model: nn.Module, image_shape: ImageShape) -> int:
     """`Cost.flops_published` of one image."""
-    opaque, _ = with_opaque_mixers(model)
-    analysis = FlopCountAnalysis(opaque, torch.zeros(1, *image_shape))
+    replaced = with_mixers(model, "visible", lambda mixer, tokens: mixer.visible(tokens))
+    analysis = FlopCountAnalysis(replaced, torch.zeros(1, *image_shape))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return int(analysis.total())
 
 
 def total_macs(model: nn.Module, image_shape: ImageShape) -> int:
     """`Cost.macs_total` of one image."""
-    opaque, mixed = with_opaque_mixers(model)
+    calls: list[tuple[Any, int]] = []
+
+    def note(mixer: Any, tokens: Tensor) -> Tensor:
+        calls.append((mixer, tokens.shape[1]))
+        return tokens
+
+    replaced = with_mixers(model, "macs", note)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        opaque(torch.zeros(1, *image_shape))
-    visible: int = counter.get_total_flops() // 2  # it counts a multiply-accumulate as two
-    return visible + sum(mix_macs(mixer, length) for mixer, length in mixed)
+        replaced(torch.zeros(1, *image_shape))
+    visible = int(counter.get_total_flops()) // 2  # it counts a multiply-accumulate as two
+    # not while the counter would count them too
+    return visible + sum(int(mixer.macs(length)) for mixer, length in calls)
 
 
-def with_opaque_mixers(model: nn.Module) -> tuple[nn.Module, list[tuple[Mamba, int]]]:
-    """A copy of `model` whose Mamba blocks compute nothing after `in_proj`, and a list of (block, length) of each call.
+def with_mixers(model: nn.Module, method: str, call: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """A copy of `model` where `call`, of mixer and tokens, stands for the mixers that have the method.
 
-    The counters then see what they would see of mamba_ssm's fused kernel, and need not trace a loop over time.
+    The counters then need not trace a loop over time. See `pkd_lightning.models.mixers` for the methods.
     """
-    opaque = copy.deepcopy(model).cpu().eval()
-    calls: list[tuple[Mamba, int]] = []
-
-    def make(mixer: Mamba) -> Callable[[Tensor], Tensor]:
-        def mix(xz: Tensor) -> Tensor:
-            calls.append((mixer, int(xz.shape[1])))
-            return xz.narrow(-1, 0, mixer.d_model)
-
-        return mix
-
-    for module in opaque.modules():
-        if isinstance(module, Mamba):
-            module.fused = False
-            setattr(module, "mix", make(module))  # noqa: B010  # mypy rejects assigning a method
-    return LogitsAlone(opaque), calls
+    replaced = copy.deepcopy(model).cpu().eval()
+    for module in replaced.modules():
+        if callable(getattr(module, method, None)):
+            module.forward = partial(call, module)
+    return LogitsAlone(replaced)
 
 
 class LogitsAlone(nn.Module):
@@ -120,27 +117,6 @@ class LogitsAlone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The logits of images."""
         return output_of(self.model(images)).logits
-
-
-def mix_macs(mixer: Mamba, length: int) -> int:
-    """Multiply-accumulates of `Mamba.mix` on one sequence of `length` tokens.
-
-    Layers that are not as they were built, such as adapters, are called and counted.
-    """
-    d_inner, d_state = mixer.d_inner, mixer.d_state
-    scan = scan_macs(1, length, d_inner, d_state)
-    if mixer.plain_weights() is None:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            mixer.conv1d(torch.zeros(1, d_inner, length))
-            linear = ((mixer.x_proj, d_inner), (mixer.dt_proj, mixer.dt_rank), (mixer.out_proj, d_inner))
-            for layer, features in linear:
-                layer(torch.zeros(1, length, features))
-        return int(counter.get_total_flops()) // 2 + scan
-    convolution = d_inner * mixer.d_conv
-    x_proj = d_inner * (mixer.dt_rank + 2 * d_state)
-    dt_proj = mixer.dt_rank * d_inner
-    out_proj = d_inner * mixer.d_model
-    return length * (convolution + x_proj + dt_proj + out_proj) + scan
 
 
 @dataclass(frozen=True)

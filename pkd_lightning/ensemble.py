@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
 from pkd_lightning.data.images import normaliser
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.models.building import ImageShape, Trust, build_classifier, import_model
+from pkd_lightning.models.building import ImageShape, Trust, build_classifier, import_model, trusting
 from pkd_lightning.outputs import output_of
 from pkd_lightning.prefixes import Scales, mix
 
@@ -255,7 +255,9 @@ def load_student(stem: Path, trust: Trust = ()) -> nn.Module:
     description = read_json(path)
     try:
         make, (channels, height, width) = import_model(description["model"], trust), description["image_shape"]
-        model = build_classifier(make, description["options"], (channels, height, width), description["num_classes"])
+        with trusting(trust):
+            shape = (channels, height, width)
+            model = build_classifier(make, description["options"], shape, description["num_classes"])
     except ConfigError as error:
         raise RunError(f"{path}: its student cannot be built: {'; '.join(error.faults)}") from error
     except Exception as error:  # whatever the model's constructor raises

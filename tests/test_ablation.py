@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 
-from experiments.mnist_ablation.convolution import ConvolutionLayer
 from experiments.plan import load_study
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Cost, measure
-from pkd_lightning.models.classifier import MambaClassifierConfig
+from pkd_lightning.models.classifier import Block, MambaClassifierConfig
 from pkd_lightning.models.ladder import Ladder
 
 ROOT = Path(__file__).parent.parent
@@ -18,12 +17,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_a_convolution_of_the_ablation_sees_the_raster_of_the_image_and_nothing_else():
     torch.manual_seed(0)
-    layer = ConvolutionLayer(MambaClassifierConfig(d_model=3, norm="rms"))
+    mixer = "experiments.mnist_ablation.convolution.Convolution"
+    layer = Block(MambaClassifierConfig(d_model=3, norm="rms", mixer=mixer), 0, (4, 6))
     planes = torch.randn(2, 3, 4, 6)
     tokens = planes.flatten(2).transpose(1, 2)
     mixed = F.conv2d(layer.norm(tokens).transpose(1, 2).reshape(2, 3, 4, 6), layer.mixer.weight, padding=1)
     expected = planes + mixed * mixed.sigmoid()
-    torch.testing.assert_close(layer(tokens, (4, 6)).transpose(1, 2).reshape(2, 3, 4, 6), expected)
+    for order in ((False, False), (False, True), (True, False), (True, True)):
+        torch.testing.assert_close(layer(tokens, (4, 6), *order).transpose(1, 2).reshape(2, 3, 4, 6), expected)
 
 
 def test_the_ablation_is_of_the_committed_ladder():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import measure
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig, MambaLayer
+from pkd_lightning.models.classifier import Block, MambaClassifier, MambaClassifierConfig
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.tokens import PatchTokens, PixelTokens, pooled_grid, possible_lengths
 
@@ -373,7 +373,7 @@ def test_weights_move_between_blocks_by_name():
 @pytest.mark.parametrize("changed", [0, 3, 7])
 def test_blocks_are_causal_and_reversed_blocks_anticausal(changed):
     torch.manual_seed(0)
-    layer = scrambled(MambaLayer(MambaClassifierConfig(d_model=4, d_state=3, norm="rms"), 0))
+    layer = scrambled(Block(MambaClassifierConfig(d_model=4, d_state=3, norm="rms"), 0, (2, 4)))
     tokens = torch.randn(2, 8, 4)
     other = tokens.clone()
     other[:, changed] += 1
@@ -562,6 +562,8 @@ def test_every_impossible_value_is_named_at_once_with_what_is_allowed():
         "shared": 1,
         "padding": "same",
         "stem_channels": 0,
+        "mixer": [2],
+        "mixer_options": "gain",
     }
     assert bad.keys() == {name for name in MambaClassifierConfig.__dataclass_fields__}
     faults = faults_of(bad)

@@ -2,6 +2,7 @@
 and tests/conf.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.objectives import RoundBatch
-from pkd_lightning.errors import ConfigError
+from pkd_lightning.ensemble import ProgressiveEnsemble, save_description, save_student
+from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.models import building
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.outputs import Output, Taps, output_of
 from pkd_lightning.teacher import CachedTeacher
-from tests.outside import attention
+from tests.outside import attention, averaging
 from tests.support import ACCEPT, tiny_run
 
 # ---------------------------------------------------------------------------------- a loss on features
@@ -110,3 +115,56 @@ def test_a_teacher_is_only_called_where_its_features_are_asked_for() -> None:
     assert teacher.outputs(index, inputs).features == {}
     assert not list(teacher.parameters())
     assert not teacher.state_dict()
+
+
+# ---------------------------------------------------------------------------------- a mixer
+
+
+def test_a_mixer(tmp_path: Path) -> None:
+    results = tiny_run(tmp_path, "student=averaging", ACCEPT)
+    first, _, last = results["rounds"]
+    tokens, head = 4 * 16 * 3, 3 * 3  # 4 tokens of 4x4 pixels; the mean's three classes
+    assert first["macs_total"] == first["flops_published"] == tokens + 4 * 3 * 3 + head  # counted: the gate
+    assert last["flops_published"] == tokens + 4 * 3 * 3 + 4 * 3 * 12 + head  # of Mamba in_proj alone
+    assert last["macs_total"] == tokens + 4 * 3 * 3 + Mamba(3, 2).macs(4) + head
+    (run,) = (path.parent for path in tmp_path.rglob("results.json"))
+    ensemble = ProgressiveEnsemble.load(run)  # this process has configured the mixer itself
+    assert [type(block.mixer).__name__ for block in ensemble.members[2].blocks] == ["Averaging", "Mamba"]
+    assert ensemble.members[1].blocks[0].mixer.gain == 2.0
+
+
+def test_a_mixer_that_a_file_names_is_imported_only_where_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "configured", set())
+    options = {"tokeniser": "patches", "norm": "rms", "d_model": 3, "head": "mean"}
+    mixer = "tests.outside.averaging.Averaging"
+    model = MambaClassifier((1, 8, 8), 3, mixer=mixer, **options)
+    path = "pkd_lightning.models.classifier.MambaClassifier"
+    save_student(model, tmp_path / "00", path, {**options, "mixer": mixer}, (1, 8, 8), 3)
+    save_description(tmp_path, [(1.0, 1.0)], torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    monkeypatch.setattr(building, "configured", set())  # as in another process
+    with pytest.raises(RunError, match=rf"mixer='{mixer}': is not of pkd_lightning; where you trust its code"):
+        ProgressiveEnsemble.load(tmp_path)
+    monkeypatch.setattr(averaging, "Averaging", os.system)
+    with pytest.raises(RunError, match="must be a class of"):
+        ProgressiveEnsemble.load(tmp_path, trust=mixer)
+    monkeypatch.undo()
+    assert isinstance(ProgressiveEnsemble.load(tmp_path, trust=mixer).members[0].blocks[0].mixer, averaging.Averaging)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mixer": "tests.outside.averaging.Averagin"}, "mixer='tests.outside.averaging.Averagin': cannot be imported"),
+        ({"mixer": "math.sqrt"}, "mixer='math.sqrt': must be a class of torch.nn.Module"),
+        ({"mixer": 3}, "mixer=3: must be the import path of a mixer, or a list of them"),
+        ({"mixer": []}, r"mixer=\[\]: must be the import path"),
+        ({"mixer": ["a.b", "c.d"], "shared": True}, "blocks that share weights have one mixer"),
+        ({"mixer_options": {"gian": 2}}, "mixer_options.gian: no such option"),
+        ({"mixer_options": 3}, "mixer_options=3: must be a mapping"),
+    ],
+)
+def test_what_is_no_mixer_is_a_fault(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        MambaClassifier((1, 8, 8), 3, **{"tokeniser": "patches", "d_model": 3, "norm": "rms", **options})

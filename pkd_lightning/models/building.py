@@ -1,7 +1,9 @@
 """Building any importable classifier for a data set's images, and checking that it gives their logits."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -20,6 +22,36 @@ PACKAGE = __name__.split(".")[0]
 # Import paths of the ladders built in this process. They are the user's own words, unlike those in a run's files: so a
 # run of a user's model is resumed, and loaded where it was trained, without `trust`.
 configured: set[str] = set()
+
+
+# of whoever named the parts of a model that is being built: its configuration, or the file of a run
+_trust: ContextVar[Trust] = ContextVar("trust", default=True)
+
+
+@contextmanager
+def trusting(trust: Trust) -> Iterator[None]:
+    """Within the block, parts of models are imported by `trust`, see `import_model`."""
+    token = _trust.set(trust)
+    try:
+        yield
+    finally:
+        _trust.reset(token)
+
+
+def import_part(key: str, path: str) -> Callable[..., Any]:
+    """The module at the import path of a model's option `key`, by the trust that the model has.
+
+    Raises:
+        ConfigError: see `import_model`.
+    """
+    trust = _trust.get()
+    try:
+        part = import_model(path, trust)
+    except ConfigError as error:
+        raise ConfigError([fault.replace("model=", f"{key}=", 1) for fault in error.faults]) from error
+    if trust is True:
+        configured.add(path)
+    return part
 
 
 def import_model(path: str, trust: Trust) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""The image classifier: tokens, Mamba blocks, head."""
+"""The image classifier: tokens, blocks of Mamba or of another mixer, head."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import get_args, get_type_hints
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pkd_lightning.checks import Faults, unknown_keys
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.building import ImageShape
-from pkd_lightning.models.mamba import Mamba
+from pkd_lightning.models.building import ImageShape, import_part
+from pkd_lightning.models.mixers import MAMBA, build_mixer, in_order
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
 from pkd_lightning.models.tokens import (
     ConvolutionTokens,
@@ -35,7 +35,7 @@ class MambaClassifierConfig:
     """Options of a `MambaClassifier`.
 
     Attributes:
-        n_blocks: number of Mamba blocks.
+        n_blocks: number of blocks.
         d_model: channels of a token.
         d_state: state size N of the first block.
         d_state_step: block i has state size d_state + i * d_state_step (2 in Mamba-PKD's Table 1).
@@ -57,6 +57,9 @@ class MambaClassifierConfig:
             `cross`: by rows, by rows in reverse, by columns, by columns in reverse, and again (cf. VMamba,
             arXiv 2401.10166).
         shared: all blocks have the same weights (cf. ALBERT, arXiv 1909.11942).
+        mixer: import path of what mixes the tokens of each block, see `models.mixers`; of several, block i has the
+            i-th, and after the last the first again.
+        mixer_options: options of the mixer itself.
         head: `flatten`: all tokens; `mean`: their average; `grid`: their average in each cell of a 2x2 raster.
     """
 
@@ -78,6 +81,8 @@ class MambaClassifierConfig:
     residual: bool = True
     direction: Direction = "forward"
     shared: bool = False
+    mixer: str | Sequence[str] = MAMBA
+    mixer_options: Mapping[str, object] = field(default_factory=dict)
     head: Head = "flatten"
 
     def faults(self, image_shape: ImageShape | None = None) -> list[str]:
@@ -93,6 +98,9 @@ class MambaClassifierConfig:
             faults.choice(name, get_args(hints[name]))
         for name in ("residual", "shared", "padding"):
             faults.flag(name)
+        if not isinstance(self.mixer_options, Mapping):
+            faults.found.append(f"mixer_options={self.mixer_options!r}: must be a mapping of options")
+        faults.found += self._mixer_faults()
         at_fault = {fault.split("=")[0] for fault in faults.found}
         if self.d_model == 1 and self.norm in ("rms", "layer"):
             faults.found.append(
@@ -113,6 +121,28 @@ class MambaClassifierConfig:
         if self.tokeniser == "convolutions" and not at_fault & {"patch_size", "patch_stride", "stem_channels"}:
             faults.found += self._convolution_faults(image_shape)
         return faults.found
+
+    def _mixer_faults(self) -> list[str]:
+        try:
+            mixers = self.mixers
+        except TypeError:
+            mixers = []
+        if not mixers or not all(isinstance(path, str) for path in mixers):
+            return [f"mixer={self.mixer!r}: must be the import path of a mixer, or a list of them"]
+        if self.shared is True and len(mixers) > 1:
+            return [f"mixer={self.mixer!r}: blocks that share weights have one mixer"]
+        found: list[str] = []
+        for path in mixers:
+            try:
+                import_part("mixer", path)
+            except ConfigError as error:
+                found += error.faults
+        return found
+
+    @property
+    def mixers(self) -> list[str]:
+        """The import paths of `mixer`."""
+        return [self.mixer] if isinstance(self.mixer, str) else list(self.mixer)
 
     def _pixel_faults(self, image_shape: ImageShape | None) -> list[str]:
         if self.patch_stride is not None:
@@ -167,19 +197,22 @@ class MambaClassifierConfig:
         return found
 
 
-class MambaLayer(nn.Module):
-    """One block of the classifier: optional pre-norm, Mamba, optional residual connection, in any of the `ORDERS`."""
+class Block(nn.Module):
+    """One block of the classifier: optional pre-norm, a mixer, optional residual connection, in any of the `ORDERS`."""
 
-    def __init__(self, config: MambaClassifierConfig, index: int) -> None:
+    def __init__(self, config: MambaClassifierConfig, index: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.norm = make_norm(config.norm, config.d_model)
-        self.mixer = Mamba(
-            config.d_model,
-            config.d_state + index * config.d_state_step,
-            config.d_conv,
-            config.expand,
-            config.dt_rank,
-        )
+        offered = {
+            "d_model": config.d_model,
+            "d_state": config.d_state + index * config.d_state_step,
+            "d_conv": config.d_conv,
+            "expand": config.expand,
+            "dt_rank": config.dt_rank,
+            "grid": grid,
+            "length": grid[0] * grid[1],
+        }
+        self.mixer = build_mixer(config.mixers[index % len(config.mixers)], config.mixer_options, offered)
         self.residual = config.residual
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], columns: bool = False, backwards: bool = False) -> Tensor:
@@ -187,12 +220,7 @@ class MambaLayer(nn.Module):
 
         The block reads them row by row, or by `columns`, from the end where `backwards`.
         """
-        x: Tensor = self.norm(tokens)
-        if columns:
-            x = x.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
-        x = self.mixer(x.flip(1)).flip(1) if backwards else self.mixer(x)
-        if columns:
-            x = x.unflatten(1, grid[::-1]).transpose(1, 2).flatten(1, 2)
+        x = in_order(self.mixer, self.norm(tokens), grid, columns, backwards)
         return tokens + x if self.residual else x
 
 
@@ -237,7 +265,9 @@ class MambaClassifier(nn.Module):
             self.tokens = PatchTokens(
                 image_shape, config.d_model, config.patch_size, config.patch_stride or config.patch_size
             )
-        self.blocks = nn.ModuleList(MambaLayer(config, i) for i in range(1 if config.shared else config.n_blocks))
+        self.blocks = nn.ModuleList(
+            Block(config, i, self.tokens.grid) for i in range(1 if config.shared else config.n_blocks)
+        )
         self.norm = make_norm(config.norm, config.d_model)
         features = {"flatten": self.tokens.length, "mean": 1, "grid": GRID * GRID}[config.head] * config.d_model
         self.head = nn.Linear(features, num_classes)

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.flop_counter import FlopCounterMode
 
-from pkd_lightning.kernels.scan import fused_block, selective_scan, selective_scan_step
+from pkd_lightning.kernels.scan import fused_block, scan_macs, selective_scan, selective_scan_step
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj")
 PLAIN = (Tensor, nn.Parameter)  # others, as those of quantisation libraries, compute in their own way
@@ -106,6 +107,29 @@ class Mamba(nn.Module):
                 return mixed
         return self.mix(self.in_proj(tokens))
 
+    def visible(self, tokens: Tensor) -> Tensor:
+        """What fvcore sees of a block: `in_proj`. mamba_ssm fuses all else into one kernel. Shapes as in `forward`."""
+        visible: Tensor = self.in_proj(tokens)
+        return visible.narrow(-1, 0, self.d_model)
+
+    def macs(self, length: int) -> int:
+        """Multiply-accumulates of the block on one sequence of `length` tokens, those of the scan (`scan_macs`) too.
+
+        Layers that are not as they were built, such as adapters, are called and counted.
+        """
+        d_inner, d_state = self.d_inner, self.d_state
+        scan = scan_macs(1, length, d_inner, d_state)
+        if self.plain_weights() is not None:
+            projections = 2 * self.d_model + self.dt_rank + 2 * d_state + self.dt_rank + self.d_model
+            return length * d_inner * (projections + self.d_conv) + scan
+        linear = ((self.in_proj, self.d_model), (self.x_proj, d_inner), (self.dt_proj, self.dt_rank),
+                  (self.out_proj, d_inner))  # fmt: skip
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.conv1d(torch.zeros(1, d_inner, length))
+            for layer, features in linear:
+                layer(torch.zeros(1, length, features))
+        return int(counter.get_total_flops()) // 2 + scan  # it counts a multiply-accumulate as two
+
     def plain_weights(self) -> tuple[Tensor, ...] | None:
         """The weights in the order of `fused_block`, or None where a call of a layer does more than apply them."""
         layers = self._modules
@@ -175,9 +199,6 @@ class Mamba(nn.Module):
 
     def mix(self, xz: Tensor) -> Tensor:
         """Everything after `in_proj`: convolution, projections, scan, gate and `out_proj`.
-
-        mamba_ssm fuses exactly this part into one kernel, which is why fvcore, and with it the published FLOPs, sees
-        only `in_proj` of a block (see `pkd_lightning.cost`).
 
         Args:
             xz: (batch, length, 2 * d_inner).
