@@ -54,8 +54,8 @@ def bare_epochs(options: dict[str, Any], data: DataModule) -> list[float]:
     """The same of a loop as one writes it by hand."""
     model = classifier(options)
     optimizer = trainer_config().build_optimizer(model.parameters())
-    pixels, labels = data.images, data.labels
-    mean, std = 255 * data.mean, 255 * data.std
+    pixels, labels = data.inputs, data.labels
+    mean, std = 255 * data.task.mean, 255 * data.task.std
     training, validation = torch.tensor(data.training), torch.tensor(data.validation)
     times = []
     for _ in range(EPOCHS):

@@ -19,13 +19,13 @@ FLOORS = (
     ("rounds of boosting", ("boosting",)),
     ("a teacher, an ensemble", ("teacher", "ensemble")),
     ("one fit, its weights and costs", ("fitting", "weights", "cost", "trainer")),
-    ("models and data", ("models", "data")),
+    ("models and data", ("models", "data", "tasks")),
     ("compiled kernels", ("kernels",)),
     (
         "foundations",
         (
-            "checkpoint", "checks", "composition", "errors", "loggers", "losses", "matrix", "outputs", "prefixes",
-            "process", "progress", "results", "schedules", "seeding", "_torchvision", "__init__",
+            "checkpoint", "checks", "composition", "errors", "loggers", "losses", "matrix", "metrics", "outputs",
+            "prefixes", "process", "progress", "results", "schedules", "seeding", "_torchvision", "__init__",
         ),
     ),
 )  # fmt: skip

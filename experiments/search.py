@@ -192,7 +192,7 @@ def run_trial(trial: optuna.Trial, search: Search, budget: Cost, data: DataModul
     drawn = {name: trial.suggest_categorical(name, values) for name, values in search.space.items()}
     if drawn.get("n_blocks") == 1 and drawn.get("shared"):
         return TrialState.FAIL  # the same model as with shared=false
-    shape, classes = data.image_shape, data.num_classes
+    shape, classes = data.task.input_shape, data.num_classes
     options = widest(
         {**search.common, **drawn}, budget, search.d_model, lambda o: model_cost(o, shape, classes, budget.params)
     )

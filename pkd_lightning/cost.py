@@ -15,7 +15,7 @@ from fvcore.nn.flop_count import FlopCountAnalysis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkd_lightning.models.building import ImageShape, brief
+from pkd_lightning.models.building import InputShape, brief
 from pkd_lightning.outputs import output_of
 
 logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
@@ -49,37 +49,37 @@ def _sum(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else one + other
 
 
-def measure(model: nn.Module, image_shape: ImageShape, missing: list[str] | None = None) -> Cost:
-    """Count the cost of `model` for one image of `image_shape`.
+def measure(model: nn.Module, input_shape: InputShape, missing: list[str] | None = None) -> Cost:
+    """Count the cost of `model` for one input of `input_shape`.
 
     Args:
         model: a classifier.
-        image_shape: (channels, height, width).
+        input_shape: of one input.
         missing: gets a line for each count that could not be made.
     """
     missing = [] if missing is None else missing
     params = sum(p.numel() for p in model.parameters())
     try:
-        macs = total_macs(model, image_shape)
+        macs = total_macs(model, input_shape)
     except Exception as error:  # whatever the counter or the user's model raises inside of it
         missing.append(f"its multiply-accumulates and published FLOPs cannot be counted ({brief(error)})")
         return Cost(params, None, None)  # never published FLOPs alone: they are far fewer than are computed
     try:
-        return Cost(params, published_flops(model, image_shape), macs)
+        return Cost(params, published_flops(model, input_shape), macs)
     except Exception as error:  # torch.jit.trace raises many kinds
         missing.append(f"its published FLOPs cannot be counted: torch.jit cannot trace it ({brief(error)})")
         return Cost(params, None, macs)
 
 
-def published_flops(model: nn.Module, image_shape: ImageShape) -> int:
+def published_flops(model: nn.Module, input_shape: InputShape) -> int:
     """`Cost.flops_published` of one image."""
     replaced = with_mixers(model, "visible", lambda mixer, tokens: mixer.visible(tokens))
-    analysis = FlopCountAnalysis(replaced, torch.zeros(1, *image_shape))
+    analysis = FlopCountAnalysis(replaced, torch.zeros(1, *input_shape))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return int(analysis.total())
 
 
-def total_macs(model: nn.Module, image_shape: ImageShape) -> int:
+def total_macs(model: nn.Module, input_shape: InputShape) -> int:
     """`Cost.macs_total` of one image."""
     calls: list[tuple[Any, int]] = []
 
@@ -89,7 +89,7 @@ def total_macs(model: nn.Module, image_shape: ImageShape) -> int:
 
     replaced = with_mixers(model, "macs", note)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        replaced(torch.zeros(1, *image_shape))
+        replaced(torch.zeros(1, *input_shape))
     visible = int(counter.get_total_flops()) // 2  # it counts a multiply-accumulate as two
     # not while the counter would count them too
     return visible + sum(int(mixer.macs(length)) for mixer, length in calls)

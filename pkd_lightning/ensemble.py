@@ -1,6 +1,7 @@
 """The progressive ensemble: every prefix of it is a usable model."""
 
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
-from pkd_lightning.data.images import normaliser
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.models.building import ImageShape, Trust, build_classifier, import_model, trusting
+from pkd_lightning.models.building import InputShape, Trust, build_classifier, import_model, trusting
 from pkd_lightning.outputs import output_of
 from pkd_lightning.prefixes import Scales, mix
+from pkd_lightning.tasks import ImageClassification, Task
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +27,15 @@ class ProgressiveEnsemble(nn.Module):
     Args:
         members: the students, in the order of their rounds.
         scales: (a_t, c_t) of each.
-        mean, std: (C, 1, 1), what `preprocess` normalises pixels by.
+        task: how inputs are prepared.
         labels: the label of each output in the data set; None where they are 0, 1, ...
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
         members: Sequence[nn.Module],
         scales: Sequence[Scales],
-        mean: Tensor,
-        std: Tensor,
+        task: Task,
         labels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -47,16 +44,14 @@ class ProgressiveEnsemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.scales = [(float(a), float(c)) for a, c in scales]
         self.labels = None if labels is None else [int(label) for label in labels]
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        self.task = task
 
     def __len__(self) -> int:
         return len(self.members)
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 images (batch, C, H, W) to what the students read: float32, normalised as in training."""
-        scale, shift = normaliser(self.mean, self.std)
-        return images.float() * scale + shift
+    def preprocess(self, inputs: Tensor) -> Tensor:
+        """Raw inputs, such as uint8 images (batch, C, H, W), to what the students read, as in training."""
+        return self.task.prepare(inputs)
 
     def forward(self, images: Tensor, members: int | None = None, parallel: bool = False) -> Tensor:
         """Logits (batch, L) of the prefix of the first `members` students (None: all) on preprocessed images.
@@ -148,14 +143,13 @@ class ProgressiveEnsemble(nn.Module):
         cls,
         directory: Path,
         scales: Sequence[Scales],
-        mean: Tensor,
-        std: Tensor,
+        task: Task,
         labels: Sequence[int] | None = None,
         trust: Trust = (),
     ) -> "ProgressiveEnsemble":
         """Load students 00, 01, ... of `directory`, as many as there are scales; `trust` as in `load`."""
         members = [load_student(directory / f"{t:02d}", trust) for t in range(len(scales))]
-        return cls(members, scales, mean, std, labels).eval()
+        return cls(members, scales, task, labels).eval()
 
     @classmethod
     def load(cls, directory: Path | str, trust: Trust = ()) -> "ProgressiveEnsemble":
@@ -178,27 +172,25 @@ class ProgressiveEnsemble(nn.Module):
         description = read_json(path)
         try:
             finished = description.get("finished", True)
-            mean, std = (torch.tensor(description[name])[:, None, None] for name in ("mean", "std"))
             scales = [(float(a), float(c)) for a, c in description["scales"]]
             labels = description.get("labels")  # older files have none
             labels = None if labels is None else [int(label) for label in labels]
-            for name, values in (("scales", torch.tensor(scales)), ("mean", mean), ("std", std)):
-                if not values.isfinite().all():
-                    raise ValueError(f"{name}: {description[name]} are not all finite numbers")
-            if len(mean) != len(std) or not (std > 0).all():
-                raise ValueError(f"std: {description['std']} are not {len(mean)} numbers above 0, one a channel")
+            if not torch.tensor(scales).isfinite().all():
+                raise ValueError(f"scales: {description['scales']} are not all finite numbers")
+            task = _load_task(description, directory, trust)
+        except ConfigError as error:
+            raise RunError(f"{path}: its task cannot be had: {'; '.join(error.faults)}") from error
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
             raise RunError(f"{path}: does not describe an ensemble ({error!r})") from error
         if not finished:
             logger.warning("%s: the run is not finished; its first %d students are loaded", path, len(scales))
-        return cls.from_students(directory, scales, mean, std, labels, trust)
+        return cls.from_students(directory, scales, task, labels, trust)
 
 
 def save_description(
     directory: Path,
     scales: Sequence[Scales],
-    mean: Tensor,
-    std: Tensor,
+    task: Task,
     labels: Sequence[int] | None = None,
     finished: bool = True,
 ) -> None:
@@ -207,18 +199,35 @@ def save_description(
     Args:
         directory: of the students.
         scales: (a_t, c_t) of each student so far.
-        mean: (C, 1, 1), see `ProgressiveEnsemble`.
-        std: (C, 1, 1), see `ProgressiveEnsemble`.
+        task: see `ProgressiveEnsemble`.
         labels: see `ProgressiveEnsemble`.
         finished: whether no further students follow.
     """
-    statistics = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
-    description = {"scales": [list(pair) for pair in scales], **statistics, "finished": finished}
-    write_json(directory / "ensemble.json", {**description, "labels": labels}, hashed=True)
+    kind = type(task)
+    description = {
+        "scales": [list(pair) for pair in scales],
+        "task": f"{kind.__module__}.{kind.__qualname__}",
+        "input_shape": list(task.input_shape),
+        "num_classes": task.num_classes,
+        **task.state(),
+        "finished": finished,
+        "labels": labels,
+    }
+    write_json(directory / "ensemble.json", description, hashed=True)
+
+
+def _load_task(description: Mapping[str, Any], directory: Path, trust: Trust) -> Task:
+    """The task of an ensemble; a file of an earlier version has only the statistics of images."""
+    path = description.get("task", f"{ImageClassification.__module__}.{ImageClassification.__qualname__}")
+    kind: Any = import_model(path, trust, "task", Task)
+    sizes = description if "input_shape" in description else read_json(_student_files(directory / "00")[1])
+    shape = sizes.get("input_shape", sizes.get("image_shape"))
+    task: Task = kind.from_state(description, tuple(int(size) for size in shape), int(sizes["num_classes"]))
+    return task
 
 
 def save_student(
-    model: nn.Module, stem: Path, path: str, options: Mapping[str, Any], image_shape: ImageShape, num_classes: int
+    model: nn.Module, stem: Path, path: str, options: Mapping[str, Any], input_shape: InputShape, num_classes: int
 ) -> None:
     """Write `stem`.safetensors and `stem`.json: weights, and all that is needed to build the model they fit.
 
@@ -227,12 +236,12 @@ def save_student(
         stem: file name without ending.
         path: import path of its class.
         options: the keyword arguments it was built with.
-        image_shape: (channels, height, width) it was built for.
+        input_shape: of the inputs it was built for.
         num_classes: number of classes it was built for.
     """
     description = {
         "model": path,
-        "image_shape": list(image_shape),
+        "input_shape": list(input_shape),
         "num_classes": num_classes,
         "options": dict(options),
     }
@@ -254,9 +263,10 @@ def load_student(stem: Path, trust: Trust = ()) -> nn.Module:
     weights, path = _student_files(stem)
     description = read_json(path)
     try:
-        make, (channels, height, width) = import_model(description["model"], trust), description["image_shape"]
+        make = import_model(description["model"], trust)
+        given = description["input_shape"] if "input_shape" in description else description["image_shape"]
+        shape = tuple(operator.index(size) for size in given)
         with trusting(trust):
-            shape = (channels, height, width)
             model = build_classifier(make, description["options"], shape, description["num_classes"])
     except ConfigError as error:
         raise RunError(f"{path}: its student cannot be built: {'; '.join(error.faults)}") from error

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from pkd_lightning import __version__
 from pkd_lightning.boosting.loop import BoostingLoop
@@ -30,43 +28,6 @@ from pkd_lightning.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "numba", "wandb")
-
-
-def quality(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> dict[str, float]:
-    """Accuracy, NLL (nats) and calibration error (15 bins) of logits (N, L); agreement with the teacher's, if given.
-
-    By chunks of rows: what is taken in between does not grow with L.
-    """
-    accuracy, nll, agreeing = MulticlassAccuracy(logits.shape[-1], average="micro"), 0.0, 0
-    confidence, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
-    for rows in chunks(logits.shape):
-        log_p = F.log_softmax(logits[rows], -1)
-        largest, predicted = log_p.max(-1)
-        accuracy.update(predicted, labels[rows])
-        nll += float(F.nll_loss(log_p, labels[rows], reduction="sum"))
-        confidence[rows], correct[rows] = largest.exp(), predicted == labels[rows]
-        if teacher is not None:
-            agreeing += int((predicted == teacher[rows].argmax(-1)).sum())
-    values = {"accuracy": float(accuracy.compute()), "nll": nll / len(logits)}
-    values["ece"] = calibration_error(confidence, correct)
-    return values if teacher is None else {**values, "agreement": agreeing / len(logits)}
-
-
-def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Expected calibration error of predictions in `bins` bins (0, 1/15], ..., (14/15, 1] of equal width.
-
-    sum_b n_b / N * abs(accuracy_b - confidence_b) (Guo et al., arXiv 1706.04599). torchmetrics puts a confidence of
-    exactly 1, which float32 often gives, into a bin of its own.
-
-    Args:
-        confidence: (N,) largest probability of each row.
-        correct: (N,) bool, whether the class of that probability is the label.
-        bins: their number.
-    """
-    inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
-    which = torch.bucketize(confidence.double(), inner)  # of a bin's two edges the upper one belongs to it
-    surplus = torch.bincount(which, correct.double() - confidence.double(), minlength=bins)
-    return float(surplus.abs().sum()) / len(confidence)
 
 
 def evaluate(
@@ -97,16 +58,16 @@ def evaluate(
     """
     logger.info("evaluating the teacher and %d students on %s test samples", len(ensemble), f"{len(data.test):,}")
     labels = data.labels[data.test.start : data.test.stop]
-    image = data.normalise(data.images[data.test.start : data.test.start + 1])
+    sample = data.task.prepare(data.inputs[data.test.start : data.test.start + 1])
     teacher_logits, prefix_logits, logits = (scratch(len(labels), data.num_classes, directory) for _ in range(3))
     predict(teacher.model, data, data.test, device, out=teacher_logits)
     check_finite(teacher_logits, "the teacher")
     teacher.model.cpu()
-    teacher_cost = measure(teacher.model, data.image_shape)
+    teacher_cost = measure(teacher.model, data.task.input_shape)
     teacher_row = {
-        **quality(teacher_logits, labels),
+        **data.task.quality(teacher_logits, labels),
         **vars(teacher_cost),
-        **vars(latency(teacher.model, image)),
+        **vars(latency(teacher.model, sample)),
     }
 
     rounds: list[dict[str, Any]] = []
@@ -121,17 +82,17 @@ def evaluate(
             prefix_logits[rows] = mix(prefix_logits[rows], logits[rows], scales)
         check_finite(prefix_logits, f"the ensemble of the first {t + 1} students")
         prefix = {
-            **quality(prefix_logits, labels, teacher_logits),
-            **vars(latency(partial(ensemble, members=t + 1), image)),
+            **data.task.quality(prefix_logits, labels, teacher_logits),
+            **vars(latency(partial(ensemble, members=t + 1), sample)),
         }
-        cost = measure(member, data.image_shape)
+        cost = measure(member, data.task.input_shape)
         prefix_cost = prefix_cost + cost
         rounds.append(
             {
                 **record,
-                **quality(logits, labels, teacher_logits),
+                **data.task.quality(logits, labels, teacher_logits),
                 **vars(cost),
-                **vars(latency(member, image)),
+                **vars(latency(member, sample)),
                 **{f"prefix_{name}": value for name, value in prefix.items()},
             }
         )

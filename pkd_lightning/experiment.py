@@ -49,42 +49,42 @@ class Experiment:
     trainer: TrainerConfig
 
     def check(self, data: DataModule) -> None:
-        """Try what depends on the images: the teacher, every rung, augmentation, the round loss and the combination.
+        """Try what depends on the inputs: the teacher, every rung, augmentation, the round loss and the combination.
 
         Of a model everything is tried that will be done to it, see `try_model`.
 
         Raises:
             ConfigError: listing every fault.
         """
-        logger.info("trying the models on two images")
-        faults = under("student", self.student.faults(self.boosting.rounds, data.image_shape))
-        images = data.normalise(data.images[[0, 0]])
-        attempt = partial(try_model, images=images, num_classes=data.num_classes, samples=len(data.training))
+        logger.info("trying the models on two samples")
+        faults = under("student", self.student.faults(self.boosting.rounds, data.task.input_shape))
+        inputs = data.task.prepare(data.inputs[[0, 0]])
+        attempt = partial(try_model, inputs=inputs, num_classes=data.num_classes, samples=len(data.training))
         for index in range(0 if faults else len(self.student)):
-            build = partial(self.student.build, index, data.image_shape, data.num_classes)
+            build = partial(self.student.build, index, data.task.input_shape, data.num_classes)
             name = f"student.rungs.{index}"
             collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
         trainer = None if self.teacher.checkpoint is not None else self.teacher.trainer
-        build = partial(self.teacher.build, data.image_shape, data.num_classes)
+        build = partial(self.teacher.build, data.task.input_shape, data.num_classes)
         collect(faults, "teacher.model", partial(attempt, "teacher.model", build, trainer=trainer))
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
-        self._try_round(data, images, faults)
+        self._try_round(data, inputs, faults)
         if faults:
             raise ConfigError(faults)
 
     def _try_augmentation(self, data: DataModule) -> None:
-        raw = data.images[[0, 0]]
+        raw = data.inputs[[0, 0]]
         found: Any = None
         with reported("augment"):
             assert self.data.augment is not None
             found = self.data.augment(raw.clone(), torch.Generator().manual_seed(0))
         if getattr(found, "shape", None) != raw.shape:
-            raise ConfigError([f"augment: gives no tensor of the images' shape {tuple(raw.shape)}"])
+            raise ConfigError([f"augment: gives no tensor of the inputs' shape {tuple(raw.shape)}"])
 
-    def _try_round(self, data: DataModule, images: torch.Tensor, faults: list[str]) -> None:
+    def _try_round(self, data: DataModule, inputs: torch.Tensor, faults: list[str]) -> None:
         """The round loss, once, or for each rung where it needs features, and the combination."""
-        objective, shape, classes = objective_of(self.boosting), data.image_shape, data.num_classes
+        objective, shape, classes = objective_of(self.boosting), data.task.input_shape, data.num_classes
         with_features = bool(objective.student_features or objective.teacher_features)
         for index in range(len(self.student) if with_features else 1):
             if with_features and faults:  # models that cannot be built have no features
@@ -94,9 +94,9 @@ class Experiment:
                 of_student, of_teacher = NONE, NONE
                 if with_features:
                     student, teacher = self.student.build(rung, shape, classes), self.teacher.build(shape, classes)
-                    of_student = features(student, objective, "student_features", images)
+                    of_student = features(student, objective, "student_features", inputs)
                     with torch.no_grad():
-                        of_teacher = features(teacher, objective, "teacher_features", images)
+                        of_teacher = features(teacher, objective, "teacher_features", inputs)
                 self._try_loss(objective, classes, of_student, of_teacher)
 
             collect(faults, "boosting", attempt)
@@ -128,15 +128,15 @@ class Experiment:
                 raise ValueError(f"initial(1) gives ({a}, {c}), not two positive numbers")
 
 
-def features(model: nn.Module, objective: Objective, key: str, images: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    """What the modules of a model at the objective's `key` give for images.
+def features(model: nn.Module, objective: Objective, key: str, inputs: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """What the modules of a model at the objective's `key` give for inputs.
 
     Raises:
         ConfigError: where it has no such modules.
     """
     try:
         with Taps(model, getattr(objective, key)) as taps:
-            return taps.call(model, images).features
+            return taps.call(model, inputs).features
     except ConfigError as error:
         raise ConfigError(under(f"objective.{key}", error.faults)) from error
 
@@ -151,7 +151,7 @@ def reported(key: str) -> Iterator[None]:
 
 
 def assemble(config: DictConfig) -> Experiment:
-    """Build and validate every part that does not depend on the images; nothing is loaded or trained.
+    """Build and validate every part that does not depend on the inputs; nothing is loaded or trained.
 
     Raises:
         ConfigError: listing every fault of every part.

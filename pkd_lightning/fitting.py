@@ -77,9 +77,9 @@ class FitModule(L.LightningModule):
         self._counts: dict[str, int] = {}
         self._skipped = 0
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, inputs: Tensor) -> Output:
         """What the model gives, by way of torch.compile where that is configured; `losses` calls it like this."""
-        return self.taps.call(self.model if self._compiled is None else self._compiled, images)
+        return self.taps.call(self.model if self._compiled is None else self._compiled, inputs)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss (scalar) and the logits that accuracy is measured on (batch, classes)."""
@@ -163,7 +163,7 @@ class FitModule(L.LightningModule):
 def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
     """Calls `model` by way of torch.compile, as a function."""
     torch.compiler.reset()  # or torch would stop compiling at the eighth model of a class, with no more than a warning
-    return torch.compile(lambda images: model(images))
+    return torch.compile(lambda inputs: model(inputs))
 
 
 @contextmanager
@@ -338,6 +338,6 @@ def predict(
     model.to(device).eval()
     logits = torch.empty(len(rows), data.num_classes) if out is None else out
     for batch, part in zip(data.loader(rows, batch_size), logits.split(batch_size), strict=True):
-        part.copy_(output_of(model(batch.images.to(device))).logits)
+        part.copy_(output_of(model(batch.inputs.to(device))).logits)
     model.train(training)
     return logits

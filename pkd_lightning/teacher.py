@@ -31,7 +31,7 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
-from pkd_lightning.models.building import ImageShape, build_classifier
+from pkd_lightning.models.building import InputShape, build_classifier
 from pkd_lightning.outputs import Output, Taps
 from pkd_lightning.seeding import seeded
 from pkd_lightning.trainer import TrainerConfig
@@ -45,7 +45,7 @@ class TeacherConfig:
     """The teacher's model and where its weights come from.
 
     Attributes:
-        model: (image_shape, num_classes) to a classifier (a Hydra partial of any `_target_`).
+        model: (input_shape, num_classes) to a classifier (a Hydra partial of any `_target_`).
         trainer: how it is trained.
         checkpoint: file of trained weights (.safetensors, or a torch file, see `load_weights`); None trains the
             teacher here.
@@ -64,14 +64,14 @@ class TeacherConfig:
             faults.found.append(f"checkpoint={self.checkpoint!r}: no such file")
         faults.raise_if_any()
 
-    def build(self, image_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, input_shape: InputShape, num_classes: int) -> nn.Module:
         """The untrained model.
 
         Raises:
             ConfigError: where it cannot be built.
         """
         make, given = getattr(self.model, "func", self.model), getattr(self.model, "keywords", {})
-        return build_classifier(make, given, image_shape, num_classes)
+        return build_classifier(make, given, input_shape, num_classes)
 
 
 class TeacherModule(FitModule):
@@ -79,7 +79,7 @@ class TeacherModule(FitModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the logits."""
-        logits = self(batch.images).logits
+        logits = self(batch.inputs).logits
         return F.cross_entropy(logits, batch.labels), logits
 
 
@@ -149,7 +149,7 @@ def prepare_teacher(
             data.
     """
     with seeded(stage.seed, stage.name, "init"):
-        model = config.build(data.image_shape, data.num_classes)
+        model = config.build(data.task.input_shape, data.num_classes)
     weights, done = directory / "teacher.safetensors", directory / "teacher.json"
     seconds = 0.0
     if config.checkpoint is not None:

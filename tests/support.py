@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from pkd_lightning.cli import load_config
 from pkd_lightning.data.images import ImageSet
+from pkd_lightning.data.signals import SignalSet
 from pkd_lightning.run import run
 
 # quick settings for any experiment
@@ -23,6 +24,15 @@ def patterns(
     labels = torch.arange(samples) % classes
     images = prototypes[labels] + torch.randint(0, noise, (samples, channels, side, side), generator=generator)
     return ImageSet("patterns", images.to(torch.uint8), labels, classes, samples * 3 // 4)
+
+
+def waves(root: object = None, samples: int = 160, classes: int = 3) -> SignalSet:
+    """Signals of one channel and 16 values: as many periods as the label and one, under noise."""
+    generator = torch.Generator().manual_seed(0)
+    labels, time = torch.arange(samples) % classes, torch.arange(16) * torch.pi / 8
+    clean = torch.sin((1 + labels)[:, None, None] * time)
+    signals = clean + 0.3 * torch.randn(samples, 1, 16, generator=generator)
+    return SignalSet("waves", signals, labels, classes, samples * 3 // 4)
 
 
 # as many students as rounds, however poor

@@ -29,6 +29,12 @@ FAKE = {
     ),
     "idx": ("data.source._target_=tests.support.patterns", "data.root=."),
     "digits": (),
+    "signals": (
+        "data.source._target_=tests.support.waves", "data.root=.", "teacher.model.tokeniser=pixels",
+        "teacher.model.patch_stride=null", "+teacher.model.seq_len=16", "teacher.model.head=mean",
+        "student.common.tokeniser=pixels", "student.common.patch_stride=null", "+student.common.seq_len=16",
+        "student.common.head=mean",
+    ),
 }  # fmt: skip
 NEEDS = {
     "student/paper_mnist": "mnist",

@@ -43,7 +43,7 @@ def module(samples: int = 100, train_size: int | None = None, **options: object)
 
 def parts(data: DataModule) -> list[Tensor]:
     """The source's sample numbers of training, validation and test."""
-    return [numbers(data.images[rows.start : rows.stop]) for rows in (data.training, data.validation, data.test)]
+    return [numbers(data.inputs[rows.start : rows.stop]) for rows in (data.training, data.validation, data.test)]
 
 
 def batches(data: DataModule, epoch: int = 0, seed: int = 0, stage: str = "teacher", workers: int = 0, size: int = 16):
@@ -184,8 +184,8 @@ def test_batches_carry_the_row_the_image_and_the_label_of_each_sample():
         index, images, labels = batch
         assert index is batch.index
         assert (index.dtype, images.dtype, labels.dtype) == (torch.int64, torch.float32, torch.int64)
-        pixels = (images * data.std + data.mean) * 255
-        assert torch.equal(numbers(pixels.round()), numbers(data.images[index]))
+        pixels = (images * data.task.std + data.task.mean) * 255
+        assert torch.equal(numbers(pixels.round()), numbers(data.inputs[index]))
         assert torch.equal(labels, numbers(pixels.round()) % CLASSES)
 
 
@@ -195,8 +195,8 @@ def test_plain_loaders_go_through_their_rows_in_order(part):
     rows = getattr(data, part)
     seen = list(data.loader(rows, 16))
     assert torch.cat([batch.index for batch in seen]).tolist() == list(rows)
-    images = torch.cat([batch.images for batch in seen])
-    assert torch.equal(images, data.normalise(data.images[rows.start : rows.stop]))  # never augmented
+    images = torch.cat([batch.inputs for batch in seen])
+    assert torch.equal(images, data.task.prepare(data.inputs[rows.start : rows.stop]))  # never augmented
 
 
 def test_each_epoch_is_another_permutation_of_the_training_rows():
@@ -243,14 +243,14 @@ def test_a_group_of_batches_equals_the_batches_one_by_one(augment):
     data = module(100, augment=augment)
     keys = list(data.training_loader(16, 0, "teacher").sampler)
     dataset = BatchDataset(data)
-    stored = data.images.clone()
+    stored = data.inputs.clone()
     for some in (keys, keys[-1:], keys[1:3]):
         group = dataset.__getitems__(some)
         assert len(group) == len(some)
         for k, key in enumerate(some):
             assert all(torch.equal(a, b) for a, b in zip(group[k], dataset[key], strict=True))
-            group[k].images.fill_(math.nan)  # each batch is the trainer's own: neither its neighbours
-    assert torch.equal(data.images, stored)  # nor the stored images change with it
+            group[k].inputs.fill_(math.nan)  # each batch is the trainer's own: neither its neighbours
+    assert torch.equal(data.inputs, stored)  # nor the stored images change with it
 
 
 # ---------------------------------------------------------------------------------- normalisation, augmentation
@@ -267,50 +267,50 @@ def colours(root: str | None = None) -> ImageSet:
 
 def test_training_pixels_have_mean_zero_and_deviation_one():
     data = DataModule(DataConfig(colours))
-    assert data.image_shape == (3, 4, 4)
-    pixels = torch.cat([batch.images for batch in batches(data)]).double().transpose(0, 1).flatten(1)
+    assert data.task.input_shape == (3, 4, 4)
+    pixels = torch.cat([batch.inputs for batch in batches(data)]).double().transpose(0, 1).flatten(1)
     assert pixels.mean(1)[[0, 2]].abs().max() < 1e-6
     assert (pixels.std(1, correction=0)[[0, 2]] - 1).abs().max() < 1e-6
     # of the training rows, not of all: these differ in a sample this small
-    everything = data.normalise(data.images).double().transpose(0, 1).flatten(1)
+    everything = data.task.prepare(data.inputs).double().transpose(0, 1).flatten(1)
     assert everything.mean(1)[[0, 2]].abs().min() > 1e-4
-    direct = data.images[: data.sizes[0]].double().transpose(0, 1).flatten(1) / 255
-    torch.testing.assert_close(data.mean.flatten().double(), direct.mean(1), rtol=1e-6, atol=0)
+    direct = data.inputs[: data.sizes[0]].double().transpose(0, 1).flatten(1) / 255
+    torch.testing.assert_close(data.task.mean.flatten().double(), direct.mean(1), rtol=1e-6, atol=0)
 
 
 def test_normalised_pixels_are_those_of_the_definition():
     data = DataModule(DataConfig(colours))
     levels = torch.arange(256, dtype=torch.uint8).expand(3, -1)[None, :, None]
-    direct = (levels.double() / 255 - data.mean.double()) / data.std.double()
-    ours = data.normalise(levels)[:, [0, 2]]  # the constant channel has no scale
+    direct = (levels.double() / 255 - data.task.mean.double()) / data.task.std.double()
+    ours = data.task.prepare(levels)[:, [0, 2]]  # the constant channel has no scale
     torch.testing.assert_close(ours.double(), direct[:, [0, 2]], rtol=1e-6, atol=1e-6)
 
 
 def test_a_constant_channel_stays_finite_and_small():
     data = DataModule(DataConfig(colours))
-    images = data.normalise(data.images)
+    images = data.task.prepare(data.inputs)
     assert images.isfinite().all()
     assert images[:, 1].abs().max() < 1
 
 
 def test_augmentation_is_in_the_training_loader_only_and_reproducible():
     plain, noisy = module(100), module(100, augment=add_noise)
-    stored = noisy.images.clone()
+    stored = noisy.inputs.clone()
     first, again, later, other = (
         batches(noisy), batches(noisy), batches(noisy, epoch=1), batches(noisy, stage="round-00")
     )  # fmt: skip
     assert order(noisy) == order(plain)  # augmentation does not change the order
     for one, other_time in zip(first, again, strict=True):
-        assert torch.equal(one.images, other_time.images)
+        assert torch.equal(one.inputs, other_time.inputs)
     for one, clean in zip(first, batches(plain), strict=True):
-        assert (one.images != clean.images).all()
-    assert torch.equal(noisy.images, stored)
-    assert torch.equal(noisy.mean, plain.mean)  # the statistics are those of the images as they are
+        assert (one.inputs != clean.inputs).all()
+    assert torch.equal(noisy.inputs, stored)
+    assert torch.equal(noisy.task.mean, plain.task.mean)  # the statistics are those of the images as they are
 
     def noise(seen: list) -> Tensor:
         """What was added to each sample, in the order of the batches."""
         index = torch.cat([batch.index for batch in seen])
-        pixels = ((torch.cat([batch.images for batch in seen]) * noisy.std + noisy.mean) * 255).round().long()
+        pixels = ((torch.cat([batch.inputs for batch in seen]) * noisy.task.std + noisy.task.mean) * 255).round().long()
         return ((pixels - stored[index].long()) % 256).flatten(1)
 
     draws = [noise(seen) for seen in (first, later, other)]
@@ -330,14 +330,14 @@ def test_copies_are_further_training_rows_and_move_no_image_between_the_parts():
     assert data.originals == plain.originals == n
     assert (data.training, data.validation) == (range(3 * n), range(3 * n, 3 * n + validation))
     for rows, same in [(range(n), plain.training), (data.validation, plain.validation), (data.test, plain.test)]:
-        assert torch.equal(data.images[rows.start : rows.stop], plain.images[same.start : same.stop])
+        assert torch.equal(data.inputs[rows.start : rows.stop], plain.inputs[same.start : same.stop])
         assert torch.equal(data.labels[rows.start : rows.stop], plain.labels[same.start : same.stop])
     assert torch.equal(data.labels[: 3 * n], plain.labels[:n].repeat(3))
-    noise = (data.images[n : 3 * n].long() - plain.images[:n].long().repeat(2, 1, 1, 1)) % 256
+    noise = (data.inputs[n : 3 * n].long() - plain.inputs[:n].long().repeat(2, 1, 1, 1)) % 256
     assert ((noise >= 1) & (noise < 200)).all()  # each is its own original, augmented
     assert len(noise.flatten(1).unique(dim=0)) > 2 * n - 5  # and each anew
-    assert torch.equal(data.mean, plain.mean)
-    assert torch.equal(data.std, plain.std)
+    assert torch.equal(data.task.mean, plain.task.mean)
+    assert torch.equal(data.task.std, plain.task.std)
 
 
 def test_copies_are_a_function_of_the_split_seed_alone():
@@ -347,18 +347,18 @@ def test_copies_are_a_function_of_the_split_seed_alone():
         results.append(module(300, augment=add_noise, copies=2))
     first, same = results
     more, other = module(300, augment=add_noise, copies=3), module(300, augment=add_noise, copies=2, split_seed=1)
-    assert torch.equal(first.images, same.images)
+    assert torch.equal(first.inputs, same.inputs)
     assert first.fingerprint == same.fingerprint
     n = first.originals
-    assert torch.equal(more.images[: 3 * n], first.images[: 3 * n])
-    noises = [(data.images[n : 2 * n].long() - data.images[:n].long()) % 256 for data in (first, other)]
+    assert torch.equal(more.inputs[: 3 * n], first.inputs[: 3 * n])
+    noises = [(data.inputs[n : 2 * n].long() - data.inputs[:n].long()) % 256 for data in (first, other)]
     assert not torch.equal(*noises)
 
 
 def test_the_fingerprint_covers_the_copies():
     plain, data = module(100), module(100, augment=add_noise, copies=1)
     changed = module(100, augment=add_noise, copies=1)
-    changed.images[2 * changed.originals - 1] += 1  # the last copy
+    changed.inputs[2 * changed.originals - 1] += 1  # the last copy
     assert len({plain.fingerprint, data.fingerprint, changed.fingerprint}) == 3
     # augmentation of batches is not part of the data
     assert module(100, augment=add_noise).fingerprint == plain.fingerprint
@@ -370,7 +370,7 @@ def test_batches_of_copies_are_the_stored_images():
         seen = batches(data, epoch)
         assert sorted(torch.cat([batch.index for batch in seen]).tolist()) == list(range(3 * data.originals))
         for batch in seen:
-            assert torch.equal(batch.images, data.normalise(data.images[batch.index]))
+            assert torch.equal(batch.inputs, data.task.prepare(data.inputs[batch.index]))
             assert torch.equal(batch.labels, data.labels[batch.index])
 
 
@@ -382,7 +382,7 @@ def test_a_run_asks_the_teacher_on_each_copy(tmp_path, monkeypatch):
     experiment = assemble(config)
     data = DataModule(experiment.data)
     assert results["sizes"]["train"] == len(data.training) == 3 * data.originals
-    model = experiment.teacher.build(data.image_shape, data.num_classes)
+    model = experiment.teacher.build(data.task.input_shape, data.num_classes)
     load_weights(model, next(tmp_path.rglob("teacher.safetensors")))
     (stored,) = load_file(next(tmp_path.rglob("logits.safetensors"))).values()
     direct = predict(model, data, range(data.validation.stop), torch.device("cpu"))
@@ -402,9 +402,9 @@ def transposed(images: Tensor, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize("augment", [blank, transposed])
 def test_an_augmentation_may_write_to_its_images_and_give_a_view_of_them(augment):
     plain, data = module(400), module(400, augment=augment, copies=1)
-    originals = plain.images[: plain.originals]
-    assert torch.equal(data.images[: data.originals], originals)
-    assert torch.equal(data.images[data.originals : data.sizes[0]], augment(originals.clone(), torch.Generator()))
+    originals = plain.inputs[: plain.originals]
+    assert torch.equal(data.inputs[: data.originals], originals)
+    assert torch.equal(data.inputs[data.originals : data.sizes[0]], augment(originals.clone(), torch.Generator()))
 
 
 def fails(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -440,14 +440,14 @@ def gapped(root: str | None = None, labels: tuple[int, ...] = (2, 5, 11), classe
     """`numbered`, sample n with the label n % len(labels) of `labels`."""
     plain = numbered(samples=90)
     chosen = torch.tensor(labels)[torch.arange(90) % len(labels)]
-    return ImageSet("gapped", plain.images, chosen, classes, 60)
+    return ImageSet("gapped", plain.inputs, chosen, classes, 60)
 
 
 def test_classes_without_samples_get_no_output_and_are_named(caplog):
     data = DataModule(DataConfig(gapped))
     assert data.num_classes == 3
     assert data.class_labels == [2, 5, 11]
-    n = numbers(data.images)
+    n = numbers(data.inputs)
     assert torch.equal(torch.tensor(data.class_labels)[data.labels], torch.tensor([2, 5, 11])[n % 3])
     (said,) = caplog.messages
     assert "'gapped': no sample has label 0 to 1, 3 to 4, 6 to 10, 12 to 19: the outputs are the other 3 cl" in said
@@ -461,7 +461,7 @@ def test_labels_that_only_end_early_stay_as_they_are():
 def test_classes_without_samples_can_be_kept(caplog):
     data = DataModule(DataConfig(gapped, empty_classes="keep"))
     assert (data.num_classes, data.class_labels) == (20, None)
-    assert torch.equal(data.labels, torch.tensor([2, 5, 11])[numbers(data.images) % 3])
+    assert torch.equal(data.labels, torch.tensor([2, 5, 11])[numbers(data.inputs) % 3])
     assert "no sample has label 0 to 1, 3 to 4, 6 to 10, 12 to 19; these classes have outputs" in caplog.messages[0]
 
 
@@ -485,7 +485,7 @@ def test_a_limit_changes_no_output_and_what_it_leaves_without_samples_is_named(c
 def test_a_class_of_the_test_part_alone_is_named_by_its_label(caplog):
     def source(root: str | None = None) -> ImageSet:
         data = gapped()
-        return ImageSet("late", data.images, torch.where(torch.arange(90) < 60, data.labels.clamp(max=5), 11), 20, 60)
+        return ImageSet("late", data.inputs, torch.where(torch.arange(90) < 60, data.labels.clamp(max=5), 11), 20, 60)
 
     data = DataModule(DataConfig(source, split="official"))
     assert data.num_classes == 3
@@ -513,7 +513,7 @@ def test_predictions_are_read_back_as_the_labels_of_the_data_set(tmp_path):
 
 def striped(root: str | None = None) -> ImageSet:
     plain = patterns()
-    return ImageSet("striped", plain.images, torch.tensor([10, 30, 200])[plain.labels], 201, plain.train_size)
+    return ImageSet("striped", plain.inputs, torch.tensor([10, 30, 200])[plain.labels], 201, plain.train_size)
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -536,13 +536,13 @@ def test_the_layout_of_the_sources_tensors_changes_nothing(layout):
     def source(root: str | None = None) -> ImageSet:
         plain = colours()
         labels = torch.stack([plain.labels, plain.labels + 1], dim=1)[:, 0]
-        return ImageSet("colours", layout(plain.images), labels, 2, 100)
+        return ImageSet("colours", layout(plain.inputs), labels, 2, 100)
 
     plain = DataModule(DataConfig(colours, augment=add_noise, copies=1))
     data = DataModule(DataConfig(source, augment=add_noise, copies=1))
-    assert data.images.is_contiguous()
+    assert data.inputs.is_contiguous()
     assert data.labels.is_contiguous()
-    assert torch.equal(data.images, plain.images)
+    assert torch.equal(data.inputs, plain.inputs)
     assert torch.equal(data.labels, plain.labels)
     assert data.fingerprint == plain.fingerprint
 
@@ -578,7 +578,7 @@ def lacks_data(root: str | None = None) -> ImageSet:
         (forgets_root, ConfigError, "data.source: cannot be called with root=None (got an unexpected"),
         (breaks, ConfigError, "data.source: fails (TypeError: expected str, not int)"),
         (lacks_data, DataError, "mine lacks train.npz"),
-        (lambda root: {"images": colours().images}, ConfigError, "data.source: gives a dict, not a pkd_lightning"),
+        (lambda root: {"images": colours().images}, ConfigError, "data.source: gives a dict, not an ImageSet or other"),
         (lambda root: None, ConfigError, "data.source: gives a NoneType"),
         (7, ConfigError, "source=7: must be a `_target_` with `_partial_: true`"),
     ],

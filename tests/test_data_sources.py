@@ -119,9 +119,9 @@ def test_idx_reads_every_spelling(tmp_path, mnist_files, spell):
     assert (data.name, data.num_classes, data.train_size) == ("fashion", 5, TRAIN)
     assert data.labels.tolist() == [0, 1, 2, 3, 2, 1, 4, 1, 0, 3]
     assert data.labels.dtype == torch.int64
-    assert data.images.dtype == torch.uint8
+    assert data.inputs.dtype == torch.uint8
     expected = np.concatenate([random_bytes(TRAIN, 5, 7), random_bytes(TEST, 5, 7)])[:, None]
-    assert (data.images.numpy() == expected).all()
+    assert (data.inputs.numpy() == expected).all()
 
 
 def test_idx_keeps_channels(tmp_path, mnist_files):
@@ -228,7 +228,7 @@ def test_mnist_is_found_in_every_local_place(monkeypatch, tmp_path, mnist, place
     monkeypatch.setattr(fetch.urllib.request, "urlopen", None)  # a download would fail
     root = write(tmp_path / place, mnist)
     data = load_mnist(root if place == "given" else None)
-    assert (data.name, data.train_size, len(data.images)) == ("mnist", TRAIN, TRAIN + TEST)
+    assert (data.name, data.train_size, len(data.inputs)) == ("mnist", TRAIN, TRAIN + TEST)
 
 
 def test_a_given_root_is_a_promise(tmp_path, mnist):
@@ -656,8 +656,8 @@ def pickled(images: np.ndarray, labels: list[int]) -> bytes:
 
 def check_cifar(data, batches) -> None:
     assert (data.name, data.num_classes, data.train_size) == ("cifar10", 10, 5 * ROWS)
-    assert (data.images.dtype, data.labels.dtype) == (torch.uint8, torch.int64)
-    assert (data.images.numpy() == np.concatenate([images for images, _ in batches.values()])).all()
+    assert (data.inputs.dtype, data.labels.dtype) == (torch.uint8, torch.int64)
+    assert (data.inputs.numpy() == np.concatenate([images for images, _ in batches.values()])).all()
     assert data.labels.tolist() == [label for _, labels in batches.values() for label in labels]
 
 
@@ -866,7 +866,7 @@ def test_the_real_data(monkeypatch, load, images, train_size):
         if not str(error).startswith("cannot obtain"):
             raise  # there, but damaged
         pytest.skip(str(error))
-    assert tuple(data.images.shape) == images
+    assert tuple(data.inputs.shape) == images
     assert (data.num_classes, data.train_size) == (10, train_size)
     assert data.labels[:3].tolist() == ([5, 0, 4] if data.name == "mnist" else [6, 9, 9])
     assert (data.labels[:train_size].bincount() > 5000 * 0.99).all()

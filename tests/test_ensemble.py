@@ -15,8 +15,10 @@ from pkd_lightning.ensemble import ProgressiveEnsemble, load_student, save_descr
 from pkd_lightning.errors import RunError
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.prefixes import mix
+from pkd_lightning.tasks import ImageClassification
 
 SHAPE, CLASSES = (2, 4, 4), 5
+TASK = ImageClassification(SHAPE, CLASSES, torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
 MAMBA = "pkd_lightning.models.classifier.MambaClassifier"
 SCALES = [(0.3, 1.5), (0.7, 0.4), (2.0, 0.1), (0.5, 3.0)]  # the first a multiplies an ensemble of nobody
 
@@ -38,7 +40,7 @@ class Student(nn.Module):
 
 def make(scales=SCALES) -> ProgressiveEnsemble:
     torch.manual_seed(0)
-    return ProgressiveEnsemble([Student() for _ in scales], scales, torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
+    return ProgressiveEnsemble([Student() for _ in scales], scales, TASK)
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_parallel_runs_the_members_at_the_same_time(images):
 def test_parallel_mamba_students(images):
     torch.manual_seed(0)
     students = [MambaClassifier(SHAPE, CLASSES, seq_len=16, d_model=4, n_blocks=t) for t in (1, 2, 3)]
-    ensemble = ProgressiveEnsemble(students, SCALES[:3], torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
+    ensemble = ProgressiveEnsemble(students, SCALES[:3], TASK)
     with torch.no_grad():
         for _ in range(5):
             assert torch.equal(ensemble(images, parallel=True), ensemble(images))
@@ -204,7 +206,7 @@ def test_a_prefix_there_is_not(images, members, parallel):
 def test_members_and_scales_must_pair(members, scales):
     students = [Student() for _ in range(members)]
     with pytest.raises(ValueError, match=f"{members} members with {scales} scales"):
-        ProgressiveEnsemble(students, [(1.0, 1.0)] * scales, torch.zeros(2, 1, 1), torch.ones(2, 1, 1))
+        ProgressiveEnsemble(students, [(1.0, 1.0)] * scales, TASK)
 
 
 # ---------------------------------------------------------------------------------- files
@@ -232,8 +234,8 @@ def run(tmp_path, data):
     for t, student in enumerate(students):
         stem = tmp_path / "students" / f"{t:02d}"
         save_student(student, stem, MAMBA, {**OPTIONS, "d_state_step": t}, SHAPE, CLASSES)
-    ensemble = ProgressiveEnsemble(students, [(0.0, 1 / 3), (0.1, 0.7), (1.0, 2.0)], data.mean, data.std)
-    save_description(tmp_path / "students", ensemble.scales, ensemble.mean, ensemble.std)
+    ensemble = ProgressiveEnsemble(students, [(0.0, 1 / 3), (0.1, 0.7), (1.0, 2.0)], data.task)
+    save_description(tmp_path / "students", ensemble.scales, ensemble.task)
     return tmp_path, ensemble
 
 
@@ -246,19 +248,19 @@ def test_an_ensemble_comes_back_from_its_files(run, data, folder, kind):
     assert loaded.scales == ensemble.scales
     assert not loaded.training
     assert not any(module.training for module in loaded.modules())
-    raw = data.images[:20]
-    assert torch.equal(loaded.preprocess(raw), data.normalise(raw))
+    raw = data.inputs[:20]
+    assert torch.equal(loaded.preprocess(raw), data.task.prepare(raw))
     with torch.no_grad():
-        expected = ensemble(data.normalise(raw))
+        expected = ensemble(data.task.prepare(raw))
         assert torch.equal(loaded(loaded.preprocess(raw)), expected)
-        assert torch.equal(loaded(loaded.preprocess(raw), 2), ensemble(data.normalise(raw), 2))
+        assert torch.equal(loaded(loaded.preprocess(raw), 2), ensemble(data.task.prepare(raw), 2))
 
 
 def test_preprocessing_leaves_the_images_as_they_were(run, data):
     _, ensemble = run
-    raw = data.images[:5].clone()
+    raw = data.inputs[:5].clone()
     ensemble.preprocess(raw)
-    assert torch.equal(raw, data.images[:5])
+    assert torch.equal(raw, data.inputs[:5])
 
 
 def test_a_student_comes_back_with_its_options(run):
@@ -270,15 +272,13 @@ def test_a_student_comes_back_with_its_options(run):
     for name, value in ensemble.members[1].state_dict().items():
         assert torch.equal(student.state_dict()[name], value)
     described = json.loads((directory / "students" / "01.json").read_text())
-    assert described["image_shape"] == list(SHAPE)
+    assert described["input_shape"] == list(SHAPE)
     assert described["options"]["d_state_step"] == 1
 
 
 def test_a_shorter_list_of_scales_loads_the_first_students(run):
     directory, ensemble = run
-    shorter = ProgressiveEnsemble.from_students(
-        directory / "students", ensemble.scales[:2], ensemble.mean, ensemble.std
-    )
+    shorter = ProgressiveEnsemble.from_students(directory / "students", ensemble.scales[:2], ensemble.task)
     images = torch.randn(3, *SHAPE)
     torch.testing.assert_close(shorter(images), ensemble(images, 2))
 

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkd_lightning import evaluate as evaluation
-from pkd_lightning import matrix
+from pkd_lightning import matrix, metrics
 from pkd_lightning.checkpoint import write_json
 from pkd_lightning.cost import Latency
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import RunError
-from pkd_lightning.evaluate import calibration_error, quality
+from pkd_lightning.metrics import calibration_error, quality
 from tests.support import patterns, tiny_run
 
 SCALES = [(1.0, 1.0), (0.6, 0.4), (0.7, 0.3)]
@@ -48,9 +48,9 @@ def parts(monkeypatch):
     monkeypatch.setattr(evaluation, "latency", lambda forward, image: Latency(1.0, False))
     data = DataModule(DataConfig(partial(patterns, samples=700, classes=5)))
     torch.manual_seed(0)
-    members = [Linear(data.image_shape, 5) for _ in SCALES]
-    teacher = SimpleNamespace(model=Linear(data.image_shape, 5))
-    return data, teacher, ProgressiveEnsemble(members, SCALES, data.mean, data.std)
+    members = [Linear(data.task.input_shape, 5) for _ in SCALES]
+    teacher = SimpleNamespace(model=Linear(data.task.input_shape, 5))
+    return data, teacher, ProgressiveEnsemble(members, SCALES, data.task)
 
 
 def evaluated(parts, directory: Path):
@@ -67,11 +67,11 @@ def test_every_prefix_is_the_ensembles_own(parts, monkeypatch, tmp_path):
         seen.append((logits.clone(), None if teacher is None else teacher.clone()))
         return {"accuracy": 0.5}
 
-    monkeypatch.setattr(evaluation, "quality", recorded)
+    monkeypatch.setattr(metrics, "quality", recorded)
     monkeypatch.setattr(matrix, "CHUNK_BYTES", 16 * 4 * 5)  # 16 rows at a time
     monkeypatch.setattr(matrix, "MAPPED_BYTES", 0)  # in files
     evaluated(parts, tmp_path)
-    images = data.normalise(data.images[data.test.start :])
+    images = data.task.prepare(data.inputs[data.test.start :])
     with torch.no_grad():
         expected = [teacher.model(images)]
         for t, member in enumerate(ensemble.members):
@@ -108,7 +108,7 @@ def test_three_matrices_of_logits_whatever_the_number_of_students(parts, monkeyp
 def test_logits_that_are_not_finite_on_test_rows_are_an_error_that_says_which(parts, monkeypatch, tmp_path, who):
     monkeypatch.setattr(matrix, "CHUNK_BYTES", 16 * 4 * 5)
     data, teacher, ensemble = parts
-    poison = data.normalise(data.images[[data.test.start + row for row in NAN_ROWS]]).flatten(1)
+    poison = data.task.prepare(data.inputs[[data.test.start + row for row in NAN_ROWS]]).flatten(1)
     (teacher.model if who == "the teacher" else ensemble.members[1]).poison = poison
     with pytest.raises(RunError, match=rf"logits of {who} are not finite on 2 of 210 test rows \(2, 50, from 0"):
         evaluated(parts, tmp_path)

@@ -83,7 +83,7 @@ def plain_loop(
             optimizer.param_groups[0]["lr"] = base * config.schedule(step / total)
             optimizer.zero_grad()
             with torch.autocast(device, half) if half else nullcontext():
-                loss = F.cross_entropy(model(batch.images.to(device)), batch.labels.to(device))
+                loss = F.cross_entropy(model(batch.inputs.to(device)), batch.labels.to(device))
             scaler.scale(loss).backward()
             if config.gradient_clip is not None:
                 scaler.unscale_(optimizer)
@@ -270,7 +270,7 @@ def test_the_epochs_lines_hold_the_means_over_all_samples(tmp_path: Path) -> Non
     model = network()
     for part, rows in (("train", data.training), ("validation", data.validation)):
         rows_ = slice(rows.start, rows.stop)
-        logits, labels = model(data.normalise(data.images[rows_])).detach(), data.labels[rows_]
+        logits, labels = model(data.task.prepare(data.inputs[rows_])).detach(), data.labels[rows_]
         assert line[f"{part}_loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
     assert line["validation_accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
 

@@ -25,7 +25,7 @@ def test_imports_inside_functions_and_of_packages_count() -> None:
     ("module", "imported", "said"),
     [
         ("losses", "boosting.options", "losses imports boosting.options, of a higher floor"),
-        ("data.images", "data.module", "a circle: "),
+        ("data.sets", "data.module", "a circle: "),
         ("models.building", "data.module", "a circle: "),  # between packages of a floor, not between modules
         ("stray", "errors", "stray is on no floor"),
     ],

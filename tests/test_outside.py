@@ -2,23 +2,31 @@
 and tests/conf.
 """
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.objectives import RoundBatch
+from pkd_lightning.data.module import DataConfig, DataModule
+from pkd_lightning.data.signals import SignalSet, load_npz
 from pkd_lightning.ensemble import ProgressiveEnsemble, save_description, save_student
-from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.errors import ConfigError, DataError, RunError
 from pkd_lightning.models import building
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.outputs import Output, Taps, output_of
+from pkd_lightning.tasks import ImageClassification, SignalClassification
 from pkd_lightning.teacher import CachedTeacher
-from tests.outside import attention, averaging
+from tests.outside import attention, averaging, counts
 from tests.support import ACCEPT, tiny_run
+
+MAMBA = "pkd_lightning.models.classifier.MambaClassifier"
 
 # ---------------------------------------------------------------------------------- a loss on features
 
@@ -142,7 +150,8 @@ def test_a_mixer_that_a_file_names_is_imported_only_where_it_is_trusted(
     model = MambaClassifier((1, 8, 8), 3, mixer=mixer, **options)
     path = "pkd_lightning.models.classifier.MambaClassifier"
     save_student(model, tmp_path / "00", path, {**options, "mixer": mixer}, (1, 8, 8), 3)
-    save_description(tmp_path, [(1.0, 1.0)], torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    task = ImageClassification((1, 8, 8), 3, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    save_description(tmp_path, [(1.0, 1.0)], task)
     monkeypatch.setattr(building, "configured", set())  # as in another process
     with pytest.raises(RunError, match=rf"mixer='{mixer}': is not of pkd_lightning; where you trust its code"):
         ProgressiveEnsemble.load(tmp_path)
@@ -168,3 +177,146 @@ def test_a_mixer_that_a_file_names_is_imported_only_where_it_is_trusted(
 def test_what_is_no_mixer_is_a_fault(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MambaClassifier((1, 8, 8), 3, **{"tokeniser": "patches", "d_model": 3, "norm": "rms", **options})
+
+
+# ---------------------------------------------------------------------------------- a data source of signals
+
+
+def waves(samples: int = 240, channels: int = 2, length: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Signals of three frequencies under noise, on another scale in each channel."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(samples) % 3
+    time = np.arange(length) * 2 * np.pi / length
+    signals = np.sin((1 + labels)[:, None, None] * time + rng.uniform(0, 6, (samples, 1, 1)))
+    signals = signals + 0.2 * rng.standard_normal((samples, channels, length))
+    return signals * np.array([1.0, 100.0])[:channels, None] + 5, labels
+
+
+SIGNALS = ("data=signals", "student.common={tokeniser: pixels, seq_len: 16, norm: rms, d_state: 2, head: mean}",
+           "~teacher.model.patch_size", "teacher.model.tokeniser=pixels", "+teacher.model.seq_len=16")  # fmt: skip
+
+
+def test_signals_go_through_a_run_as_images_do(tmp_path: Path) -> None:
+    signals, labels = waves()
+    np.savez(tmp_path / "waves.npz", signals=signals, labels=labels, train_size=180)
+    tiny = [f"data.root={tmp_path / 'waves.npz'}", "data.source._target_=pkd_lightning.data.signals.load_npz"]
+    results = tiny_run(tmp_path / "runs", *SIGNALS, *tiny, ACCEPT)
+    assert results["dataset"] == "waves"
+    assert len(results["rounds"]) == 3
+    assert results["rounds"][0]["macs_total"] > 0
+    (run,) = (path.parent for path in tmp_path.rglob("results.json"))
+    ensemble = ProgressiveEnsemble.load(run)
+    assert isinstance(ensemble.task, SignalClassification)
+    assert (ensemble.task.input_shape, ensemble.task.num_classes) == ((2, 16), 3)
+    raw = torch.from_numpy(signals[:5].astype(np.float32))
+    prepared = ensemble.preprocess(raw)
+    mean, std = ensemble.task.mean, ensemble.task.std
+    torch.testing.assert_close(prepared, (raw - mean) / std)
+    assert 60 < float(std[1] / std[0]) < 140
+    assert ensemble(prepared).shape == (5, 3)
+
+
+def test_statistics_of_signals_are_those_of_the_training_originals() -> None:
+    signals, labels = waves()
+    whole = SignalSet("waves", torch.from_numpy(signals.astype(np.float32)), torch.from_numpy(labels), 3, 180)
+    data = DataModule(DataConfig(lambda root: whole))
+    prepared = data.task.prepare(data.inputs[: data.originals]).double()
+    assert prepared.mean((0, 2)).abs().max() < 1e-5
+    assert (prepared.std((0, 2), correction=0) - 1).abs().max() < 1e-5
+    assert data.task.prepare(data.inputs[data.test.start :]).double().mean((0, 2)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"signals": np.zeros((4, 8))}, "has no array labels; it has signals"),
+        ({"signals": np.zeros((4, 8)), "labels": np.array(list("abab"))}, "labels are of type <U1, not numbers"),
+        ({"signals": np.zeros((4, 8)), "labels": np.array([0.0, 1, 0, 1])}, "labels are of type float64, not numbers"),
+        ({"signals": np.zeros((4, 1, 8, 8)), "labels": np.arange(4) % 2}, "torch.float32 of shape (4, 1, 8, 8), not"),
+        ({"signals": np.full((4, 8), np.nan), "labels": np.arange(4) % 2}, "4 signals hold values that are not finite"),
+        ({"signals": np.zeros((4, 0)), "labels": np.arange(4) % 2}, "have no values"),
+        (
+            {"signals": np.zeros((4, 8)), "labels": np.arange(5) % 2},
+            "labels are torch.int64 of shape (5,), not",
+        ),
+        (
+            {"signals": np.zeros((4, 8)), "labels": np.arange(4) % 2, "train_size": 9},
+            "train_size=9 is not within",
+        ),
+    ],
+)
+def test_a_file_without_such_signals_is_one_error(arrays: dict[str, Any], said: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", **arrays)
+    with pytest.raises(DataError) as error:
+        load_npz(str(tmp_path / "mine.npz"))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut", b"no archive"])
+def test_a_file_that_cannot_be_read_is_one_error(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "mine.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_npz(str(path))
+    np.save(tmp_path / "mine.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"no \.npz file"):
+        load_npz(str(tmp_path / "mine.npy"))
+    with pytest.raises(DataError, match=r"data\.root: must name a \.npz file"):
+        load_npz()
+
+
+# ---------------------------------------------------------------------------------- another task
+
+
+def test_another_task(tmp_path: Path) -> None:
+    model = "tests.outside.counts.Perceptron"
+    results = tiny_run(
+        tmp_path, "data=counts", "data.source._target_=tests.outside.counts.load", f"student.model={model}",
+        "~student.common", "student.rungs=[{width: 4}, {width: 6}, {width: 8}]", "~teacher.model",
+        f"+teacher.model={{_target_: {model}, _partial_: true, width: 16}}", "+name=counts", ACCEPT,
+    )  # fmt: skip
+    assert results["ensemble"]["accuracy"] <= results["rounds"][-1]["prefix_top_2"] <= 1
+    assert 0 < results["teacher"]["top_2"] <= 1
+    (run,) = (path.parent for path in tmp_path.rglob("results.json"))
+    ensemble = ProgressiveEnsemble.load(run)
+    assert isinstance(ensemble.task, counts.LogCounts)
+    raw = counts.load().counts[:7]
+    torch.testing.assert_close(ensemble.preprocess(raw), (raw + ensemble.task.offset).log())
+
+
+def test_a_task_that_a_file_names_is_imported_only_where_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "configured", set())
+    save_student(MambaClassifier((1, 8, 8), 3, seq_len=4), tmp_path / "00", MAMBA, {"seq_len": 4}, (1, 8, 8), 3)
+    save_description(tmp_path, [(1.0, 1.0)], counts.LogCounts((1, 8, 8), 3, 2.5))
+    with pytest.raises(RunError, match=r"task='tests.outside.counts.LogCounts': is not of pkd_lightning"):
+        ProgressiveEnsemble.load(tmp_path)
+    task = ProgressiveEnsemble.load(tmp_path, trust="tests.outside.counts").task
+    assert isinstance(task, counts.LogCounts)
+    assert task.offset == 2.5
+    content = json.loads((tmp_path / "ensemble.json").read_text())
+    for name, value in (("task", "os.system"), ("task", "pkd_lightning.models.mamba.Mamba"), ("input_shape", [1, "x"])):
+        (tmp_path / "ensemble.json").write_text(json.dumps({**content, name: value, "blake2b": None}))
+        with pytest.raises(RunError, match=r"ensemble\.json"):
+            ProgressiveEnsemble.load(tmp_path, trust=True)
+
+
+def test_an_ensemble_of_an_earlier_version_has_the_task_of_its_images(tmp_path: Path) -> None:
+    """Its ensemble.json has the statistics alone, its students their `image_shape`."""
+    model = MambaClassifier((2, 8, 8), 3, seq_len=4)
+    save_student(model, tmp_path / "00", MAMBA, {"seq_len": 4}, (2, 8, 8), 3)
+    student = json.loads((tmp_path / "00.json").read_text())
+    student["image_shape"] = student.pop("input_shape")
+    for entry in (student, old := {"scales": [[0.0, 1.0]], "mean": [0.1, 0.2], "std": [0.3, 0.4]}):
+        entry.pop("blake2b", None)
+    (tmp_path / "00.json").write_text(json.dumps(student))
+    (tmp_path / "ensemble.json").write_text(json.dumps(old))
+    ensemble = ProgressiveEnsemble.load(tmp_path)
+    assert isinstance(ensemble.task, ImageClassification)
+    assert (ensemble.task.input_shape, ensemble.task.num_classes) == ((2, 8, 8), 3)
+    raw = torch.randint(0, 256, (3, 2, 8, 8), dtype=torch.uint8)
+    expected = (raw / 255 - torch.tensor([0.1, 0.2])[:, None, None]) / torch.tensor([0.3, 0.4])[:, None, None]
+    torch.testing.assert_close(ensemble.preprocess(raw), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ensemble(expected), model(expected))

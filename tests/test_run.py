@@ -93,7 +93,7 @@ def test_reported_accuracies_are_those_of_the_saved_ensemble(tmp_path: Path) -> 
     data = DataModule(assemble(tiny_config(tmp_path)).data)
     (done,) = tmp_path.rglob("DONE")
     ensemble = ProgressiveEnsemble.load(done.parent)
-    images, labels = data.images[data.test.start :], data.labels[data.test.start :]
+    images, labels = data.inputs[data.test.start :], data.labels[data.test.start :]
     for t, row in enumerate(results["rounds"]):
         logits = ensemble(ensemble.preprocess(images), members=t + 1)
         assert (logits.argmax(-1) == labels).float().mean().item() == pytest.approx(row["prefix_accuracy"])
@@ -113,7 +113,7 @@ def test_the_test_part_decides_nothing(tmp_path: Path) -> None:
 
     def noisy(**options: object) -> object:
         data = original(**options)  # type: ignore[arg-type]
-        data.images[data.train_size :] = 255 - data.images[data.train_size :].flip(0)
+        data.inputs[data.train_size :] = 255 - data.inputs[data.train_size :].flip(0)
         return data
 
     support.patterns = noisy  # type: ignore[assignment]

@@ -50,13 +50,13 @@ def test_a_torchvision_resnet_from_a_checkpoint_teaches(form: str, tmp_path: Pat
     (stored,) = tmp_path.rglob("teachers/*.safetensors")
     logits = cached_logits(resnet, data, stored, fingerprint(resnet, data), torch.device("cpu"))
     with torch.no_grad():
-        direct = resnet(data.normalise(data.images[data.validation.start : data.validation.start + 4]))
+        direct = resnet(data.task.prepare(data.inputs[data.validation.start : data.validation.start + 4]))
     torch.testing.assert_close(logits[data.validation.start : data.validation.start + 4], direct, rtol=1e-3, atol=1e-3)
     assert not list(tmp_path.rglob("teacher.json"))  # nothing was trained
 
 
 def test_a_teacher_that_does_not_fit_the_images_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read images"):
+    with pytest.raises(ConfigError, match="cannot read inputs"):
         run(load_config(*RGB, "data.source.channels=1", f"run_root={tmp_path}"))
     with pytest.raises(ConfigError, match=r"gives shape \(2, 10\)"):
         run(load_config(*RGB, "data.source.classes=4", f"run_root={tmp_path}"))
@@ -138,7 +138,7 @@ def test_the_fingerprint_follows_weights_and_images(tmp_path: Path) -> None:
     one = fingerprint(model, data)
     assert fingerprint(model, data) == one
     other_image, other_label = (DataModule(assemble(tiny_config(tmp_path)).data) for _ in range(2))
-    other_image.images[0, 0, 0, 0] += 1
+    other_image.inputs[0, 0, 0, 0] += 1
     other_label.labels[0] = (other_label.labels[0] + 1) % 3
     two, three = fingerprint(model, other_image), fingerprint(model, other_label)
     with torch.no_grad():

@@ -31,6 +31,7 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import FitResult, predict
 from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.tasks import SignalClassification
 from pkd_lightning.teacher import CachedTeacher, Teacher
 from pkd_lightning.trainer import TrainerConfig
 from tests.support import patterns, tiny_config
@@ -296,7 +297,7 @@ def test_round_losses_are_those_of_float64_numpy(name: str, weighed: bool) -> No
     if not weighed:
         targets.weight = None
     loss, ensemble = module.losses(batch)
-    student, teacher = module.model(batch.images), targets.teacher.logits[batch.index]
+    student, teacher = module.model(batch.inputs), targets.teacher.logits[batch.index]
     mixed = 0.75 * targets.ensemble[batch.index] + 0.25 * student  # round 3, from 0, of the mean
     torch.testing.assert_close(ensemble, mixed)
     weight = targets.weight[batch.index].double().numpy() if targets.weight is not None else np.ones(3)
@@ -315,7 +316,7 @@ def test_the_first_round_trains_the_student_alone_whatever_the_objective() -> No
         module, batch = student_module(name, combine.learned, round_=0, alpha=0.3)
         module.targets.weight = None
         loss, ensemble = module.losses(batch)
-        student, teacher = module.model(batch.images), module.targets.teacher.logits[batch.index]
+        student, teacher = module.model(batch.inputs), module.targets.teacher.logits[batch.index]
         rows = 0.3 * cross_entropy(student, batch.labels) + 0.7 * divergence(student, teacher, 2.0)
         assert float(loss.detach()) == pytest.approx(float(rows.mean()), rel=1e-5)
         torch.testing.assert_close(ensemble, student)
@@ -349,10 +350,10 @@ def test_scales_that_nothing_learns_are_not_optimised() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_predictions_are_those_of_evaluation_mode(training: bool) -> None:
     data = DataModule(DataConfig(partial(patterns, samples=200)))
-    model = Linear(data.image_shape, 3).train(training)
+    model = Linear(data.task.input_shape, 3).train(training)
     found = predict(model, data, data.validation, torch.device("cpu"), batch_size=7)
     assert model.training is training
-    images = data.normalise(data.images[data.validation.start : data.validation.stop])
+    images = data.task.prepare(data.inputs[data.validation.start : data.validation.stop])
     with torch.no_grad():
         torch.testing.assert_close(found, model.eval()(images))
     assert not found.requires_grad
@@ -380,14 +381,12 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Any:
     first = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.8, 0.1, 0.1], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8]]))
     second = torch.log(torch.tensor([[0.2, 0.6, 0.2], [0.1, 0.8, 0.1], [0.1, 0.2, 0.7], [0.2, 0.2, 0.6]]))
     images = torch.arange(4)[:, None, None, None].expand(4, 1, 2, 2)
+    task = SignalClassification((1, 2, 2), 3, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # inputs as they are
     data = SimpleNamespace(
-        test=range(4), labels=target, images=images, num_classes=3, image_shape=(1, 2, 2),
-        normalise=lambda images: images.float(),
+        test=range(4), labels=target, inputs=images, num_classes=3, task=task,
         loader=lambda rows, size: [Batch(torch.arange(4), images.float(), target)],
     )  # fmt: skip
-    ensemble = ProgressiveEnsemble(
-        [Fixed(first), Fixed(second)], [(1.0, 1.0), (0.25, 0.75)], torch.zeros(1), torch.ones(1)
-    )
+    ensemble = ProgressiveEnsemble([Fixed(first), Fixed(second)], [(1.0, 1.0), (0.25, 0.75)], task)
     asked: list[Any] = []
 
     def latency(forward: Any, image: Tensor) -> Latency:
@@ -426,7 +425,7 @@ def test_results_of_hand_made_logits(by_hand: Any, tmp_path: Path) -> None:
 def test_each_latency_is_of_its_own_model_or_prefix(by_hand: Any, tmp_path: Path) -> None:
     data, teacher, ensemble, asked, _ = by_hand
     found = evaluation.evaluate(teacher, ensemble, data, [{}, {}], torch.device("cpu"), tmp_path)
-    image = data.images[:1].float()
+    image = data.inputs[:1].float()
 
     def timed(milliseconds: float) -> Tensor:
         return asked[int(milliseconds) - 1](image)  # type: ignore[no-any-return]

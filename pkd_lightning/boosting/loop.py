@@ -142,7 +142,7 @@ class BoostingLoop:
         )  # fmt: skip
         logger.info("training a student: %s", description)
         with seeded(self.seed, stage.key, state.rung, "init"):
-            model = self.ladder.build(state.rung, data.image_shape, data.num_classes)
+            model = self.ladder.build(state.rung, data.task.input_shape, data.num_classes)
         module = StudentModule(model, self.trainer, self.config, self.objective, self.combination, targets)
         require = required(self.config, self.objective)
         n = len(data.training)
@@ -211,7 +211,7 @@ class BoostingLoop:
         state, n = self.state, len(self.data.training)
         save_student(
             candidate.model, self.directory / "students" / f"{state.round:02d}",
-            self.ladder.path, self.ladder.rungs[state.rung], self.data.image_shape, self.data.num_classes,
+            self.ladder.path, self.ladder.rungs[state.rung], self.data.task.input_shape, self.data.num_classes,
         )  # fmt: skip
         residual, on_validation = (
             Difference(candidate.logits[rows], self.teacher_logits[rows]) for rows in (slice(n), slice(n, None))
@@ -276,19 +276,17 @@ class BoostingLoop:
         )
 
     def ensemble(self) -> ProgressiveEnsemble:
-        """The students so far, with their scales and the pixel statistics of the data."""
+        """The students so far, with their scales and the task."""
         data = self.data
         return ProgressiveEnsemble.from_students(
-            self.directory / "students", self.state.scales, data.mean, data.std, data.class_labels
+            self.directory / "students", self.state.scales, data.task, data.class_labels
         )
 
     def describe(self) -> None:
         """Write what loads and reports the students so far; after `boosting.ckpt`, so that it is never ahead of it."""
         students = self.directory / "students"
         if self.state.round > 0:
-            save_description(
-                students, self.state.scales, self.data.mean, self.data.std, self.data.class_labels, self.done
-            )
+            save_description(students, self.state.scales, self.data.task, self.data.class_labels, self.done)
         else:
             (students / "ensemble.json").unlink(missing_ok=True)  # of rounds that are started anew
         experiment = self.directory.parent.name

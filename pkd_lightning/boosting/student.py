@@ -96,7 +96,7 @@ class StudentModule(FitModule):
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The round's loss, and the logits of the ensemble with the student."""
         index, targets = batch.index, self.targets
-        student, teacher = self(batch.images), targets.teacher.outputs(index, batch.images)
+        student, teacher = self(batch.inputs), targets.teacher.outputs(index, batch.inputs)
         ensemble = mix(targets.ensemble[index], student.logits, self._scales())
         view = RoundBatch(
             student.logits, ensemble, teacher.logits, batch.labels, targets.indicator[index], targets.bound,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pkd_lightning.data.images import ImageSet
+from pkd_lightning.data.sets import LabelledSet
 from pkd_lightning.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ EmptyClasses = Literal["renumber", "keep"]
 MOST_NAMED = 8
 
 
-def without_empty(data: ImageSet, empty: EmptyClasses) -> tuple[ImageSet, list[int] | None]:
+def without_empty(data: LabelledSet, empty: EmptyClasses) -> tuple[LabelledSet, list[int] | None]:
     """Renumber the labels of a set some of whose classes have no sample, or `keep` them, and say which they are.
 
     An output for a class without samples costs parameters and is never right.
@@ -44,7 +44,8 @@ def without_empty(data: ImageSet, empty: EmptyClasses) -> tuple[ImageSet, list[i
         found, len(present), number,
     )  # fmt: skip
     originals = present.tolist()
-    return replace(data, labels=labels, num_classes=len(present)), None if originals[-1] < len(present) else originals
+    data = replace(data, labels=labels, num_classes=len(present))  # type: ignore[type-var]  # each is a dataclass
+    return data, None if originals[-1] < len(present) else originals
 
 
 def warn_of_unlearned(training: Tensor, num_classes: int, class_labels: list[int] | None) -> None:

@@ -60,7 +60,7 @@ class EpochLoader:
             )  # fmt: skip
             self.loader = None  # ends the processes
         keys = islice(self.sampler, delivered, None)
-        batch_bytes = self.sampler.batch_size * self.dataset.data.images[0].numel() * 4
+        batch_bytes = self.sampler.batch_size * self.dataset.data.inputs[0].numel() * 4
         size = max(1, min(GROUP, GROUP_BYTES // batch_bytes))
         while group := list(islice(keys, size)):
             yield from self.dataset.__getitems__(group)

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from pkd_lightning.checks import Faults
 from pkd_lightning.data.classes import EmptyClasses, warn_of_unlearned, without_empty
-from pkd_lightning.data.images import ImageSet, normaliser
+from pkd_lightning.data.sets import LabelledSet
 from pkd_lightning.errors import ConfigError, PKDError
+from pkd_lightning.models.building import trusted
 from pkd_lightning.seeding import derive, generator
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,10 @@ COPIES_AT_ONCE = 128  # what augmenting them needs in between stays in the proce
 
 
 class Batch(NamedTuple):
-    """One batch: sample index (batch,), normalised images (batch, C, H, W), labels (batch,)."""
+    """One batch: sample index (batch,), prepared inputs (batch, *input_shape), labels (batch,)."""
 
     index: Tensor  # type: ignore[assignment]  # the contract's name; hides tuple.index
-    images: Tensor
+    inputs: Tensor
     labels: Tensor
 
 
@@ -53,7 +54,7 @@ class DataConfig:
     """Where the data comes from and how it is split.
 
     Attributes:
-        source: root to `ImageSet` (a Hydra partial).
+        source: root to `LabelledSet` (a Hydra partial).
         root: directory of the files, for sources that read files; None for the source's own search.
         split: `paper`: train and test pooled and split anew, seeded; `official`: the data set's own test part.
         test_fraction: the pool's part kept for the test (`paper` only).
@@ -68,7 +69,7 @@ class DataConfig:
         empty_classes: `renumber`: classes without a sample in the whole set get no output; `keep`: they get one.
     """
 
-    source: Callable[..., ImageSet]
+    source: Callable[..., LabelledSet]
     root: str | None = None
     split: Split = "paper"
     test_fraction: float = 0.3
@@ -96,25 +97,25 @@ class DataConfig:
 
 
 class DataModule:
-    """An image data set in memory, split into training, validation and test rows.
+    """A data set in memory, split into training, validation and test rows.
 
     Samples are renumbered so that a row number is the sample index everywhere: training rows first, then validation,
-    then test. Teacher logits and residual matrices are stored by this index. The training rows are the original images
-    and after them their copies, if any: row k * originals + i is the k-th copy of image i.
+    then test. Teacher logits and residual matrices are stored by this index. The training rows are the original
+    samples and after them their copies, if any: row k * originals + i is the k-th copy of sample i.
 
     Args:
         config: see `DataConfig`.
 
     Attributes:
-        images: (N, C, H, W) uint8.
+        inputs: (N, *input_shape), as the source has them.
         labels: (N,) int64 in [0, num_classes).
         class_labels: the label of each class in the source, where classes without samples were left out; else None.
-        originals: number of training images without their copies.
+        originals: number of training samples without their copies.
         sizes: (training, validation, test) number of rows, copies included.
-        mean, std: (C, 1, 1) of the original training images, of pixels scaled to [0, 1].
+        task: what is known of the inputs, with statistics of the original training samples.
 
     Raises:
-        ConfigError: where the source fails or gives no `ImageSet`, a part of the split would be empty, or
+        ConfigError: where the source fails or gives no `LabelledSet`, a part of the split would be empty, or
             `config.augment` makes no copies.
         DataError: from the source.
     """
@@ -127,20 +128,20 @@ class DataModule:
         train, validation, test = split_rows(data, config)
         order = torch.cat([train.repeat(1 + config.copies), validation, test])
         # index_select: contiguous rows whatever the layout of the source's tensors, and no copy of them in between
-        self.images, self.labels = data.images.index_select(0, order), data.labels.index_select(0, order)
+        self.inputs, self.labels = data.inputs.index_select(0, order), data.labels.index_select(0, order)
         self.originals = len(train)
         warn_of_unlearned(self.labels[: self.originals], self.num_classes, self.class_labels)
         self.sizes = (len(order) - len(validation) - len(test), len(validation), len(test))
         self._augment_copies()
-        self.mean, self.std = _channel_statistics(self.images[: self.originals])
-        self._scale, self._shift = normaliser(self.mean, self.std)
+        self.task = data.task.fitted(self.inputs[: self.originals], self.num_classes)
+        trusted(type(self.task))
 
     def _augment_copies(self) -> None:
         """Augment, in place, the copies, which are plain so far. What the k-th are does not depend on their number."""
         for k in range(1, self.config.copies + 1):
             assert self.config.augment is not None
             draws = generator(self.config.split_seed, "copies", k)
-            for part in self.images[k * self.originals : (k + 1) * self.originals].split(COPIES_AT_ONCE):
+            for part in self.inputs[k * self.originals : (k + 1) * self.originals].split(COPIES_AT_ONCE):
                 try:
                     copies = self.config.augment(part.clone(), draws)
                 except Exception as error:  # whatever the user's function raises is the fault
@@ -151,19 +152,13 @@ class DataModule:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of the images and labels of the training and validation rows, in their order."""
+        """A hash of the inputs and labels of the training and validation rows, in their order."""
         rows = slice(0, self.validation.stop)
         digest = hashlib.blake2b(digest_size=16)
-        for part in (self.images[rows], self.labels[rows]):
+        for part in (self.inputs[rows], self.labels[rows]):
             digest.update(part.numpy().data)
         digest.update(str(self.sizes).encode())
         return digest.hexdigest()
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
 
     @property
     def training(self) -> range:
@@ -179,10 +174,6 @@ class DataModule:
     def test(self) -> range:
         """The test rows. Read once, at the end of a run; no choice depends on them."""
         return range(self.sizes[0] + self.sizes[1], sum(self.sizes))
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images (batch, C, H, W) to float32 of mean 0 and standard deviation 1 over the training originals."""
-        return images.to(torch.float32, copy=True).mul_(self._scale).add_(self._shift)
 
     def training_loader(self, batch_size: int, seed: int, stage: str, num_workers: int = 0) -> DataLoader[Batch]:
         """Shuffled training batches, augmented where no copies are; the order is a function of (seed, stage, epoch)."""
@@ -215,11 +206,11 @@ class BatchDataset(Dataset[Batch]):
     def __getitem__(self, key: BatchKey) -> Batch:
         """The batch of `key`."""
         rows, augmentation_seed = key
-        images = self.data.images.index_select(0, rows)
+        inputs = self.data.inputs.index_select(0, rows)
         if augmentation_seed is not None:
             assert self.data.config.augment is not None
-            images = self.data.config.augment(images, torch.Generator().manual_seed(augmentation_seed))
-        return Batch(rows, self.data.normalise(images), self.data.labels.index_select(0, rows))
+            inputs = self.data.config.augment(inputs, torch.Generator().manual_seed(augmentation_seed))
+        return Batch(rows, self.data.task.prepare(inputs), self.data.labels.index_select(0, rows))
 
     def __getitems__(self, keys: Sequence[BatchKey]) -> list[Batch]:
         """The batches of `keys`, equal to those fetched one by one.
@@ -284,11 +275,11 @@ class EpochSampler(Sampler[BatchKey]):
             yield BatchKey(batch, seed)
 
 
-def load_source(config: DataConfig) -> ImageSet:
+def load_source(config: DataConfig) -> LabelledSet:
     """Call the source.
 
     Raises:
-        ConfigError: where it cannot be called, fails or gives no `ImageSet`.
+        ConfigError: where it cannot be called, fails or gives no `LabelledSet`.
         DataError: from the source.
     """
     root = None if config.root is None else str(Path(config.root).expanduser())
@@ -303,12 +294,12 @@ def load_source(config: DataConfig) -> ImageSet:
         raise
     except Exception as error:  # whatever the user's function raises is the fault
         raise ConfigError([f"data.source: fails ({type(error).__name__}: {error})"]) from error
-    if not isinstance(data, ImageSet):
-        raise ConfigError([f"data.source: gives a {type(data).__name__}, not a pkd_lightning.data.images.ImageSet"])
+    if not isinstance(data, LabelledSet):
+        raise ConfigError([f"data.source: gives a {type(data).__name__}, not an ImageSet or other LabelledSet"])
     return data
 
 
-def split_rows(data: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor, Tensor]:
+def split_rows(data: LabelledSet, config: DataConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Row numbers of `data` for training, validation and test, a function of `config.split_seed` alone.
 
     Raises:
@@ -333,14 +324,3 @@ def split_rows(data: ImageSet, config: DataConfig) -> tuple[Tensor, Tensor, Tens
             ]
         )
     return training, validation, test
-
-
-def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel of uint8 images scaled to [0, 1], each (C, 1, 1)."""
-    # by counting values: exact, and no float copy of the data
-    counts = torch.stack([torch.bincount(plane.flatten(), minlength=256) for plane in images.transpose(0, 1)]).double()
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = (counts * values).sum(1) / counts.sum(1)
-    variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
-    std = variance.sqrt().clamp(min=1e-6)  # a constant channel stays finite
-    return mean.float()[:, None, None], std.float()[:, None, None]

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.outputs import output_of
 
+InputShape = tuple[int, ...]
 ImageShape = tuple[int, int, int]
 Trust = bool | str | Sequence[str]
 PACKAGE = __name__.split(".")[0]
@@ -45,60 +46,64 @@ def import_part(key: str, path: str) -> Callable[..., Any]:
         ConfigError: see `import_model`.
     """
     trust = _trust.get()
-    try:
-        part = import_model(path, trust)
-    except ConfigError as error:
-        raise ConfigError([fault.replace("model=", f"{key}=", 1) for fault in error.faults]) from error
+    part = import_model(path, trust, key)
     if trust is True:
         configured.add(path)
     return part
 
 
-def import_model(path: str, trust: Trust) -> Callable[..., Any]:
+def trusted(cls: type) -> None:
+    """Note that a class is used in this process, by its configuration: a file may name it."""
+    configured.add(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def import_model(path: str, trust: Trust, key: str = "model", kind: type = nn.Module) -> Callable[..., Any]:
     """The model at an import path, which is imported only where it is trusted, and not called.
 
     Args:
         path: import path.
         trust: import paths of models, or of packages with all models in them, that are trusted besides this package
             and those `configured`. True: any.
+        key: what names it, for messages.
+        kind: what it must be a class of.
 
     Raises:
-        ConfigError: where it is not trusted, cannot be imported, or is neither a class of torch modules nor a function
-            annotated to return one.
+        ConfigError: where it is not trusted, cannot be imported, or is no class of `kind`, nor a function annotated to
+            return one.
     """
     given = [PACKAGE, *([trust] if isinstance(trust, str) else trust or [])] if trust is not True else [path]
     inside = [name for name in given if f"{path}.".startswith(f"{name}.")]
     advice = f"where you trust its code, which loading it runs, say trust={path!r}, or its package"
     if path not in configured and not inside:
-        raise ConfigError([f"model={path!r}: is not of {PACKAGE}; {advice}"])
+        raise ConfigError([f"{key}={path!r}: is not of {PACKAGE}; {advice}"])
     try:
         model: Callable[..., Any] = get_object(path)
         made = model if isinstance(model, type) else inspect.signature(model, eval_str=True).return_annotation
     except Exception as error:  # get_object raises whatever the module's import does
-        raise ConfigError([f"model={path!r}: cannot be imported ({error})"]) from error
-    if not (isinstance(made, type) and issubclass(made, nn.Module)):
-        raise ConfigError(
-            [f"model={path!r}: must be a class of torch.nn.Module, or a function annotated to return one"]
-        )
+        raise ConfigError([f"{key}={path!r}: cannot be imported ({error})"]) from error
+    name = "torch.nn.Module" if kind is nn.Module else kind.__name__
+    if not (isinstance(made, type) and issubclass(made, kind)):
+        raise ConfigError([f"{key}={path!r}: must be a class of {name}, or a function annotated to return one"])
     # not a function, not even of this package: one could load other files with a `trust` that stands in the file
     own = isinstance(model, type) and model.__module__.split(".")[0] == PACKAGE
     if path not in configured and inside == [PACKAGE] and not own:
-        raise ConfigError([f"model={path!r}: is no class of {PACKAGE}; {advice}"])
+        raise ConfigError([f"{key}={path!r}: is no class of {PACKAGE}; {advice}"])
     return model
 
 
 def build_classifier(
-    make: Callable[..., Any], options: Mapping[str, Any], image_shape: ImageShape, num_classes: int
+    make: Callable[..., Any], options: Mapping[str, Any], input_shape: InputShape, num_classes: int
 ) -> nn.Module:
-    """Call `make` with `options`, and with `image_shape` and `num_classes` where its signature names them.
+    """Call `make` with `options`, and with the shape of its inputs (as `input_shape`, or `image_shape`) and
+    `num_classes` where its signature names them.
 
-    A model with lazy layers is called once, on one image, so that it comes with all its parameters.
+    A model with lazy layers is called once, on one input, so that it comes with all its parameters.
 
     Raises:
         ConfigError: from `make`, or where it refuses its arguments, gives no torch module, or leaves a layer lazy.
     """
     named = inspect.signature(make).parameters
-    offered = {"image_shape": image_shape, "num_classes": num_classes}
+    offered = {"input_shape": input_shape, "image_shape": input_shape, "num_classes": num_classes}
     missing = {name: value for name, value in offered.items() if name in named and name not in options}
     try:
         model = make(**missing, **options)
@@ -109,14 +114,14 @@ def build_classifier(
     if not isinstance(model, nn.Module):
         raise ConfigError([f"{_name(make)}: gives a {type(model).__name__}, not a torch module"])
     if _lazy(model):
-        evaluated(model, torch.zeros(1, *image_shape))
+        evaluated(model, torch.zeros(1, *input_shape))
         if left := _lazy(model):
             raise ConfigError([f"{_name(make)}: lazy parameters without a size after a call: {', '.join(left)}"])
     return model
 
 
-def evaluated(model: nn.Module, images: Tensor) -> Any:
-    """The logits that `model` gives for `images` (batch, C, H, W) in evaluation mode, without gradients.
+def evaluated(model: nn.Module, inputs: Tensor) -> Any:
+    """The logits that `model` gives for `inputs` (batch, *input_shape) in evaluation mode, without gradients.
 
     Raises:
         ConfigError: where the call fails.
@@ -125,10 +130,10 @@ def evaluated(model: nn.Module, images: Tensor) -> Any:
     model.eval()
     try:
         with torch.no_grad():
-            return output_of(model(images)).logits
+            return output_of(model(inputs)).logits
     except Exception as error:  # whatever the user's forward raises
-        shape = "x".join(map(str, images.shape[1:]))
-        raise ConfigError([f"cannot read images of {shape} ({brief(error)})"]) from error
+        shape = "x".join(map(str, inputs.shape[1:]))
+        raise ConfigError([f"cannot read inputs of {shape} ({brief(error)})"]) from error
     finally:
         model.train(training)
 
@@ -143,7 +148,7 @@ def check_logits(logits: Any, samples: int, num_classes: int) -> None:
     if not isinstance(logits, Tensor):
         raise ConfigError([f"gives type {type(logits).__name__}, not logits in a tensor of shape {expected}"])
     if tuple(logits.shape) != expected:
-        found = f"shape {tuple(logits.shape)} for {samples} image{'s' if samples > 1 else ''}"
+        found = f"shape {tuple(logits.shape)} for {samples} input{'s' if samples > 1 else ''}"
         raise ConfigError([f"gives {found} of {num_classes} classes, not {expected}"])
     if not logits.is_floating_point():
         raise ConfigError([f"gives logits of type {logits.dtype}, not of floating point"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.checks import Faults, unknown_keys
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.building import ImageShape, import_part
+from pkd_lightning.models.building import ImageShape, InputShape, import_part
 from pkd_lightning.models.mixers import MAMBA, build_mixer, in_order
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
 from pkd_lightning.models.tokens import (
@@ -231,7 +231,7 @@ class MambaClassifier(nn.Module):
     Table 1).
 
     Args:
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width), or (channels, length) of signals, which are read as images of one row.
         num_classes: number of classes L.
         options: the fields of `MambaClassifierConfig`.
 
@@ -239,11 +239,12 @@ class MambaClassifier(nn.Module):
         ConfigError: listing every impossible or unknown option.
     """
 
-    def __init__(self, image_shape: ImageShape, num_classes: int, **options: object) -> None:
+    def __init__(self, image_shape: InputShape, num_classes: int, **options: object) -> None:
         super().__init__()
         faults = self.faults(options, image_shape)
         if faults:
             raise ConfigError(faults)
+        image_shape = as_image(image_shape)
         config = MambaClassifierConfig(**options)  # type: ignore[arg-type]
         self.config = config
         if config.tokeniser == "pixels":
@@ -273,14 +274,19 @@ class MambaClassifier(nn.Module):
         self.head = nn.Linear(features, num_classes)
 
     @staticmethod
-    def faults(options: dict[str, object], image_shape: ImageShape | None = None) -> list[str]:
+    def faults(options: dict[str, object], image_shape: InputShape | None = None) -> list[str]:
         """Every fault of `options`, unknown names included; see `MambaClassifierConfig.faults`."""
         names = [field.name for field in fields(MambaClassifierConfig)]
         known = {name: value for name, value in options.items() if name in names}
-        return unknown_keys(options, names) + MambaClassifierConfig(**known).faults(image_shape)  # type: ignore[arg-type]
+        found, config = unknown_keys(options, names), MambaClassifierConfig(**known)  # type: ignore[arg-type]
+        if image_shape is not None and len(image_shape) not in (2, 3):
+            return [*found, *config.faults(), f"{image_shape}: it reads images (C, H, W) and signals (C, length)"]
+        return found + config.faults(None if image_shape is None else as_image(image_shape))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, channels, height, width) to logits (batch, num_classes)."""
+        """Map images (batch, channels, height, width), or signals, to logits (batch, num_classes)."""
+        if images.ndim == 3:  # signals
+            images = images.unsqueeze(2)
         tokens, orders = self.tokens(images), ORDERS[self.config.direction]
         for i in range(self.config.n_blocks):
             tokens = self.blocks[i % len(self.blocks)](tokens, self.tokens.grid, *orders[i % len(orders)])
@@ -294,6 +300,13 @@ class MambaClassifier(nn.Module):
             return tokens.mean(1)
         planes = tokens.transpose(1, 2).unflatten(2, self.tokens.grid)
         return torch.nn.functional.adaptive_avg_pool2d(planes, GRID).flatten(1)
+
+
+def as_image(shape: InputShape) -> ImageShape:
+    """(channels, height, width); of a signal (channels, length), one row."""
+    channels, *sides = shape
+    height, width = [1, *sides][-2:]
+    return channels, height, width
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:

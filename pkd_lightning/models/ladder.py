@@ -9,7 +9,7 @@ from torch import nn
 
 from pkd_lightning.checks import under
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.building import ImageShape, build_classifier, configured, import_model
+from pkd_lightning.models.building import InputShape, build_classifier, configured, import_model
 
 
 class Ladder:
@@ -17,7 +17,7 @@ class Ladder:
 
     Args:
         model: import path of the student's class, or of a function annotated to return a module. It is called with
-            the rung's options, and with `image_shape` and `num_classes` where its signature names them.
+            the rung's options, and with `input_shape` (or `image_shape`) and `num_classes` where it names them.
         rungs: options of each, smallest first.
         common: options all rungs share; a rung's own win.
         repeat: whether a rung may give several students. Without, each accepted student uses its rung up.
@@ -50,12 +50,12 @@ class Ladder:
     def __len__(self) -> int:
         return len(self.rungs)
 
-    def build(self, index: int, image_shape: ImageShape, num_classes: int) -> nn.Module:
+    def build(self, index: int, input_shape: InputShape, num_classes: int) -> nn.Module:
         """A new student of rung `index` (from 0), randomly initialised."""
-        return build_classifier(self.model, self.rungs[index], image_shape, num_classes)
+        return build_classifier(self.model, self.rungs[index], input_shape, num_classes)
 
-    def faults(self, rounds: int, image_shape: ImageShape | None = None) -> list[str]:
-        """Every reason why `rounds` students cannot be built; those that depend on the image only with its shape."""
+    def faults(self, rounds: int, input_shape: InputShape | None = None) -> list[str]:
+        """Every reason why `rounds` students cannot be built; those that depend on the inputs only with their shape."""
         found = []
         if rounds > len(self) and not self.repeat:
             found.append(
@@ -65,7 +65,7 @@ class Ladder:
         check = getattr(self.model, "faults", None)
         if check is not None:
             for index, rung in enumerate(self.rungs):
-                found += under(f"rungs.{index}", check(rung, image_shape))
+                found += under(f"rungs.{index}", check(rung, input_shape))
         return found
 
 
