@@ -1,4 +1,4 @@
-"""The residual matrices against the update of METHOD 2.2 done directly, and the bound that B-DISTIL proves for it."""
+"""The residual matrices against the update of docs/method.md, 2, done directly, and the bound that B-DISTIL proves for it."""
 
 import math
 from decimal import Decimal, localcontext
@@ -141,7 +141,7 @@ def test_an_edge_is_positive_for_a_student_that_corrects_and_negative_for_one_th
     first = torch.from_numpy(dyadic((12, 3), seed=3)).float()
     matrices = ResidualMatrices(12, 3)
     matrices.update(first, 0.25)
-    assert (matrices.edges(-first) > 0).all()  # METHOD 2.3: above the teacher where the first was below
+    assert (matrices.edges(-first) > 0).all()  # above the teacher where the first was below
     assert (matrices.edges(first) < 0).all()
     assert condition_holds(matrices.edges(-first))
 
@@ -423,7 +423,7 @@ def one_thread():
 
 
 def max_mean_error(samples: int, rounds: int, sign: int = 1, classes: int = 3, bound: float = 3.0) -> float:
-    """Play METHOD 2.2's game on a class symmetric about g; sign=-1 turns the update round."""
+    """Play the game of docs/method.md, 2, on a class symmetric about g; sign=-1 turns the update round."""
     generator = torch.Generator().manual_seed(samples + rounds)
     eta = theoretical_eta(samples, rounds, bound)
     matrices = ResidualMatrices(samples, classes)

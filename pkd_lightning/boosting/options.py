@@ -13,7 +13,7 @@ Weights = Literal["none", "samples"]
 
 @dataclass(frozen=True)
 class WeakLearnerConfig:
-    """When a candidate becomes a student (METHOD: the weak-learning condition of B-DISTIL, arXiv 2302.10093).
+    """When a candidate becomes a student (B-DISTIL, arXiv 2302.10093; docs/method.md, 3).
 
     Attributes:
         require: `condition`: positive edges; `improvement`: the ensemble with the candidate has a lower validation loss
