@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "pkd_lightning"
 WIRING = (
     "experiment", "teacher", "fitting", "evaluate", "ensemble", "losses", "metrics", "prefixes", "schedules",
-    "boosting.combine", "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals",
+    "boosting.combine", "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals", "boosting.round",
     "boosting.state", "boosting.student", "boosting.weak_learner",
 )  # fmt: skip
 TESTS = tuple(

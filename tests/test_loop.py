@@ -12,6 +12,7 @@ from pkd_lightning.boosting import combine, objectives, weak_learner
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.boosting.residuals import ResidualMatrices
+from pkd_lightning.boosting.round import Round
 from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner, fit_scales, judge
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult
@@ -175,7 +176,7 @@ def never(*args: Any) -> None:
 
 
 def test_expansion_climbs_every_class_and_stops_past_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", never)
+    monkeypatch.setattr("pkd_lightning.boosting.round.judge", never)
     results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=expand", "boosting.weak_learner.max_attempts=2")
     assert [row["class_index"] for row in results["rounds"]] == [0]
     assert "no weak learner for round 2" in results["stop_reason"]
@@ -189,7 +190,7 @@ def test_a_class_that_fails_is_followed_by_the_next_and_the_round_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdicts = iter(["first_round", None, "improvement"])
-    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", lambda *args: next(verdicts))
+    monkeypatch.setattr("pkd_lightning.boosting.round.judge", lambda *args: next(verdicts))
     results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=expand")
     assert [row["class_index"] for row in results["rounds"]] == [0, 2]
     assert results["rounds"][1]["attempts"] == 2
@@ -197,13 +198,13 @@ def test_a_class_that_fails_is_followed_by_the_next_and_the_round_goes_on(
 
 
 def test_repetition_stays_in_a_class_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", lambda *args: "improvement")
+    monkeypatch.setattr("pkd_lightning.boosting.round.judge", lambda *args: "improvement")
     results = tiny_run(tmp_path, "student.repeat=true", "boosting.rounds=4")
     assert [row["class_index"] for row in results["rounds"]] == [0, 0, 0, 0]
 
 
 def test_accepting_a_failure_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkd_lightning.boosting.loop.judge", never)
+    monkeypatch.setattr("pkd_lightning.boosting.round.judge", never)
     results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=accept")
     assert [row["accepted_by"] for row in results["rounds"]] == ["first_round", "best_candidate", "best_candidate"]
 
@@ -233,7 +234,7 @@ def test_training_stops_early_when_the_condition_holds_at_a_check(
 
 def test_a_check_is_one_forward_pass_over_the_training_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its checks, a student is asked once: on the validation rows where a check held, else on all of them."""
-    from pkd_lightning.boosting import loop
+    from pkd_lightning.boosting import round as round_
 
     asked: list[tuple[str, range]] = []
 
@@ -255,7 +256,7 @@ def test_a_check_is_one_forward_pass_over_the_training_rows(tmp_path: Path, monk
         return noted
 
     monkeypatch.setattr(weak_learner, "predict", note("check", weak_learner.predict))
-    monkeypatch.setattr(loop, "predict", note("loop", loop.predict))
+    monkeypatch.setattr(round_, "predict", note("loop", round_.predict))
     # the second student's second check holds, none of the third's
     monkeypatch.setattr(weak_learner, "condition_holds", lambda *args: [name for name, _ in asked].count("check") == 2)
     results = tiny_run(
@@ -287,7 +288,7 @@ def test_the_teacher_is_asked_once_on_each_training_and_validation_row(
 
     def after_the_rounds(loop: BoostingLoop) -> Any:
         assert rows == loop.data.validation.stop
-        assert torch.equal(loop.teacher_logits, load_file(tmp_path.rglob("logits.safetensors").__next__()).popitem()[1])
+        assert torch.equal(loop.teacher.logits, load_file(tmp_path.rglob("logits.safetensors").__next__()).popitem()[1])
         return finish(loop)
 
     monkeypatch.setattr(teacher, "cached_logits", watched)
@@ -361,7 +362,7 @@ def test_one_exploding_image_leaves_the_bound_and_the_other_residuals_as_they_we
 
     def exploding(loop: BoostingLoop, *args: int) -> Candidate:
         candidate, n = train(loop, *args), len(loop.data.training)
-        residual = candidate.logits[:n] - loop.teacher_logits[:n]
+        residual = candidate.logits[:n] - loop.teacher.logits[:n]
         row, column = divmod(int(residual.abs().argmax()), residual.shape[1])
         candidate.logits[row, column] += 7e12 * residual[row, column].sign()
         candidate.logits[n, 0] += 7e12  # and one of the validation rows
@@ -408,11 +409,11 @@ def test_what_is_judged_is_what_enters_the_residual_matrices(tmp_path: Path, mon
         torch.testing.assert_close(found, candidate.edges, rtol=1e-9, atol=1e-12)
         assert training.abs().max() <= loop.state.bound
         assert validation.abs().max() <= loop.state.bound
-        residual = candidate.logits[: len(training)] - loop.teacher_logits[: len(training)]
+        residual = candidate.logits[: len(training)] - loop.teacher.logits[: len(training)]
         assert torch.equal(training, residual.clamp(-loop.state.bound, loop.state.bound))
 
-    edges = BoostingLoop.edges
-    monkeypatch.setattr(BoostingLoop, "edges", check)
+    edges = Round.edges
+    monkeypatch.setattr(Round, "edges", check)
     monkeypatch.setattr(ResidualMatrices, "update", watched)
     monkeypatch.setattr(BoostingLoop, "accept", compare)
     rounds = tiny_run(
@@ -426,10 +427,10 @@ def test_what_is_judged_is_what_enters_the_residual_matrices(tmp_path: Path, mon
 
 
 def test_a_student_whose_ensemble_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pkd_lightning.boosting import loop
+    from pkd_lightning.boosting import round as round_
 
     answers = [(float("nan"), float("nan")), (0.5, 0.5)]
-    monkeypatch.setattr(loop, "fit_scales", lambda *args: answers.pop(0))
+    monkeypatch.setattr(round_, "fit_scales", lambda *args: answers.pop(0))
     rounds = tiny_run(tmp_path, "boosting.rounds=2", "boosting.weak_learner.on_failure=accept")["rounds"]
     assert [row["attempts"] for row in rounds] == [1, 2]
     assert rounds[1]["scales"] == [0.5, 0.5]
@@ -440,7 +441,7 @@ def test_a_student_whose_ensemble_is_not_finite_is_refused(tmp_path: Path, monke
 def test_a_student_whose_logits_are_not_finite_is_refused(
     bad: float, quantile: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pkd_lightning.boosting import loop
+    from pkd_lightning.boosting import round as round_
 
     asked = 0
 
@@ -452,8 +453,8 @@ def test_a_student_whose_logits_are_not_finite_is_refused(
             out[5, 1] = bad
         return out
 
-    predict = loop.predict
-    monkeypatch.setattr(loop, "predict", broken)
+    predict = round_.predict
+    monkeypatch.setattr(round_, "predict", broken)
     flags = (f"boosting.bound_quantile={quantile}", "boosting.rounds=1", "boosting.weak_learner.max_attempts=2")
     (row,) = tiny_run(tmp_path, *flags)["rounds"]
     assert (asked, row["attempts"]) == (2, 2)  # the first attempt failed, as one that diverged does
@@ -463,7 +464,7 @@ def test_a_student_whose_logits_are_not_finite_is_refused(
 def test_samples_are_weighed_by_the_residual_matrices_after_the_first_round(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pkd_lightning.boosting import loop
+    from pkd_lightning.boosting import round as round_
 
     given: list[torch.Tensor | None] = []
     train = BoostingLoop.train
@@ -483,8 +484,8 @@ def test_samples_are_weighed_by_the_residual_matrices_after_the_first_round(
         given.append(made.weight)
         return made
 
-    real = loop.RoundTargets
-    monkeypatch.setattr(loop, "RoundTargets", targets)
+    real = round_.RoundTargets
+    monkeypatch.setattr(round_, "RoundTargets", targets)
     monkeypatch.setattr(BoostingLoop, "train", watched)
     flags = (f"boosting.objective={objective}", "boosting.rounds=2", ACCEPT)
     weighed = tiny_run(tmp_path, *flags, "boosting.weights=samples")["rounds"]

@@ -1,4 +1,4 @@
-"""The residual matrices against the update of docs/method.md, 2, done directly, and the bound that B-DISTIL proves for it."""
+"""The residual matrices against their update done directly (docs/method.md, 2), and the bound that B-DISTIL proves."""
 
 import math
 from decimal import Decimal, localcontext

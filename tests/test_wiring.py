@@ -186,7 +186,7 @@ def test_learned_scales_are_fitted_on_training_rows_and_judged_on_validation_row
         loop = in_second_round(make_loop(tmp_path, objective=objective, combine="learned"))
         rows = loop.data.validation
         if spoilt == "logits":
-            loop.teacher_logits[rows.start :] += 3 * torch.randn(len(rows), 3)
+            loop.teacher.logits[rows.start :] += 3 * torch.randn(len(rows), 3)
         elif spoilt == "labels":
             loop.data.labels[rows.start : rows.stop] = (loop.data.labels[rows.start : rows.stop] + 1) % 3
         return loop, loop.train(0, 0)
@@ -194,7 +194,7 @@ def test_learned_scales_are_fitted_on_training_rows_and_judged_on_validation_row
     loop, candidate = trained()
     n, config = len(loop.data.training), loop.config
     ensemble, labels = loop.state.ensemble_logits, loop.data.labels
-    expected = fit_scales(ensemble[:n], candidate.logits[:n], loop.teacher_logits[:n], labels[:n], config)
+    expected = fit_scales(ensemble[:n], candidate.logits[:n], loop.teacher.logits[:n], labels[:n], config)
     assert candidate.scales == expected
     assert candidate.scales[0] != pytest.approx(candidate.scales[1], rel=1e-3)
     for spoilt in ("logits", "labels"):
@@ -208,15 +208,15 @@ def test_the_loss_a_candidate_is_judged_by_is_that_of_the_ensemble_on_validation
     loop = in_second_round(make_loop(tmp_path, alpha=0.3, temperature=3.0))
     rows = slice(loop.data.validation.start, loop.data.validation.stop)
     logits = torch.randn(rows.stop, 3, generator=torch.Generator().manual_seed(7))
-    mixed, teacher = (0.7 * loop.state.ensemble_logits + 0.2 * logits)[rows], loop.teacher_logits[rows]
+    mixed, teacher = (0.7 * loop.state.ensemble_logits + 0.2 * logits)[rows], loop.teacher.logits[rows]
     hard = F.cross_entropy(mixed, loop.data.labels[rows])
     soft = 9 * F.kl_div(F.log_softmax(mixed / 3, -1), F.softmax(teacher / 3, -1), reduction="batchmean")
-    found = loop.validation_loss(logits, (0.7, 0.2))
+    found = loop.round().validation_loss(logits, (0.7, 0.2))
     assert found == pytest.approx(float(0.3 * hard + 0.7 * soft), rel=1e-5)
-    for matrix in (logits, loop.state.ensemble_logits, loop.teacher_logits):
+    for matrix in (logits, loop.state.ensemble_logits, loop.teacher.logits):
         matrix[: rows.start] += 1
     loop.data.labels[: rows.start] = 0
-    assert loop.validation_loss(logits, (0.7, 0.2)) == found
+    assert loop.round().validation_loss(logits, (0.7, 0.2)) == found
 
 
 @pytest.mark.parametrize("eta", [None, 0.25])
@@ -225,7 +225,7 @@ def test_an_accepted_student_moves_the_residuals_by_eta(eta: float | None, tmp_p
     candidate = loop.train(0, 0)
     loop.accept(candidate, 4, 12.5)
     n = len(loop.data.training)
-    residual = candidate.logits - loop.teacher_logits[: loop.data.validation.stop]
+    residual = candidate.logits - loop.teacher.logits[: loop.data.validation.stop]
     bound = float(residual[:n].abs().max())
     step = math.sqrt(math.log(2 * n) / 3) / bound if eta is None else eta
     torch.testing.assert_close(loop.state.residuals.S, step * residual[:n])
@@ -249,8 +249,44 @@ def test_the_bound_of_a_round_is_the_largest_so_far(tmp_path: Path) -> None:
     loop.accept(candidate, 1, 0.0)
     assert loop.state.bound == 1e6
     assert loop.state.records[0]["largest_residual"] == pytest.approx(
-        float((candidate.logits - loop.teacher_logits)[:n].abs().max())
+        float((candidate.logits - loop.teacher.logits)[:n].abs().max())
     )
+
+
+def test_a_candidate_is_judged_without_a_trainer(tmp_path: Path) -> None:
+    """What a fit leaves is the module's weights; all that follows is arithmetic on its logits."""
+    loop = in_second_round(make_loop(tmp_path, objective="published", combine="mean"))
+    torch.manual_seed(1)
+    training = loop.round().attempt(Linear(loop.data.task.input_shape, 3), loop.trainer)
+    assert training.callbacks == [training.check]
+    candidate = training.judged(FitResult(3, 1, 0.5), "by hand")
+    n = len(loop.data.training)
+    expected = predict(training.module.model, loop.data, range(loop.data.validation.stop), torch.device("cpu"))
+    assert torch.equal(candidate.logits, expected)
+    assert candidate.scales == (0.5, 0.5)
+    residual = expected[:n] - loop.teacher.logits[:n]
+    torch.testing.assert_close(candidate.edges, loop.state.residuals.edges_reference(residual))
+    assert candidate.validation_loss == loop.round().validation_loss(expected, (0.5, 0.5))
+    assert candidate.accepted_by in ("condition", None)
+    assert candidate.fit.epochs == 3
+    # the weights of a check that held are those that are kept, and its logits of the training rows
+    held = {name: torch.zeros_like(value) for name, value in training.module.state_dict().items()}
+    training.check.held = held
+    training.check.logits.fill_(0.25)
+    again = training.judged(FitResult(3, 1, 0.5), "by hand")
+    assert not any(parameter.any() for parameter in again.model.parameters())
+    assert (again.logits[:n] == 0.25).all()
+    assert (again.logits[n:] == 0).all()
+
+
+def test_only_the_condition_is_checked_and_only_after_the_first_round(tmp_path: Path) -> None:
+    for objective, combination, second, checked in (
+        ("published", "mean", True, True), ("published", "mean", False, False), ("anchored", "learned", True, False),
+    ):  # fmt: skip
+        loop = make_loop(tmp_path, objective=objective, combine=combination)
+        loop = in_second_round(loop) if second else loop
+        model = Linear(loop.data.task.input_shape, 3)
+        assert bool(loop.round().attempt(model, loop.trainer).callbacks) == checked
 
 
 # ---------------------------------------------------------------------------------- the student's module

@@ -1,7 +1,6 @@
 """The boosting loop: a weak learner a round, the residual matrices, the growing ensemble, resumable between rounds."""
 
 import logging
-import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,30 +14,20 @@ from pkd_lightning.boosting.objectives import objective_of
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.partial import partial_results
 from pkd_lightning.boosting.residuals import theoretical_eta
+from pkd_lightning.boosting.round import Round
 from pkd_lightning.boosting.state import BoostingState
-from pkd_lightning.boosting.student import RoundTargets, StudentModule
-from pkd_lightning.boosting.weak_learner import (
-    Candidate,
-    WeakLearnerCheck,
-    describe,
-    find_weak_learner,
-    fit_scales,
-    judge,
-    required,
-)
+from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner
 from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash, write_json
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble, save_description, save_student
 from pkd_lightning.errors import RunError
-from pkd_lightning.fitting import Stage, fit, predict
+from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.loggers import Tracker
-from pkd_lightning.losses import distillation_loss
-from pkd_lightning.matrix import Difference, largest, quantile, scratch
+from pkd_lightning.matrix import Difference, largest
 from pkd_lightning.models.ladder import Ladder
-from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.results import PROGRESS
 from pkd_lightning.seeding import seeded
-from pkd_lightning.teacher import CachedTeacher, Teacher
+from pkd_lightning.teacher import Teacher
 from pkd_lightning.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -72,7 +61,7 @@ class BoostingLoop:
         tracker: Tracker,
     ) -> None:
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
-        self.teacher, self.teacher_logits, self.directory = teacher, teacher.logits, directory
+        self.teacher, self.directory = teacher, directory
         self.seed, self.tracker = seed, tracker
         self.objective, self.combination = objective_of(config), combination_of(config)
         self.state = BoostingState.fresh(
@@ -133,78 +122,17 @@ class BoostingLoop:
         if attempt:
             description += f", attempt {attempt + 1}"
         stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
-        later = state.round > 0
-        features = self.objective.teacher_features if later else ()
-        targets = RoundTargets(
-            CachedTeacher(self.teacher_logits, self.teacher.model, features), state.ensemble_logits,
-            state.indicator(self.directory), max(state.bound, 1e-3), state.round,
-            state.sample_weights() if self.config.weights == "samples" and later else None,
-        )  # fmt: skip
         logger.info("training a student: %s", description)
         with seeded(self.seed, stage.key, state.rung, "init"):
             model = self.ladder.build(state.rung, data.task.input_shape, data.num_classes)
-        module = StudentModule(model, self.trainer, self.config, self.objective, self.combination, targets)
-        require = required(self.config, self.objective)
-        n = len(data.training)
-        logits = scratch(data.validation.stop, data.num_classes, self.directory)
-        check = WeakLearnerCheck(data, self.edges, self.config.weak_learner, logits[:n])
-        checks = [check] if require == "condition" and state.round > 0 else []
+        training = self.round().attempt(model, self.trainer)
         with seeded(self.seed, stage.key, state.rung, "fit"), self.tracker.stage(name, attempt) as loggers:
-            result = fit(module, data, stage, loggers, checks)
-        if check.held is not None:  # its logits of the training rows are those of the check
-            module.load_state_dict(check.held)
-            predict(model, data, data.validation, self.trainer.device, out=logits[n:])
-        else:
-            predict(model, data, range(data.validation.stop), self.trainer.device, out=logits)
-        if not math.isfinite(largest(logits)):
-            raise RunError(f"{name}: the student's logits are not all finite")
-        edges = self.edges(logits[:n])
-        unclipped = self.edges(logits[:n], clipped=False) if self.config.bound_quantile < 1 else edges
-        scales = module.scales
-        if self.combination.learned and state.round > 0:
-            scales = fit_scales(
-                state.ensemble_logits[:n], logits[:n], self.teacher_logits[:n], data.labels[:n], self.config
-            )
-        loss, previous = self.validation_loss(logits, scales), self.validation_loss(logits, (1.0, 0.0))
-        if not math.isfinite(loss):  # its NaN would be in every later prefix
-            raise RunError(f"{name}: the validation loss of the ensemble with the student is not finite")
-        accepted_by = judge(state.round, edges, unclipped, loss, previous, require, self.config.weak_learner)
-        per_class = " ".join(f"{edge:.3g}" for edge in edges.tolist())
-        logger.debug("%s: edges of the classes: %s", description, per_class)
-        if accepted_by is None:
-            logger.info(
-                "%s: not accepted by %s; edges above %g in %d of %d classes, validation loss of the ensemble %.4g,"
-                " without it %.4g",
-                description, require, self.config.weak_learner.margin,
-                int((edges > self.config.weak_learner.margin).sum()), len(edges), loss, previous,
-            )  # fmt: skip
-        return Candidate(model, scales, logits, edges, unclipped, loss, result, accepted_by)
+            result = fit(training.module, data, stage, loggers, training.callbacks)
+        return training.judged(result, description)
 
-    def edges(self, logits: torch.Tensor, clipped: bool = True) -> torch.Tensor:
-        """Edges of a candidate with logits (training rows, L): (L,).
-
-        Where residuals are clipped, by the B that the round has if the candidate is accepted: what is judged is then
-        what enters the update, as B-DISTIL's proof has it, and abs(l) <= B holds for the B that eta is made of. Without
-        it, one exploding entry would decide the edge of its class.
-        """
-        residual = Difference(logits, self.teacher_logits[: len(logits)])
-        if clipped and self.config.bound_quantile < 1:
-            residual = replace(residual, bound=self.bound_with(residual))
-        return self.state.residuals.edges(residual)
-
-    def bound_with(self, residual: Difference) -> float:
-        """B of the students so far and one with these residuals of the training rows."""
-        return max(self.state.bound, quantile(residual, self.config.bound_quantile))
-
-    def validation_loss(self, logits: torch.Tensor, scales: Scales) -> float:
-        """Distillation loss on the validation rows of the ensemble with a student."""
-        rows = slice(self.data.validation.start, self.data.validation.stop)
-        mixed = mix(self.state.ensemble_logits[rows], logits[rows], scales)
-        return float(
-            distillation_loss(
-                mixed, self.teacher_logits[rows], self.data.labels[rows], self.config.alpha, self.config.temperature
-            )
-        )
+    def round(self) -> Round:
+        """The round that follows, or is under way."""
+        return Round(self.config, self.objective, self.combination, self.data, self.teacher, self.state, self.directory)
 
     def accept(self, candidate: Candidate, attempts: int, seconds: float) -> None:
         """Add a student: update the residual matrices, the ensemble's logits and the records."""
@@ -214,13 +142,13 @@ class BoostingLoop:
             self.ladder.path, self.ladder.rungs[state.rung], self.data.task.input_shape, self.data.num_classes,
         )  # fmt: skip
         residual, on_validation = (
-            Difference(candidate.logits[rows], self.teacher_logits[rows]) for rows in (slice(n), slice(n, None))
+            Difference(candidate.logits[rows], self.teacher.logits[rows]) for rows in (slice(n), slice(n, None))
         )
         largest_residual = largest(residual)
         if self.config.bound_quantile == 1:
             state.bound = max(state.bound, largest_residual)
         else:  # as in `edges`
-            state.bound = self.bound_with(residual)
+            state.bound = self.round().bound_with(residual)
             residual, on_validation = (replace(part, bound=state.bound) for part in (residual, on_validation))
         eta = self.config.eta
         if eta is None:
