@@ -34,8 +34,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "pkd_lightning"
 WIRING = (
     "experiment", "teacher", "fitting", "evaluate", "ensemble", "losses", "metrics", "prefixes", "schedules",
-    "boosting.combine", "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals", "boosting.round",
-    "boosting.state", "boosting.student", "boosting.weak_learner",
+    "boosting.combine", "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals",
+    "boosting.round", "boosting.state", "boosting.student", "boosting.weak_learner",
 )  # fmt: skip
 TESTS = tuple(
     f"tests/test_{name}.py" for name in (

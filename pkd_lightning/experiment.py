@@ -28,7 +28,7 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
-from pkd_lightning.teacher import TeacherConfig
+from pkd_lightning.teacher import TeacherConfig, is_trained
 from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.trial import try_model
 
@@ -64,9 +64,13 @@ class Experiment:
             build = partial(self.student.build, index, data.task.input_shape, data.num_classes)
             name = f"student.rungs.{index}"
             collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
-        trainer = None if self.teacher.checkpoint is not None else self.teacher.trainer
         build = partial(self.teacher.build, data.task.input_shape, data.num_classes)
-        collect(faults, "teacher.model", partial(attempt, "teacher.model", build, trainer=trainer))
+
+        def try_teacher() -> None:
+            loaded = self.teacher.checkpoint is not None or is_trained(build())
+            attempt("teacher.model", build, trainer=None if loaded else self.teacher.trainer)
+
+        collect(faults, "teacher.model", try_teacher)
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
         self._try_round(data, inputs, faults)

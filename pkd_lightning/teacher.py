@@ -48,7 +48,7 @@ class TeacherConfig:
         model: (input_shape, num_classes) to a classifier (a Hydra partial of any `_target_`).
         trainer: how it is trained.
         checkpoint: file of trained weights (.safetensors, or a torch file, see `load_weights`); None trains the
-            teacher here.
+            teacher here, unless none of its parameters requires a gradient: such a model comes with its weights.
     """
 
     model: Callable[..., nn.Module]
@@ -72,6 +72,11 @@ class TeacherConfig:
         """
         make, given = getattr(self.model, "func", self.model), getattr(self.model, "keywords", {})
         return build_classifier(make, given, input_shape, num_classes)
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Whether a teacher comes with its weights: it has no parameter that could be trained."""
+    return not any(parameter.requires_grad for parameter in model.parameters())
 
 
 class TeacherModule(FitModule):
@@ -160,6 +165,8 @@ def prepare_teacher(
                 "if it was trained elsewhere on the data set's own training part, it has seen images that"
                 " split=paper tests on; data.split=official keeps them apart"
             )
+    elif is_trained(model):
+        logger.info("the teacher comes with its weights: no parameter of it requires a gradient")
     elif done.exists():
         record = read_json(done)
         if record["data"] != data.fingerprint:

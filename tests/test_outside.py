@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pkd_lightning.boosting.objectives import RoundBatch
+from pkd_lightning.checkpoint import save_weights
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.data.signals import SignalSet, load_npz
 from pkd_lightning.ensemble import ProgressiveEnsemble, save_description, save_student
@@ -21,6 +23,7 @@ from pkd_lightning.models import building
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.outputs import Output, Taps, output_of
+from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.tasks import ImageClassification, SignalClassification
 from pkd_lightning.teacher import CachedTeacher
 from tests.outside import attention, averaging, counts
@@ -320,3 +323,35 @@ def test_an_ensemble_of_an_earlier_version_has_the_task_of_its_images(tmp_path: 
     expected = (raw / 255 - torch.tensor([0.1, 0.2])[:, None, None]) / torch.tensor([0.3, 0.4])[:, None, None]
     torch.testing.assert_close(ensemble.preprocess(raw), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ensemble(expected), model(expected))
+
+
+# ---------------------------------------------------------------------------------- a second teacher
+
+
+def test_two_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunDirectory, "tidy", lambda self: None)  # the logits stay
+    for seed in (0, 1):
+        tiny_run(tmp_path / "alone", f"seed={seed}", "boosting.rounds=1", "name=alone")
+    weights = sorted((tmp_path / "alone").rglob("teacher.safetensors"))
+    flags = ("teacher=two", f"teacher.model.weights=[{weights[0]},{weights[1]}]", "boosting.rounds=2", ACCEPT)
+    results = tiny_run(tmp_path / "both", *flags)
+    (run,) = (path.parent for path in (tmp_path / "both").rglob("results.json"))
+    assert results["wall_seconds"]["teacher"] == 0
+    assert not any('"stage": "teacher"' in line for line in (run / "metrics.jsonl").read_text().splitlines())
+    (logits,) = load_file(run / "teacher" / "logits.safetensors").values()
+    each = [next(iter(load_file(path.parent / "logits.safetensors").values())) for path in weights]
+    torch.testing.assert_close(logits, (each[0] + each[1]) / 2, rtol=1e-4, atol=1e-5)
+    # the same command shows what it has
+    monkeypatch.setattr("pkd_lightning.boosting.loop.BoostingLoop.run", None)
+    assert tiny_run(tmp_path / "both", *flags) == results
+
+
+def test_a_student_without_a_parameter_to_train_is_still_a_fault(tmp_path: Path) -> None:
+    weights = tmp_path / "none.safetensors"
+    options = {"tokeniser": "patches", "norm": "rms", "d_state": 2, "head": "mean"}  # as in the tiny ladder
+    model = MambaClassifier((1, 8, 8), 3, d_model=2, **options)
+    save_weights(model, weights)
+    rungs = f"student.rungs=[{{weights: [{weights}], d_model: 2}}]"
+    student = ("student.model=tests.outside.two_teachers.TwoTeachers", rungs)
+    with pytest.raises(ConfigError, match="a training step on 2 inputs fails"):
+        tiny_run(tmp_path / "runs", *student, "student.repeat=true")
