@@ -9,7 +9,7 @@ unexport PYTHONPATH
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow bench bench-gpu sweep study readme-tables lint types check clean
+.PHONY: help install run test test-slow bench bench-gpu sweep study readme-tables docs lint types check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,11 @@ bench: $(READY) ## timings of the scan, training and the data path on this machi
 
 bench-gpu: $(READY) ## timings of the scan and training steps on a CUDA device
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+docs: $(READY) ## the pages of docs/ and the API as a site, in build/docs
+	$(BIN)/python -c 'import mkdocstrings, material' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 lint: $(READY) ## ruff: lint and format
 	$(BIN)/ruff check .
