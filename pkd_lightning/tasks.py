@@ -92,8 +92,11 @@ class Classification(Task):
         for name, values in (("mean", mean), ("std", std)):
             if not values.isfinite().all():
                 raise ValueError(f"{name}: {state[name]} are not all finite numbers")
-        if len(mean) != len(std) or not (std > 0).all():
-            raise ValueError(f"std: {state['std']} are not {len(mean)} numbers above 0, one a channel")
+        channels = input_shape[0]
+        if len(mean) != channels:
+            raise ValueError(f"mean: {state['mean']} are not {channels} numbers, one a channel")
+        if len(std) != channels or not (std > 0).all():
+            raise ValueError(f"std: {state['std']} are not {channels} numbers above 0, one a channel")
         return cls(input_shape, num_classes, mean, std)
 
 

@@ -156,10 +156,12 @@ def test_the_epochs_after_a_torn_line_are_read(tmp_path: Path) -> None:
         ("std", [1.0, 1.0]),
         ("std", []),
         ("mean", [math.nan]),
+        ("mean", [0.5, 0.5]),
     ],
 )
 def test_numbers_that_make_no_ensemble_are_refused(name: str, value: object, tmp_path: Path) -> None:
-    description = {"scales": [[0.0, 1.0]], "mean": [0.5], "std": [0.5], name: value}
+    description = {"scales": [[0.0, 1.0]], "input_shape": [1, 8, 8], "num_classes": 3, "mean": [0.5], "std": [0.5]}
+    description[name] = value
     (tmp_path / "ensemble.json").write_text(json.dumps(description))  # Python writes and reads NaN
     with pytest.raises(RunError, match=rf"ensemble\.json: does not describe an ensemble .*{name}"):
         ProgressiveEnsemble.load(tmp_path)

@@ -38,7 +38,7 @@ def mnist_paper():
 def test_the_ladder_has_as_many_rungs_as_the_table(mnist_paper):
     ladder = instantiate(mnist_paper.student)
     assert len(ladder) == len(PUBLISHED) == mnist_paper.boosting.rounds
-    assert ladder.faults(rounds=7, image_shape=MNIST) == []
+    assert ladder.faults(rounds=7, input_shape=MNIST) == []
 
 
 @pytest.mark.parametrize("index", range(7))
