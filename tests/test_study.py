@@ -44,7 +44,7 @@ if epochs >= 100 and not stopped.exists():  # the signal comes in the middle of 
     time.sleep(100)
 if epochs == 16:
     time.sleep(0.6)
-print(f"round 1/1: class {seed}")
+print(f"round 1/1: rung {seed}")
 print("noise")
 accuracy = {"accuracy": 0.5 + seed / 10}
 results = {"teacher": accuracy, "ensemble": accuracy, "wall_seconds": {"total": 60.0}, "epochs": epochs}
