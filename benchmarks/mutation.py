@@ -33,15 +33,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "pkd_lightning"
 WIRING = (
-    "experiment", "teacher", "fitting", "evaluate", "ensemble", "losses", "metrics", "prefixes", "schedules",
+    "experiment", "teacher", "fitting", "evaluate", "ensemble", "losses", "metrics", "prefixes", "schedules", "tasks",
     "boosting.combine", "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals",
     "boosting.round", "boosting.state", "boosting.student", "boosting.weak_learner",
 )  # fmt: skip
 TESTS = tuple(
     f"tests/test_{name}.py" for name in (
         "configs", "ensemble", "evaluate", "fitting", "full_disk", "identity", "left_behind", "loop", "losses",
-        "pretrained", "promises", "published", "residuals", "resume", "run", "teacher", "trial", "trust", "unfinished",
-        "wiring",
+        "outside", "pretrained", "promises", "published", "residuals", "resume", "run", "teacher", "trial", "trust",
+        "unfinished", "wiring",
     )
 )  # fmt: skip
 # not wiring, and slow to import; they are loaded once, and every mutant is a fork of this process

@@ -28,8 +28,10 @@ from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Latency
 from pkd_lightning.data.module import Batch, DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
+from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import FitResult, predict
+from pkd_lightning.metrics import calibration_error
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.tasks import SignalClassification
 from pkd_lightning.teacher import CachedTeacher, Teacher
@@ -488,3 +490,59 @@ def test_options_reach_the_parts_they_are_of(tmp_path: Path) -> None:
     assert (parts.boosting.alpha, parts.boosting.weak_learner.max_attempts) == (0.2, 4)
     assert parts.data.validation_fraction == 0.2
     assert len(parts.student) == 3
+
+
+# ---------------------------------------------------------------------------------- options of objectives
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong", "limits"),
+    [
+        (cls, wrong, limits)
+        for cls in (objectives.Published, objectives.Additive, objectives.Anchored, objectives.Independent)
+        for wrong, limits in (
+            ({"alpha": -0.1}, "from 0 to 1"), ({"alpha": 1.1}, "from 0 to 1"), ({"temperature": 0}, "above 0"),
+        )
+    ]
+    + [
+        (objectives.Published, {"gamma": 0}, "above 0"),
+        (objectives.Published, {"first_term": "hard"}, "labels, soft, both"),
+        (objectives.Anchored, {"anchor": -0.1}, "from 0 to 1"),
+        (objectives.Anchored, {"anchor": 1.1}, "from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_an_objective_checks_its_options(cls: type[objectives.Objective], wrong: dict[str, Any], limits: str) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=rf"{name}={value!r}: must be .*{limits}"):
+        cls(**wrong)
+
+
+def test_what_the_objectives_are() -> None:
+    """alpha 0.5 and temperature 2 as in BoostingConfig; what accepts a candidate, and what the loss looks at."""
+    expected = {
+        objectives.Published: ("published", "condition", False, False),
+        objectives.Additive: ("additive", "improvement", True, True),
+        objectives.Anchored: ("anchored", "improvement", True, True),
+        objectives.Independent: ("independent", "improvement", False, True),
+        objectives.Objective: ("objective", "improvement", False, False),
+    }
+    for cls, found in expected.items():
+        made = cls()
+        assert (made.name, made.accept_by, made.sees_ensemble, made.weighs_samples) == found
+        assert (tuple(made.student_features), tuple(made.teacher_features)) == ((), ())
+        assert cls is objectives.Objective or (made.alpha, made.temperature) == (0.5, 2.0)  # type: ignore[attr-defined]
+    defaults = BoostingConfig()
+    assert (defaults.alpha, defaults.temperature, defaults.anchor, defaults.gamma) == (0.5, 2.0, 0.5, 1.0)
+    assert objectives.Anchored().anchor == 0.5
+    assert (objectives.Published().gamma, objectives.Published().first_term) == (1.0, "soft")
+
+
+# ---------------------------------------------------------------------------------- metrics
+
+
+def test_each_of_the_fifteen_bins_counts_for_itself() -> None:
+    """A confidence in the middle of each bin, right and wrong in turn: errors that cancel only if bins are joined."""
+    confidence = torch.arange(15) / 15 + 1 / 30
+    correct = torch.arange(15) % 2 == 0
+    expected = sum(abs(float(right) - float(sure)) for right, sure in zip(correct, confidence, strict=True)) / 15
+    assert calibration_error(confidence, correct) == pytest.approx(expected, rel=1e-6)
