@@ -196,15 +196,15 @@ def digest(figure: Figure) -> str:
 FIGURES: dict[str, Callable[[], Figure]] = {
     "digits/errors.png": partial(errors, "digits", "anchored"),
     "mnist_best/errors.png": partial(errors, "mnist_best", "anchored", against_paper=True),
-    "mnist_paper/errors.png": partial(errors, "mnist_paper", "published_mean", against_paper=True),
-    "mnist_paper/fractions.png": partial(fractions, "mnist_paper", "published_mean"),
+    "mnist_paper/errors.png": partial(errors, "mnist_paper", "published", against_paper=True),
+    "mnist_paper/fractions.png": partial(fractions, "mnist_paper", "published"),
     "mnist_objectives/errors.png": partial(
         errors_by_run,
         {
-            "published objective": ("mnist_objectives", "published_mean"),
+            "published objective": ("mnist_objectives", "published"),
             "additive": ("mnist_objectives", "additive"),
             "anchored": ("mnist_objectives", "anchored"),
-            "published objective and settings": ("mnist_paper", "published_mean"),
+            "published objective and settings": ("mnist_paper", "published"),
         },
     ),
     "mnist_ablation/errors.png": partial(
@@ -213,7 +213,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "anchored": ("mnist_ablation", "anchored"),
             "independent, learned": ("mnist_ablation", "independent_learned"),
             "independent, mean": ("mnist_ablation", "independent"),
-            "published": ("mnist_ablation", "published_mean"),
+            "published": ("mnist_ablation", "published"),
             "additive": ("mnist_ablation", "additive"),
             "anchored, convolutions": ("mnist_ablation", "anchored_convolutions"),
         },
@@ -246,7 +246,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
                 "published settings, 3 epochs of 50": ("teacher_published", "teacher"),
             },
             "the first t students while the t-th trains, published settings": {
-                f"t = {t + 1}": ("published_mean", f"round-{t:02d}") for t in range(7)
+                f"t = {t + 1}": ("published", f"round-{t:02d}") for t in range(7)
             },
         },
     ),

@@ -16,17 +16,18 @@ from tests.support import tiny_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
 MARKDOWN = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "experiments").rglob("README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
 
 def commands() -> list[list[str]]:
-    """The arguments of every run in the README's shell blocks."""
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
+    """The arguments of every run in the shell blocks of README and guide."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", README + GUIDE, re.DOTALL)).splitlines()
     runs = [shlex.split(line, comments=True) for line in lines if "pkd_lightning.run" in line]
     return [words[words.index("pkd_lightning.run") + 1 :] for words in runs]
 
@@ -39,9 +40,9 @@ def test_there_are_commands() -> None:
 def test_every_command_composes_to_a_valid_experiment(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the first choice of each multirun value; the user's own ladder is the README's YAML
+    # the first choice of each multirun value; the user's own ladder is the guide's YAML
     (tmp_path / "student").mkdir()
-    (ladder,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (ladder,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "student" / "mine.yaml").write_text(ladder)
     overrides = [word.split(",")[0] for word in arguments if not word.startswith("--") and word != "DIR"]
     searchpath = [f"hydra.searchpath=[file://{tmp_path}]"] if "--config-dir" in arguments else []
@@ -53,7 +54,7 @@ def test_every_command_composes_to_a_valid_experiment(
 def test_the_python_snippets_run(tmp_path: Path) -> None:
     import torch
 
-    pretrained, snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (pretrained,), (snippet,) = (re.findall(r"```python\n(.*?)```", text, re.DOTALL) for text in (README, GUIDE))
     names = {"images": torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)}
     exec(pretrained, names)
     assert names["logits"].shape == (4, 10)
