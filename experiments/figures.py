@@ -228,6 +228,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "no_teacher_learned",
             "independent",
             "no_teacher",
+            "published",
+            "published_learned",
             "published_mean",
             "published_learned_mean",
             "additive",
