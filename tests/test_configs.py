@@ -348,7 +348,7 @@ def cropped(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     [
         (["boosting.objective=tests.test_configs.NotAScalar"], "not a scalar"),
         (["boosting.combine=tests.test_configs.negative"], "not two positive numbers"),
-        (["+data.augment={_target_: tests.test_configs.cropped, _partial_: true}"], "the images' shape"),
+        (["+data.augment={_target_: tests.test_configs.cropped, _partial_: true}"], "the inputs' shape"),
         (["+data.augment={_target_: pkd_lightning.data.augment.shift, _partial_: true, pixel: 1}"], "pixel"),
     ],
 )
