@@ -406,6 +406,20 @@ def test_an_objective_has_what_it_leaves_open_from_the_boosting_options() -> Non
     assert objective(*chosen, *shared) == objectives.Published(0.9, 3, "soft", 7)
 
 
+class Bare(objectives.Objective):
+    """An objective without options, and without `@dataclass`."""
+
+    def loss(self, batch: objectives.RoundBatch) -> torch.Tensor:
+        return batch.student.square().mean()
+
+
+def test_an_objective_without_options_need_not_be_a_dataclass() -> None:
+    assert objective("boosting.objective=tests.test_configs.Bare").name == "bare"
+    assert objective("boosting.objective={_target_: tests.test_configs.Bare}").name == "bare"
+    with pytest.raises(ConfigError, match=r"boosting\.objective\.beta: no such option"):
+        objective("boosting.objective={_target_: tests.test_configs.Bare, beta: 2}")
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -41,6 +41,7 @@ class RoundBatch(NamedTuple):
     teacher_features: Mapping[str, Tensor] = NONE
 
 
+@dataclass(frozen=True)
 class Objective:
     """A round loss. Subclasses are frozen dataclasses of their options, and give `loss`.
 
