@@ -262,6 +262,12 @@ def test_a_file_that_cannot_be_read_is_one_error(content: bytes | None, tmp_path
         path.write_bytes(content)
     with pytest.raises(DataError, match="cannot be read"):
         load_npz(str(path))
+    np.savez_compressed(path, signals=waves()[0], labels=waves()[1])
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_npz(str(path))
     np.save(tmp_path / "mine.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"no \.npz file"):
         load_npz(str(tmp_path / "mine.npy"))

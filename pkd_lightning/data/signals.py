@@ -1,6 +1,7 @@
 """Labelled 1-D signals, and their source: a NumPy file."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def load_npz(root: str | None = None) -> SignalSet:
                 raise DataError(f"{path}: has no array {' and no '.join(missing)}; it has {', '.join(file.files)}")
             signals, labels = file["signals"], file["labels"]
             train_size = int(file["train_size"]) if "train_size" in file.files else int(0.7 * len(labels))
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     for name, array in (("signals", signals), ("labels", labels)):
         if array.dtype.kind not in ("iu" if name == "labels" else "iuf"):
