@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.models.building import InputShape, Trust, build_classifier, import_model, trusting
+from pkd_lightning.models.building import InputShape, Trust, build_classifier, import_model, path_of, trusting
 from pkd_lightning.outputs import output_of
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.tasks import ImageClassification, Task
@@ -203,10 +203,9 @@ def save_description(
         labels: see `ProgressiveEnsemble`.
         finished: whether no further students follow.
     """
-    kind = type(task)
     description = {
         "scales": [list(pair) for pair in scales],
-        "task": f"{kind.__module__}.{kind.__qualname__}",
+        "task": path_of(type(task)),
         "input_shape": list(task.input_shape),
         "num_classes": task.num_classes,
         **task.state(),
@@ -218,12 +217,16 @@ def save_description(
 
 def _load_task(description: Mapping[str, Any], directory: Path, trust: Trust) -> Task:
     """The task of an ensemble; a file of an earlier version has only the statistics of images."""
-    path = description.get("task", f"{ImageClassification.__module__}.{ImageClassification.__qualname__}")
-    kind: Any = import_model(path, trust, "task", Task)
+    kind: Any = import_model(description.get("task", path_of(ImageClassification)), trust, "task", Task)
     sizes = description if "input_shape" in description else read_json(_student_files(directory / "00")[1])
-    shape = sizes.get("input_shape", sizes.get("image_shape"))
-    task: Task = kind.from_state(description, tuple(int(size) for size in shape), int(sizes["num_classes"]))
+    task: Task = kind.from_state(description, _input_shape(sizes), int(sizes["num_classes"]))
     return task
+
+
+def _input_shape(description: Mapping[str, Any]) -> InputShape:
+    """Of a student or an ensemble; earlier versions call it `image_shape`."""
+    given = description["input_shape"] if "input_shape" in description else description["image_shape"]
+    return tuple(operator.index(size) for size in given)
 
 
 def save_student(
@@ -263,9 +266,7 @@ def load_student(stem: Path, trust: Trust = ()) -> nn.Module:
     weights, path = _student_files(stem)
     description = read_json(path)
     try:
-        make = import_model(description["model"], trust)
-        given = description["input_shape"] if "input_shape" in description else description["image_shape"]
-        shape = tuple(operator.index(size) for size in given)
+        make, shape = import_model(description["model"], trust), _input_shape(description)
         with trusting(trust):
             model = build_classifier(make, description["options"], shape, description["num_classes"])
     except ConfigError as error:

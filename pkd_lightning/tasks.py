@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -61,8 +61,10 @@ class Classification(Task):
     Attributes:
         mean: of the training inputs by channel, (C, 1, ...) to be broadcast over an input.
         std: their standard deviation, in the same shape.
+        unit: what the statistics count in, in units of the inputs.
     """
 
+    unit: ClassVar[float] = 1
     mean: Tensor
     std: Tensor
 
@@ -73,9 +75,9 @@ class Classification(Task):
 
     @cached_property
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) with inputs * scale + shift = (inputs - mean) / std."""
+        """(scale, shift) with inputs * scale + shift = (inputs / unit - mean) / std."""
         mean, std = self.mean.double(), self.std.double()
-        return (1 / std).float(), (-mean / std).float()
+        return (1 / (self.unit * std)).float(), (-mean / std).float()
 
     def quality(self, logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> dict[str, float]:
         """See `metrics.quality`."""
@@ -104,16 +106,12 @@ class Classification(Task):
 class ImageClassification(Classification):
     """Images (C, H, W) of uint8; mean and std (C, 1, 1) are of pixels scaled to [0, 1]."""
 
+    unit: ClassVar[float] = 255
+
     @classmethod
     def fitted(cls, inputs: Tensor, num_classes: int) -> "ImageClassification":
         """See `Task.fitted`."""
         return cls(tuple(inputs.shape[1:]), num_classes, *_channel_statistics(inputs))
-
-    @cached_property
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift), each (C, 1, 1): uint8 pixels * scale + shift = (pixels / 255 - mean) / std."""
-        mean, std = self.mean.double(), self.std.double()
-        return (1 / (255 * std)).float(), (-mean / std).float()
 
 
 @dataclass(frozen=True, eq=False)

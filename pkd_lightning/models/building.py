@@ -52,9 +52,14 @@ def import_part(key: str, path: str) -> Callable[..., Any]:
     return part
 
 
+def path_of(cls: type) -> str:
+    """The import path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def trusted(cls: type) -> None:
     """Note that a class is used in this process, by its configuration: a file may name it."""
-    configured.add(f"{cls.__module__}.{cls.__qualname__}")
+    configured.add(path_of(cls))
 
 
 def import_model(path: str, trust: Trust, key: str = "model", kind: type = nn.Module) -> Callable[..., Any]:
