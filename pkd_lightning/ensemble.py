@@ -2,7 +2,7 @@
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
+from pkd_lightning.earlier import InTurn, reads
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.models.building import InputShape, Trust, build_classifier, import_model, path_of, trusting
 from pkd_lightning.outputs import output_of
@@ -57,11 +58,11 @@ class ProgressiveEnsemble(nn.Module):
         """Logits (batch, L) of the prefix of the first `members` students (None: all) on preprocessed images.
 
         With `parallel` the members run in threads at the same time. Only large students gain by it: small ones wait for
-        each other, and one image takes longer than without.
+        each other, and one image takes longer than without. Students that read earlier ones run in turn all the same.
         """
         count = self._count(members)
         chosen = list(self.members)[:count]
-        if parallel:
+        if parallel and not any(map(reads, chosen)):
             grad = torch.is_grad_enabled()  # a thread starts with gradients on
 
             def call(member: nn.Module) -> Tensor:
@@ -71,7 +72,8 @@ class ProgressiveEnsemble(nn.Module):
             with ThreadPoolExecutor(count) as pool:
                 logits = list(pool.map(call, chosen))
         else:
-            logits = [output_of(member(images)).logits for member in chosen]
+            turn = InTurn(chosen)
+            logits = [turn.ask(images).logits for _ in chosen]
         prefix = None
         for student, scales in zip(logits, self.scales, strict=False):  # of the prefix's members
             prefix = mix(prefix, student, scales)
@@ -86,8 +88,9 @@ class ProgressiveEnsemble(nn.Module):
     def anytime(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the logits of prefix 1, 2, ..., T; each costs one more student. Stop whenever time is up."""
         logits: Tensor | None = None
-        for member, scales in zip(self.members, self.scales, strict=True):
-            logits = mix(logits, output_of(member(images)).logits, scales)
+        turn = InTurn(list(self.members))
+        for scales in self.scales:
+            logits = mix(logits, turn.ask(images).logits, scales)
             yield logits
 
     @torch.inference_mode()
@@ -104,15 +107,17 @@ class ProgressiveEnsemble(nn.Module):
         open_rows = torch.arange(len(images), device=images.device)
         used = torch.zeros_like(open_rows)
         logits: Tensor | None = None
-        for t, (member, scales) in enumerate(zip(self.members, self.scales, strict=True)):
-            student = output_of(member(images[open_rows])).logits
+        turn = InTurn(list(self.members))
+        for t, scales in enumerate(self.scales):
+            student = turn.ask(images[open_rows]).logits
             if logits is None:
                 logits = mix(None, student, scales)
             else:
                 logits[open_rows] = mix(logits[open_rows], student, scales)
             used[open_rows] = t + 1
-            sure = logits[open_rows].softmax(-1).amax(-1) >= confidence
-            open_rows = open_rows[~sure]
+            unsure = ~(logits[open_rows].softmax(-1).amax(-1) >= confidence)
+            open_rows = open_rows[unsure]
+            turn.keep(unsure)
             if len(open_rows) == 0:
                 break
         assert logits is not None
@@ -148,8 +153,7 @@ class ProgressiveEnsemble(nn.Module):
         trust: Trust = (),
     ) -> "ProgressiveEnsemble":
         """Load students 00, 01, ... of `directory`, as many as there are scales; `trust` as in `load`."""
-        members = [load_student(directory / f"{t:02d}", trust) for t in range(len(scales))]
-        return cls(members, scales, task, labels).eval()
+        return cls(load_students(directory, len(scales), trust), scales, task, labels).eval()
 
     @classmethod
     def load(cls, directory: Path | str, trust: Trust = ()) -> "ProgressiveEnsemble":
@@ -253,12 +257,21 @@ def save_student(
     write_json(text, description, hashed=True)
 
 
-def load_student(stem: Path, trust: Trust = ()) -> nn.Module:
+def load_students(directory: Path, count: int, trust: Trust = ()) -> list[nn.Module]:
+    """The first `count` students of a folder; for `trust` and errors see `load_student`."""
+    students: list[nn.Module] = []
+    for t in range(count):
+        students.append(load_student(directory / f"{t:02d}", trust, lambda: students))
+    return students
+
+
+def load_student(stem: Path, trust: Trust = (), earlier: Callable[[], Sequence[nn.Module]] = tuple) -> nn.Module:
     """Build the student described by `stem`.json and load its weights, in evaluation mode.
 
     Args:
         stem: file name without ending.
         trust: as in `ProgressiveEnsemble.load`.
+        earlier: gives the students before it, which one with lazy layers may need to be built.
 
     Raises:
         RunError: where a file is missing or damaged, the model is not trusted, or the weights do not fit.
@@ -268,7 +281,7 @@ def load_student(stem: Path, trust: Trust = ()) -> nn.Module:
     try:
         make, shape = import_model(description["model"], trust), _input_shape(description)
         with trusting(trust):
-            model = build_classifier(make, description["options"], shape, description["num_classes"])
+            model = build_classifier(make, description["options"], shape, description["num_classes"], earlier)
     except ConfigError as error:
         raise RunError(f"{path}: its student cannot be built: {'; '.join(error.faults)}") from error
     except Exception as error:  # whatever the model's constructor raises

@@ -18,6 +18,7 @@ from pkd_lightning import __version__
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.cost import Cost, latency, measure
 from pkd_lightning.data.module import DataModule
+from pkd_lightning.earlier import following, reads
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import predict
@@ -75,9 +76,10 @@ def evaluate(
     prefix_logits.zero_()
     prefix: dict[str, Any] = {}
     for t, (member, scales, record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
-        predict(member, data, data.test, device, out=logits)
+        asked = following(member, list(ensemble.members)[:t])
+        predict(asked, data, data.test, device, out=logits)
         check_finite(logits, f"student {t + 1}")
-        member.cpu()
+        asked.cpu()
         for rows in chunks(logits.shape):
             prefix_logits[rows] = mix(prefix_logits[rows], logits[rows], scales)
         check_finite(prefix_logits, f"the ensemble of the first {t + 1} students")
@@ -85,14 +87,14 @@ def evaluate(
             **data.task.quality(prefix_logits, labels, teacher_logits),
             **vars(latency(partial(ensemble, members=t + 1), sample)),
         }
-        cost = measure(member, data.task.input_shape)
-        prefix_cost = prefix_cost + cost
+        cost = measure(asked, data.task.input_shape)
+        prefix_cost = cost if reads(member) else prefix_cost + cost  # of one that reads, the whole prefix must run
         rounds.append(
             {
                 **record,
                 **data.task.quality(logits, labels, teacher_logits),
                 **vars(cost),
-                **vars(latency(member, sample)),
+                **vars(latency(asked, sample)),
                 **{f"prefix_{name}": value for name, value in prefix.items()},
             }
         )

@@ -3,10 +3,10 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from pkd_lightning.checkpoint import not_finite
 from pkd_lightning.checks import build, collect, under, unknown_keys
 from pkd_lightning.composition import top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
+from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.models.ladder import Ladder
@@ -61,9 +62,11 @@ class Experiment:
         inputs = data.task.prepare(data.inputs[[0, 0]])
         attempt = partial(try_model, inputs=inputs, num_classes=data.num_classes, samples=len(data.training))
         for index in range(0 if faults else len(self.student)):
-            build = partial(self.student.build, index, data.task.input_shape, data.num_classes)
-            name = f"student.rungs.{index}"
-            collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
+            name, rungs = f"student.rungs.{index}", range(index + 1)
+            collect(faults, name, partial(attempt, name, partial(self._student, data, rungs), trainer=self.trainer))
+            if self.student.repeat and not faults and isinstance(self._student(data, rungs), Following):
+                build = partial(self._student, data, [*rungs, index])  # after one of its own rung
+                collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
         build = partial(self.teacher.build, data.task.input_shape, data.num_classes)
 
         def try_teacher() -> None:
@@ -76,6 +79,19 @@ class Experiment:
         self._try_round(data, inputs, faults)
         if faults:
             raise ConfigError(faults)
+
+    def _student(self, data: DataModule, rungs: Sequence[int]) -> nn.Module:
+        """A new student of the last of `rungs`; where it reads earlier ones, together with one of each rung before."""
+
+        @cache
+        def earlier() -> list[nn.Module]:
+            students: list[nn.Module] = []
+            for rung in rungs[:-1]:
+                students.append(self.student.build(rung, data.task.input_shape, data.num_classes, lambda: students))
+            return students
+
+        model = self.student.build(rungs[-1], data.task.input_shape, data.num_classes, earlier)
+        return following(model, earlier() if reads(model) else ())
 
     def _try_augmentation(self, data: DataModule) -> None:
         raw = data.inputs[[0, 0]]
@@ -97,7 +113,7 @@ class Experiment:
             def attempt(rung: int = index) -> None:
                 of_student, of_teacher = NONE, NONE
                 if with_features:
-                    student, teacher = self.student.build(rung, shape, classes), self.teacher.build(shape, classes)
+                    student, teacher = self._student(data, range(rung + 1)), self.teacher.build(shape, classes)
                     of_student = features(student, objective, "student_features", inputs)
                     with torch.no_grad():
                         of_teacher = features(teacher, objective, "teacher_features", inputs)
@@ -133,13 +149,14 @@ class Experiment:
 
 
 def features(model: nn.Module, objective: Objective, key: str, inputs: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    """What the modules of a model at the objective's `key` give for inputs.
+    """What the modules of a model, of one that follows others its own, at the objective's `key` give for inputs.
 
     Raises:
         ConfigError: where it has no such modules.
     """
+    own = model.model if isinstance(model, Following) else model
     try:
-        with Taps(model, getattr(objective, key)) as taps:
+        with Taps(own, getattr(objective, key)) as taps:
             return taps.call(model, inputs).features
     except ConfigError as error:
         raise ConfigError(under(f"objective.{key}", error.faults)) from error

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from pkd_lightning.checkpoint import append_line
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
+from pkd_lightning.earlier import Earlier, call
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.loggers import rank_zero
 from pkd_lightning.outputs import Output, Taps, output_of
@@ -79,7 +81,11 @@ class FitModule(L.LightningModule):
 
     def forward(self, inputs: Tensor) -> Output:
         """What the model gives, by way of torch.compile where that is configured; `losses` calls it like this."""
-        return self.taps.call(self.model if self._compiled is None else self._compiled, inputs)
+        return self.taps.call(partial(call, self._compiled or self.model, earlier=self.earlier(inputs)), inputs)
+
+    def earlier(self, inputs: Tensor) -> Earlier | None:
+        """What earlier students gave for the same inputs, where the model reads them."""
+        return None
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss (scalar) and the logits that accuracy is measured on (batch, classes)."""
@@ -160,10 +166,10 @@ class FitModule(L.LightningModule):
         return [optimizer], [schedule]
 
 
-def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
+def compiled(model: nn.Module) -> Callable[..., Any]:
     """Calls `model` by way of torch.compile, as a function."""
     torch.compiler.reset()  # or torch would stop compiling at the eighth model of a class, with no more than a warning
-    return torch.compile(lambda inputs: model(inputs))
+    return torch.compile(lambda inputs, earlier=None: call(model, inputs, earlier))
 
 
 @contextmanager

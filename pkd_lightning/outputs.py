@@ -42,7 +42,7 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
-        known = dict(model.named_modules())
+        known = dict(model.named_modules()) if paths else {}
         faults = []
         for path in paths:
             if path not in known or not path:

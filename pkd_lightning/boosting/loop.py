@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pkd_lightning.boosting.combine import combination_of
 from pkd_lightning.boosting.objectives import objective_of
@@ -19,7 +20,7 @@ from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner
 from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash, write_json
 from pkd_lightning.data.module import DataModule
-from pkd_lightning.ensemble import ProgressiveEnsemble, save_description, save_student
+from pkd_lightning.ensemble import ProgressiveEnsemble, load_students, save_description, save_student
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.loggers import Tracker
@@ -124,7 +125,7 @@ class BoostingLoop:
         stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
         logger.info("training a student: %s", description)
         with seeded(self.seed, stage.key, state.rung, "init"):
-            model = self.ladder.build(state.rung, data.task.input_shape, data.num_classes)
+            model = self.ladder.build(state.rung, data.task.input_shape, data.num_classes, self.students)
         training = self.round().attempt(model, self.trainer)
         with seeded(self.seed, stage.key, state.rung, "fit"), self.tracker.stage(name, attempt) as loggers:
             result = fit(training.module, data, stage, loggers, training.callbacks)
@@ -132,7 +133,14 @@ class BoostingLoop:
 
     def round(self) -> Round:
         """The round that follows, or is under way."""
-        return Round(self.config, self.objective, self.combination, self.data, self.teacher, self.state, self.directory)
+        return Round(
+            self.config, self.objective, self.combination, self.data, self.teacher, self.state, self.directory,
+            self.students,
+        )  # fmt: skip
+
+    def students(self) -> list[nn.Module]:
+        """The students so far, loaded anew."""
+        return load_students(self.directory / "students", self.state.round)
 
     def accept(self, candidate: Candidate, attempts: int, seconds: float) -> None:
         """Add a student: update the residual matrices, the ensemble's logits and the records."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.boosting.student import RoundTargets, StudentModule
 from pkd_lightning.boosting.weak_learner import Candidate, WeakLearnerCheck, fit_scales, judge, required
 from pkd_lightning.data.module import DataModule
+from pkd_lightning.earlier import reads
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, predict
 from pkd_lightning.losses import distillation_loss
@@ -38,6 +40,7 @@ class Round:
         teacher: the teacher.
         state: of the loop before the round.
         directory: where large matrices of logits are kept for the time being.
+        students: gives the students so far, for candidates that read them.
     """
 
     config: BoostingConfig
@@ -47,6 +50,7 @@ class Round:
     teacher: Teacher
     state: BoostingState
     directory: Path
+    students: Callable[[], Sequence[nn.Module]] = tuple
 
     @property
     def later(self) -> bool:
@@ -66,6 +70,7 @@ class Round:
             CachedTeacher(self.teacher.logits, self.teacher.model, features), state.ensemble_logits,
             state.indicator(self.directory), max(state.bound, 1e-3), state.round,
             state.sample_weights() if config.weights == "samples" and self.later else None,
+            self.students() if reads(model) else (),
         )  # fmt: skip
         module = StudentModule(model, trainer, config, self.objective, self.combination, targets)
         logits = scratch(data.validation.stop, data.num_classes, self.directory)
@@ -160,7 +165,7 @@ class Attempt:
         return Candidate(self.module.model, scales, logits, edges, unclipped, loss, fit, accepted_by)
 
     def _predict(self) -> None:
-        data, device, model = self.round.data, self.module.settings.device, self.module.model
+        data, device, model = self.round.data, self.module.settings.device, self.module.asked
         if self.check.held is not None:  # its logits of the training rows are those of the check
             self.module.load_state_dict(self.check.held)
             predict(model, data, data.validation, device, out=self.logits[len(data.training) :])

@@ -1,5 +1,6 @@
 """The LightningModule of one candidate student."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from pkd_lightning.boosting.combine import Combination
 from pkd_lightning.boosting.objectives import Distillation, Objective, RoundBatch
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.data.module import Batch
+from pkd_lightning.earlier import Earlier, following, outputs_for
 from pkd_lightning.fitting import FitModule
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.teacher import CachedTeacher
@@ -25,6 +27,7 @@ class RoundTargets(nn.Module):
         bound: B.
         round_: t from 0.
         weight: (N,) of each sample's loss, or None.
+        students: those so far, where the candidate reads them.
     """
 
     ensemble: Tensor
@@ -39,8 +42,10 @@ class RoundTargets(nn.Module):
         bound: float,
         round_: int,
         weight: Tensor | None = None,
+        students: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
+        self.students = tuple(students)  # in a tuple: they are no part of the candidate
         # buffers, to follow the module to its device; not persistent, to stay out of every state dict
         self.teacher = teacher
         for name, value in (("ensemble", ensemble), ("indicator", indicator), ("weight", weight)):
@@ -92,6 +97,15 @@ class StudentModule(FitModule):
 
     def _scales(self) -> Tensor:
         return self.scale_values.exp() if self.learns_scales else self.scale_values
+
+    def earlier(self, inputs: Tensor) -> Earlier | None:
+        """What the students so far give for the very inputs that this one sees, where it reads them."""
+        return outputs_for(self.model, self.targets.students, inputs)
+
+    @property
+    def asked(self) -> nn.Module:
+        """The student, where it reads earlier ones together with these: what is asked for logits outside of a fit."""
+        return following(self.model, self.targets.students)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The round's loss, and the logits of the ensemble with the student."""

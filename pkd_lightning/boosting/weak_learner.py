@@ -83,7 +83,7 @@ class WeakLearnerCheck(L.Callback):
             return
         assert isinstance(pl_module, StudentModule)
         with matmul_precision("highest"):  # as all other logits, whatever the fit itself uses
-            predict(pl_module.model, self.data, self.data.training, pl_module.device, out=self.logits)
+            predict(pl_module.asked, self.data, self.data.training, pl_module.device, out=self.logits)
         if condition_holds(self.edges(self.logits), self.config.fraction, self.config.margin):
             self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             trainer.should_stop = True

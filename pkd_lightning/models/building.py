@@ -12,6 +12,7 @@ from hydra.utils import get_object
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pkd_lightning.earlier import following, reads
 from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.outputs import output_of
 
@@ -97,12 +98,17 @@ def import_model(path: str, trust: Trust, key: str = "model", kind: type = nn.Mo
 
 
 def build_classifier(
-    make: Callable[..., Any], options: Mapping[str, Any], input_shape: InputShape, num_classes: int
+    make: Callable[..., Any],
+    options: Mapping[str, Any],
+    input_shape: InputShape,
+    num_classes: int,
+    earlier: Callable[[], Sequence[nn.Module]] = tuple,
 ) -> nn.Module:
     """Call `make` with `options`, and with the shape of its inputs (as `input_shape`, or `image_shape`) and
     `num_classes` where its signature names them.
 
-    A model with lazy layers is called once, on one input, so that it comes with all its parameters.
+    A model with lazy layers is called once, on one input, so that it comes with all its parameters; where it reads
+    earlier students, together with those that `earlier` gives.
 
     Raises:
         ConfigError: from `make`, or where it refuses its arguments, gives no torch module, or leaves a layer lazy.
@@ -119,7 +125,7 @@ def build_classifier(
     if not isinstance(model, nn.Module):
         raise ConfigError([f"{_name(make)}: gives a {type(model).__name__}, not a torch module"])
     if _lazy(model):
-        evaluated(model, torch.zeros(1, *input_shape))
+        evaluated(following(model, earlier() if reads(model) else ()), torch.zeros(1, *input_shape))
         if left := _lazy(model):
             raise ConfigError([f"{_name(make)}: lazy parameters without a size after a call: {', '.join(left)}"])
     return model
@@ -136,6 +142,8 @@ def evaluated(model: nn.Module, inputs: Tensor) -> Any:
     try:
         with torch.no_grad():
             return output_of(model(inputs)).logits
+    except PKDError:
+        raise
     except Exception as error:  # whatever the user's forward raises
         shape = "x".join(map(str, inputs.shape[1:]))
         raise ConfigError([f"cannot read inputs of {shape} ({brief(error)})"]) from error

@@ -1,7 +1,7 @@
 """The ladder that `find_weak_learner` climbs: model classes F_1, F_2, ... of growing size, each a rung."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -50,9 +50,15 @@ class Ladder:
     def __len__(self) -> int:
         return len(self.rungs)
 
-    def build(self, index: int, input_shape: InputShape, num_classes: int) -> nn.Module:
-        """A new student of rung `index` (from 0), randomly initialised."""
-        return build_classifier(self.model, self.rungs[index], input_shape, num_classes)
+    def build(
+        self,
+        index: int,
+        input_shape: InputShape,
+        num_classes: int,
+        earlier: Callable[[], Sequence[nn.Module]] = tuple,
+    ) -> nn.Module:
+        """A new student of rung `index` (from 0), randomly initialised, to follow the students that `earlier` gives."""
+        return build_classifier(self.model, self.rungs[index], input_shape, num_classes, earlier)
 
     def faults(self, rounds: int, input_shape: InputShape | None = None) -> list[str]:
         """Every reason why `rounds` students cannot be built; those that depend on the inputs only with their shape."""
