@@ -65,6 +65,8 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
         boosting["combine"] = boosting["combine"].removeprefix("pkd_lightning.boosting.combine.")
     boosting["weak_learner"] = _without_defaults(boosting.get("weak_learner", {}), WeakLearnerConfig)
     plain["boosting"] = _without_defaults(boosting, BoostingConfig)
+    if teacher.get("online") is False:
+        del teacher["online"]
     for owner in (plain, teacher):
         device = device_of(owner["trainer"].get("accelerator", "auto"))
         owner["trainer"] = _without_defaults({**owner["trainer"], "accelerator": device}, TrainerConfig)

@@ -49,15 +49,19 @@ class TeacherConfig:
         trainer: how it is trained.
         checkpoint: file of trained weights (.safetensors, or a torch file, see `load_weights`); None trains the
             teacher here, unless none of its parameters requires a gradient: such a model comes with its weights.
+        online: ask it in every training step, of the very inputs that the student sees. Otherwise its logits of the
+            images as they are go for their augmented copies, too, and are computed once.
     """
 
     model: Callable[..., nn.Module]
     trainer: TrainerConfig
     checkpoint: str | None = None
+    online: bool = False
 
     def __post_init__(self) -> None:
         faults = Faults(self)
         faults.called("model")
+        faults.flag("online")
         if isinstance(self.model, nn.Module):
             faults.found.append("model: is built already, before the images are known; `_partial_: true` is missing")
         if self.checkpoint is not None and not Path(self.checkpoint).expanduser().is_file():
@@ -97,20 +101,50 @@ class Teacher:
         logits: (training + validation rows, L) float32, by sample index.
         fingerprint: hash of its weights and of the data.
         seconds: wall time of its training.
+        online: see `TeacherConfig`.
     """
 
     model: nn.Module
     logits: Tensor
     fingerprint: str
     seconds: float
+    online: bool = False
+
+    def asked(self, features: Sequence[str] = ()) -> "CachedTeacher | OnlineTeacher":
+        """The teacher as a round asks it, with the outputs of the modules at these paths."""
+        if self.online:
+            return OnlineTeacher(self.model, features)
+        return CachedTeacher(self.logits, self.model, features)
+
+
+class OnlineTeacher(nn.Module):
+    """A teacher that is asked in the step, for the very inputs that the student sees.
+
+    Args:
+        model: the teacher. It is no part of this module's state.
+        features: paths of the modules whose outputs are features.
+    """
+
+    def __init__(self, model: nn.Module, features: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: not one of this module's own
+        self._taps = Taps(model, features)
+
+    @torch.no_grad()
+    def outputs(self, index: Tensor, inputs: Tensor) -> Output:
+        """Logits (batch, L) and features of `inputs`, which are the samples `index` (batch,)."""
+        model = self._model[0].to(inputs.device).eval()
+        with self._taps:
+            logits, features = self._taps.call(model, inputs)
+        return Output(logits.float(), features)
 
 
 class CachedTeacher(nn.Module):
-    """The teacher as a round asks it: logits by sample index, features of the very inputs that the student sees.
+    """A teacher whose logits are known by sample index, and whose features are those of the inputs the student sees.
 
     Args:
         logits: (N, L), by sample index.
-        model: gives the features, where there are paths. It is no part of this module's state.
+        model: gives the features, where there are paths.
         features: paths of the modules whose outputs are features.
     """
 
@@ -120,20 +154,12 @@ class CachedTeacher(nn.Module):
         super().__init__()
         # a buffer, to follow the module to its device; not persistent, to stay out of every state dict
         self.register_buffer("logits", logits, persistent=False)
-        self._model = [model] if features else []  # in a list: not one of this module's own
-        self._taps = Taps(model, features) if model is not None and features else None
+        self._online = OnlineTeacher(model, features) if model is not None and features else None
 
-    @torch.no_grad()
     def outputs(self, index: Tensor, inputs: Tensor) -> Output:
         """Logits (batch, L) of the samples `index` (batch,), and features of `inputs`, which are those samples."""
-        logits = self.logits[index]
-        if self._taps is None:
-            return Output(logits)
-        (model,) = self._model
-        assert model is not None
-        model.to(inputs.device).eval()
-        with self._taps:
-            return Output(logits, self._taps.call(model, inputs).features)
+        asked = Output(self.logits) if self._online is None else self._online.outputs(index, inputs)
+        return Output(self.logits[index], asked.features)
 
 
 def prepare_teacher(
@@ -188,7 +214,8 @@ def prepare_teacher(
         logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)
-    return Teacher(model, cached_logits(model, data, logits, key, config.trainer.device), key, seconds)
+    known = cached_logits(model, data, logits, key, config.trainer.device)
+    return Teacher(model, known, key, seconds, config.online)
 
 
 def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ def place(*overrides: str) -> Path:
         ("+student.common.d_conv=4", "+student.common.d_conv=4.0"),
         ("data.root=some/where", "data.root=there/../some/where"),
         ("teacher.trainer.compile=false", "~teacher.trainer.compile"),
+        ("teacher.online=false", "~teacher.online"),
         ("boosting.weak_learner.margin=0", "~boosting.weak_learner.margin"),
         ("boosting.weak_learner={}", "~boosting.weak_learner"),
         ("boosting.objective=anchored", "boosting.objective=pkd_lightning.boosting.objectives.anchored"),
@@ -50,6 +51,7 @@ def test_equal_options_have_one_directory(one: str, other: str) -> None:
         ("+data.source.noise=60", "+data.source.noise='60'"),
         ("boosting.objective=anchored", "boosting.objective=mine.anchored"),
         ("seed=0", "seed=1"),
+        ("teacher.online=false", "teacher.online=true"),
         ("threads=1", "threads=2"),  # sums of two threads end in other bits
         ("threads=1", "threads=null"),
     ],

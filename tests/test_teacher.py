@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from pkd_lightning import teacher
+from pkd_lightning.boosting.student import StudentModule
 from pkd_lightning.cli import load_config
-from pkd_lightning.data.module import DataModule
+from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.teacher import cached_logits, fingerprint
 from pkd_lightning.weights import load_weights
-from tests.support import TINY, tiny_config, tiny_run
+from tests.support import ACCEPT, TINY, tiny_config, tiny_run
 
 RGB = (
     *(flag for flag in TINY if flag != "teacher=tiny"),
@@ -89,6 +90,44 @@ def test_a_trained_teacher_can_be_given_to_another_run(tmp_path: Path) -> None:
     second = tiny_run(tmp_path, f"teacher.checkpoint={weights}", "seed=5")
     assert second["teacher"]["nll"] == first["teacher"]["nll"]
     assert second["rounds"][0]["nll"] != first["rounds"][0]["nll"]
+
+
+SHIFTED = "data.augment={_target_: pkd_lightning.data.augment.shift, _partial_: true, pixels: 2}"
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_teacher_asked_in_the_step_sees_what_the_student_sees(
+    online: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    losses = StudentModule.losses
+
+    def watched(self: StudentModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        model = whose[0].model
+        given = self.targets.teacher.outputs(batch.index, batch.inputs).logits
+        assert not given.requires_grad
+        if self.training:  # of augmented images
+            seen.append(bool(torch.allclose(given, model(batch.inputs), atol=1e-5)))
+            assert torch.equal(given, whose[0].logits[batch.index]) is not online
+        else:
+            torch.testing.assert_close(given, model(batch.inputs), rtol=1e-4, atol=1e-4)
+        return losses(self, batch)
+
+    whose: list[teacher.Teacher] = []
+    prepare = teacher.prepare_teacher
+    monkeypatch.setattr(teacher, "prepare_teacher", lambda *given: whose.append(prepare(*given)) or whose[0])
+    monkeypatch.setattr(StudentModule, "losses", watched)
+    tiny_run(tmp_path, SHIFTED, f"teacher.online={str(online).lower()}", "boosting.rounds=2", ACCEPT)
+    assert set(seen) == {online}
+
+
+def test_without_augmentation_it_makes_no_difference_when_a_teacher_is_asked(tmp_path: Path) -> None:
+    flags = ("boosting.rounds=2", ACCEPT, "trainer.max_epochs=2")
+    cached, online = (tiny_run(tmp_path, *flags, f"teacher.online={asked}") for asked in ("false", "true"))
+    for one, other in zip(cached["rounds"], online["rounds"], strict=True):
+        assert one["nll"] == pytest.approx(other["nll"], rel=1e-3)
+    with pytest.raises(ConfigError, match=r"teacher\.online='perhaps': must be"):
+        tiny_run(tmp_path, *flags, "teacher.online=perhaps")
 
 
 def test_runs_that_load_the_same_teacher_share_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

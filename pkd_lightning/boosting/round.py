@@ -22,7 +22,7 @@ from pkd_lightning.fitting import FitResult, predict
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import Difference, largest, quantile, scratch
 from pkd_lightning.prefixes import Scales, mix
-from pkd_lightning.teacher import CachedTeacher, Teacher
+from pkd_lightning.teacher import Teacher
 from pkd_lightning.trainer import TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Round:
         state, data, config = self.state, self.data, self.config
         features = self.objective.teacher_features if self.later else ()
         targets = RoundTargets(
-            CachedTeacher(self.teacher.logits, self.teacher.model, features), state.ensemble_logits,
+            self.teacher.asked(features), state.ensemble_logits,
             state.indicator(self.directory), max(state.bound, 1e-3), state.round,
             state.sample_weights() if config.weights == "samples" and self.later else None,
             self.students() if reads(model) else (),

@@ -13,7 +13,7 @@ from pkd_lightning.data.module import Batch
 from pkd_lightning.earlier import Earlier, following, outputs_for
 from pkd_lightning.fitting import FitModule
 from pkd_lightning.prefixes import Scales, mix
-from pkd_lightning.teacher import CachedTeacher
+from pkd_lightning.teacher import CachedTeacher, OnlineTeacher
 from pkd_lightning.trainer import TrainerConfig
 
 
@@ -21,7 +21,7 @@ class RoundTargets(nn.Module):
     """What every candidate of a round is trained against, by sample index (rows of training and validation).
 
     Args:
-        teacher: its logits g by sample index, and its features where the objective needs them.
+        teacher: gives its logits g, and its features where the objective needs them.
         ensemble: (N, L) logits F_{t-1}.
         indicator: (N, L) bool, 1[K+ > K-].
         bound: B.
@@ -36,7 +36,7 @@ class RoundTargets(nn.Module):
 
     def __init__(
         self,
-        teacher: CachedTeacher,
+        teacher: CachedTeacher | OnlineTeacher,
         ensemble: Tensor,
         indicator: Tensor,
         bound: float,
