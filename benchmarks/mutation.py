@@ -3,10 +3,10 @@
 Each mutant is one small change of one expression or statement: a comparison, an operator, a constant, a condition, a
 call left out, two arguments exchanged. It dies if a test fails. Words are not mutated: messages, log lines, types.
 
-First the tests of the wiring run once under coverage, so that a mutant is shown only to those that reach its line,
-the quickest first. A mutant that none of them kills within `--seconds` survives, so the figure is a lower bound. What
-was found is kept in `--out`, and the same command goes on from there. Survivors that change no behaviour are named,
-with the reason, in benchmarks/equivalent.toml.
+First the tests of the wiring run once under coverage, so that a mutant is shown only to those that reach its line: the
+quick ones that reach little else first. A mutant that none of them kills within `--seconds` of processor time survives,
+so the figure is a lower bound. What was found is kept in `--out`, and the same command goes on from there. Survivors
+that change no behaviour are named, with the reason, in benchmarks/equivalent.toml.
 """
 
 import argparse
@@ -16,12 +16,15 @@ import hashlib
 import importlib.abc
 import importlib.util
 import json
+import math
 import os
+import resource
 import signal
 import sys
 import time
 import tomllib
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,8 +223,11 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.mutant.tree, str(self.path), "exec"), module.__dict__)
 
 
+WAITED = 6  # times the processor time that is allowed: other work wants the cores, too
+
+
 def child(work: Any, seconds: float, log: Path = Path(os.devnull)) -> int:
-    """Run `work` in a fork of this process for at most so long; its exit code, or -1 where time was up.
+    """Run `work` in a fork of this process; its exit code, or -1 where it took more than `seconds` of processor time.
 
     What it prints goes to `log`.
     """
@@ -230,6 +236,7 @@ def child(work: Any, seconds: float, log: Path = Path(os.devnull)) -> int:
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), resource.RLIM_INFINITY))
         os.dup2(output, 1)
         os.dup2(output, 2)
         try:
@@ -241,11 +248,12 @@ def child(work: Any, seconds: float, log: Path = Path(os.devnull)) -> int:
         sys.stderr.flush()
         os._exit(code)
     os.close(output)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + WAITED * seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status) % 256
+            code = os.waitstatus_to_exitcode(status)
+            return -1 if code == -signal.SIGXCPU else code % 256
         time.sleep(0.02)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -292,10 +300,13 @@ class Reached:
 
 
 def reaching(mutant: Mutant, reached: dict[str, Any]) -> list[str]:
-    """The tests that run the mutant's line, quickest first; of a line that is run by an import, those of its module."""
+    """The tests that run the mutant's line, or of a line that is run by an import those of its module.
+
+    First come those that are quick and reach little: they are the ones that are about the line.
+    """
     lines = reached["lines"][mutant.module]
     tests = lines.get(str(mutant.line)) or sorted({test for names in lines.values() for test in names})
-    return sorted(tests, key=lambda test: float(reached["seconds"][test]))
+    return sorted(tests, key=lambda test: reached["breadth"][test] * (0.3 + float(reached["seconds"][test])))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -303,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=WIRING, help=f"of {', '.join(WIRING)}")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files of tests (those of the wiring)")
-    parser.add_argument("--seconds", type=float, default=60, help="of tests for a mutant, at most (60)")
+    parser.add_argument("--seconds", type=float, default=60, help="of processor time for a mutant, at most (60)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "mutation", help="what is kept (build/mutation)")
     parser.add_argument("--again", action="store_true", help="show those that survived to the tests of today")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
@@ -359,6 +370,8 @@ def map_of_tests(tests: Sequence[str], out: Path) -> dict[str, Any]:
         if child(lambda: pytest_of(tests, [Reached(path)]), 3600, log) != 0:
             sys.exit(f"error: the tests do not pass, so no mutant can be judged; see {log}")
     reached: dict[str, Any] = json.loads(path.read_text())
+    of_all = (names for lines in reached["lines"].values() for names in lines.values())
+    reached["breadth"] = Counter(test for names in of_all for test in names)  # lines of the wiring that each runs
     return reached
 
 
