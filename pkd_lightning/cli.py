@@ -96,7 +96,7 @@ def explain_end() -> Iterator[None]:
             raise  # Hydra runs the other jobs, then reports this one
         sys.exit(f"error: {error}")
     except (SystemExit, KeyboardInterrupt) as stop:
-        print("stopped; the same command goes on from the last finished round", file=sys.stderr)
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
 
 

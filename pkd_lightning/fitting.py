@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,10 +27,12 @@ from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.earlier import Earlier, call
 from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.fit_checkpoint import FitCheckpoint, Saving
 from pkd_lightning.loggers import rank_zero
 from pkd_lightning.outputs import Output, Taps, output_of
+from pkd_lightning.process import stop
 from pkd_lightning.progress import progress_of
-from pkd_lightning.trainer import TrainerConfig
+from pkd_lightning.trainer import Interval, TrainerConfig
 
 logger = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes before every one of many fits
@@ -77,7 +78,11 @@ class FitModule(L.LightningModule):
         self._compiled = compiled(model) if trainer.compile else None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._skipped = 0
+        self._skipped = self._skipped_now = 0  # steps of the whole fit; those of the epoch under way
+        self._batch = 0  # batches of the epoch under way that are done
+        self._random: dict[str, Any] | None = None  # to be restored before the next step
+        self._trained: dict[str, Any] | None = None  # random state after the last step, while the epoch is validated
+        self.saving: Saving | None = None  # `fit` sets it
 
     def forward(self, inputs: Tensor) -> Output:
         """What the model gives, by way of torch.compile where that is configured; `losses` calls it like this."""
@@ -102,10 +107,10 @@ class FitModule(L.LightningModule):
         mixed = settings.precision != "32-true"
         full_precision = torch.autocast(device.type, enabled=False) if mixed else nullcontext()
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress  # counts trainer.global_step
-        total, count, skipped = torch.zeros((), device=device), 0, 0
+        total = self._sums.setdefault("train_loss", torch.zeros((), device=device))
+        self._counts.setdefault("train", 0)
         for batch in batches:
-            if trainer.received_sigterm:
-                raise SIGTERMException
+            self._restore_random()
             optimizer.zero_grad()
             loss, _ = self.losses(Batch(*(part.to(device, non_blocking=True) for part in batch)))
             with full_precision:
@@ -119,16 +124,51 @@ class FitModule(L.LightningModule):
             if usable:
                 scaler.step(optimizer)
                 total.add_(loss.detach(), alpha=len(batch.labels))  # stays on the device: read once an epoch
-                count += len(batch.labels)
+                self._counts["train"] += len(batch.labels)
             else:
-                skipped += 1
+                self._skipped_now += 1
             scaler.update()
             schedule.step()
             progress.increment_completed()
-        if skipped:
-            logger.warning("epoch %d: skipped %d steps, their gradients were not finite", self.current_epoch, skipped)
-            self._skipped += skipped
-        self._sums["train_loss"], self._counts["train"] = total, count
+            self._batch += 1
+            if self.saving is not None:
+                self.saving.after_step(trainer, self)
+        self._restore_random()
+        if self._skipped_now:
+            logger.warning(
+                "epoch %d: skipped %d steps, their gradients were not finite", self.current_epoch, self._skipped_now
+            )
+            self._skipped, self._skipped_now = self._skipped + self._skipped_now, 0
+        self._trained = random_state()
+
+    def progress(self) -> dict[str, Any]:
+        """Where the epoch under way is after a step, and the random state there: what resuming it needs of this module.
+
+        Validation starts anew, so that what it has found so far is left out.
+        """
+        return {
+            "batch": self._batch,
+            "loss": self._sums.get("train_loss"),
+            "count": self._counts.get("train", 0),
+            "skipped": [self._skipped, self._skipped_now],
+            "random": self._trained or random_state(),  # a loader of validation data draws, and will again
+        }
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Go on where `progress` was taken."""
+        self._batch = progress["batch"]
+        if progress["loss"] is not None:
+            self._sums["train_loss"], self._counts["train"] = progress["loss"].to(self.device), progress["count"]
+        self._skipped, self._skipped_now = progress["skipped"]
+        self._random = progress["random"]
+
+    def _restore_random(self) -> None:
+        """Restore torch's random state, if a fit has just been resumed: what came before the step may have drawn."""
+        if self._random is not None:
+            torch.set_rng_state(self._random["cpu"])
+            if self._random["cuda"]:
+                torch.cuda.set_rng_state_all(self._random["cuda"])
+            self._random = None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add one validation batch to the epoch's sums."""
@@ -139,6 +179,8 @@ class FitModule(L.LightningModule):
         ):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts["validation"] = self._counts.get("validation", 0) + len(batch.labels)
+        if self.saving is not None:
+            self.saving.after_step(self.trainer, self)
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's means. Lightning validates at the end of each training epoch, so both parts are complete."""
@@ -146,7 +188,7 @@ class FitModule(L.LightningModule):
         means = {name: float(value) / counts[name] for name, value in self._sums.items()}
         if self._skipped:  # over the whole fit; the losses of these steps are not in train_loss
             means["skipped_steps"] = self._skipped
-        self._sums, self._counts = {}, {}
+        self._sums, self._counts, self._batch, self._trained = {}, {}, 0, None
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             logger.warning("epoch %d: weights are not finite any more, the fit ends", self.current_epoch)
             self.trainer.should_stop = True
@@ -164,6 +206,11 @@ class FitModule(L.LightningModule):
         optimizer = self.settings.build_optimizer(self.parameter_groups())
         schedule = LambdaLR(optimizer, lambda step: self.settings.schedule(min(1.0, step / self.total_steps)))
         return [optimizer], [schedule]
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's global generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def compiled(model: nn.Module) -> Callable[..., Any]:
@@ -197,6 +244,14 @@ class BestWeights(L.Callback):
         if loss < self.loss:
             self.loss, self.epoch = loss, trainer.current_epoch
             self.state = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best weights so far, their loss and epoch."""
+        return {"loss": self.loss, "epoch": self.epoch, "state": self.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.loss, self.epoch, self.state = state_dict["loss"], state_dict["epoch"], state_dict["state"]
 
     def restore(self, module: L.LightningModule) -> None:
         """Load the best weights into `module`."""
@@ -244,18 +299,37 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Stage:
-    """Names one fit: `teacher` or `round-03`, the attempt within it, the run's seed, and where its lines go."""
+    """One fit: its name and place.
+
+    Attributes:
+        name: `teacher` or `round-03`.
+        seed: the run's.
+        metrics: file of the epochs' lines.
+        attempt: within the round.
+        description: for progress and log.
+        checkpoint: file of its checkpoints; None: it is not saved.
+        identity: what it depends on besides its options, such as earlier students.
+    """
 
     name: str
     seed: int
     metrics: Path
     attempt: int = 0
     description: str = ""
+    checkpoint: Path | None = None
+    identity: str = ""
 
     @property
     def key(self) -> str:
         """Name and attempt, for seeding."""
         return f"{self.name}/{self.attempt}"
+
+    def checkpoint_of(self, settings: TrainerConfig, identity: str) -> FitCheckpoint | None:
+        """The fit's checkpoint, where it has one, of this stage and what else it depends on."""
+        every = Interval.of(settings.checkpoint_every)
+        if self.checkpoint is None or not every.any:
+            return None
+        return FitCheckpoint(self.checkpoint, every, f"{self.key} {self.seed} {self.identity} {identity}")
 
 
 def fit(
@@ -267,6 +341,8 @@ def fit(
 ) -> FitResult:
     """Train `module` on the training rows and leave it with the weights of its best epoch on the validation rows.
 
+    A fit that was stopped goes on from its checkpoint, and one that has ended there gives what it gave.
+
     Raises:
         RunError: where the loss was not finite in any epoch.
         ConfigError: where torch.compile was asked for and fails.
@@ -276,11 +352,36 @@ def fit(
     watchers: list[L.Callback] = [best, EpochLines(stage.metrics, stage.name, stage.attempt), *callbacks]
     if settings.patience is not None:
         watchers.append(EarlyStopping("validation_loss", patience=settings.patience, check_finite=True))
-    training = data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers)
-    module.total_steps = settings.max_epochs * len(training)
+    loader = data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers)
+    module.total_steps = settings.max_epochs * len(loader)
+    checkpoint = stage.checkpoint_of(settings, f"{data.fingerprint} {module.total_steps}")
+    module.saving = saving = Saving(stage.name, checkpoint, watchers)
+    saved = None if checkpoint is None else checkpoint.read()
+    if saved is not None and "ended" in saved:
+        return _ended_before(stage, module, saving, saved)
     if settings.progress:
         watchers.append(progress_of(stage.description or stage.name, module.total_steps))
-    trainer = FitTrainer(  # a fresh one every time: a used Trainer fits 0 steps
+    trainer, epochs = _trainer(settings, stage, loggers, [*watchers, saving]), EpochLoader(loader)
+    if saved is not None:
+        epochs.start = saving.resume(trainer, saved)
+    with stop.deferred():
+        try:
+            with rank_zero(), matmul_precision(settings.matmul_precision), compile_errors(), module.taps:
+                trainer.fit(module, epochs, data.loader(data.validation, max(settings.batch_size, 256)))
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
+                raise SystemExit(128 + signal.SIGINT) from end
+            raise
+        best.restore(module)
+        result = FitResult(trainer.current_epoch, best.epoch, saving.seconds)
+        saving.ended(module, asdict(result))
+    return _checked(stage, result)
+
+
+def _trainer(
+    settings: TrainerConfig, stage: Stage, loggers: Sequence[Logger], callbacks: list[L.Callback]
+) -> FitTrainer:
+    return FitTrainer(  # a fresh one every time: a used Trainer fits 0 steps
         max_epochs=settings.max_epochs,
         accelerator="gpu" if settings.device.type == "cuda" else "cpu",
         devices=1,
@@ -290,30 +391,30 @@ def fit(
         default_root_dir=stage.metrics.parent / "lightning",
         precision=settings.precision,
         logger=list(loggers) or False,
-        callbacks=watchers,
+        callbacks=callbacks,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         log_every_n_steps=1_000_000,  # losses are logged once an epoch
     )
-    start = time.perf_counter()
-    try:
-        with rank_zero(), matmul_precision(settings.matmul_precision), compile_errors(), module.taps:
-            trainer.fit(module, EpochLoader(training), data.loader(data.validation, max(settings.batch_size, 256)))
-    except SIGTERMException as stop:  # a SystemExit of code 0: make, CI and schedulers would see success
-        raise SystemExit(128 + signal.SIGTERM) from stop
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
-            raise SystemExit(128 + signal.SIGINT) from stop
-        raise
-    if best.state is None:
+
+
+def _ended_before(stage: Stage, module: FitModule, saving: Saving, saved: dict[str, Any]) -> FitResult:
+    """What a fit gave that had ended when its process was stopped."""
+    module.load_state_dict(saved["module"])
+    saving.restore_callbacks(saved)
+    logger.info("%s: trained before", stage.description or stage.name)
+    return _checked(stage, FitResult(**saved["ended"]))
+
+
+def _checked(stage: Stage, result: FitResult) -> FitResult:
+    if result.best_epoch < 0:
         raise RunError(
             f"{stage.name}: the loss was not finite in any epoch; lower"
             f" {'teacher.' if stage.name == 'teacher' else ''}trainer.optimizer.lr or gradient_clip"
         )
-    best.restore(module)
-    return FitResult(trainer.current_epoch, best.epoch, time.perf_counter() - start)
+    return result
 
 
 @contextmanager

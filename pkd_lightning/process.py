@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 # number of tasks, own number: srun, torchrun and torch.distributed.launch, Open MPI, MPICH, jsrun of LSF
 TASKS = (
@@ -32,23 +31,49 @@ def task() -> str:
     return ""
 
 
+class Stop:
+    """The signal that is to stop this process, where whoever `deferred` it takes care of it first."""
+
+    def __init__(self) -> None:
+        self.deferring = False
+        self.signal: int | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal where it is deferred; the second one, and any other, stops the process at once."""
+        if not self.deferring or self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the block a first signal is only noted; where nobody stops by it, the process is stopped after it."""
+        before, self.deferring = self.deferring, True
+        try:
+            yield
+        finally:
+            self.deferring = before
+            number, self.signal = self.signal, None
+        if number is not None:
+            raise SystemExit(128 + number)
+
+
+stop = Stop()
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Within the block the signals of `STOPS` raise a SystemExit of 128 + their number, so that what is open is closed.
 
-    A signal that the process was started to ignore stays ignored. Python runs handlers in the main thread only; in any
-    other this does nothing.
+    What is `stop.deferred` is asked to end first. A signal that the process was started to ignore stays ignored. Python
+    runs handlers in the main thread only; in any other this does nothing.
     """
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
         untouched = (signal.SIG_DFL, signal.default_int_handler)
         before = {number: signal.getsignal(number) for number in STOPS if signal.getsignal(number) in untouched}
     for number in before:
-        signal.signal(number, stop)
+        signal.signal(number, stop.handle)
     try:
         yield
     finally:

@@ -40,7 +40,10 @@ def run(config: DictConfig) -> dict[str, object]:
         experiment.check(data)
         with directory.open(config):
             tracker = open_tracker(config, directory.path)
-            stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl")
+            stage = Stage(
+                "teacher", config.seed, directory.path / "metrics.jsonl",
+                checkpoint=directory.path / "fits" / "teacher.ckpt",
+            )  # fmt: skip
             teacher = prepare_teacher(
                 experiment.teacher, data, directory.path / "teacher", directory.teacher_logits, stage, tracker
             )

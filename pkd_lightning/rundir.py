@@ -36,8 +36,10 @@ VOLATILE = (
     "logger",
     "trainer.progress",
     "trainer.num_workers",
+    "trainer.checkpoint_every",
     "teacher.trainer.progress",
     "teacher.trainer.num_workers",
+    "teacher.trainer.checkpoint_every",
 )
 
 

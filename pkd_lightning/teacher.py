@@ -28,6 +28,7 @@ from pkd_lightning.checkpoint import (
 from pkd_lightning.checks import Faults
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import RunError
+from pkd_lightning.fit_checkpoint import remove_all
 from pkd_lightning.fitting import FitModule, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
@@ -211,6 +212,8 @@ def prepare_teacher(
         save_weights(model, weights)
         record = {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds}
         write_json(done, {**record, "data": data.fingerprint}, hashed=True)
+        if stage.checkpoint is not None:
+            remove_all(stage.checkpoint.parent)
         logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)

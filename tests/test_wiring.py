@@ -273,11 +273,14 @@ def test_a_candidate_is_judged_without_a_trainer(tmp_path: Path) -> None:
     assert candidate.fit.epochs == 3
     # the weights of a check that held are those that are kept, and its logits of the training rows
     held = {name: torch.zeros_like(value) for name, value in training.module.state_dict().items()}
-    training.check.held = held
+    training.check.held, training.check.known = held, True
     training.check.logits.fill_(0.25)
     again = training.judged(FitResult(3, 1, 0.5), "by hand")
     assert not any(parameter.any() for parameter in again.model.parameters())
     assert (again.logits[:n] == 0.25).all()
+    # found in a process that was stopped, their logits are not known
+    training.check.load_state_dict(training.check.state_dict())
+    assert not training.judged(FitResult(3, 1, 0.5), "by hand").logits.any()
     assert (again.logits[n:] == 0).all()
 
 

@@ -22,6 +22,7 @@ from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_has
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_students, save_description, save_student
 from pkd_lightning.errors import RunError
+from pkd_lightning.fit_checkpoint import remove_all
 from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import Difference, largest
@@ -96,6 +97,7 @@ class BoostingLoop:
         else:
             self.accept(candidate, attempts, time.perf_counter() - start)
         self.save()
+        remove_all(self.directory / "fits")
         self.describe()
 
     def find(self) -> tuple[Candidate | None, int]:
@@ -122,7 +124,11 @@ class BoostingLoop:
         description = f"round {state.round + 1}/{self.config.rounds}, rung {state.rung + 1}"
         if attempt:
             description += f", attempt {attempt + 1}"
-        stage = Stage(name, self.seed, self.directory / "metrics.jsonl", attempt, description)
+        stage = Stage(
+            name, self.seed, self.directory / "metrics.jsonl", attempt, description,
+            self.directory / "fits" / f"{name}-{attempt}.ckpt",
+            f"{state.rung} {state.teacher} {state.bound} {state.scales}",
+        )  # fmt: skip
         logger.info("training a student: %s", description)
         with seeded(self.seed, stage.key, state.rung, "init"):
             model = self.ladder.build(state.rung, data.task.input_shape, data.num_classes, self.students)

@@ -168,6 +168,8 @@ class Attempt:
         data, device, model = self.round.data, self.module.settings.device, self.module.asked
         if self.check.held is not None:  # its logits of the training rows are those of the check
             self.module.load_state_dict(self.check.held)
+            if not self.check.known:  # they were found in a process that was stopped
+                predict(model, data, data.training, device, out=self.logits[: len(data.training)])
             predict(model, data, data.validation, device, out=self.logits[len(data.training) :])
         else:
             predict(model, data, range(data.validation.stop), device, out=self.logits)

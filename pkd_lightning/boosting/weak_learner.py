@@ -76,6 +76,15 @@ class WeakLearnerCheck(L.Callback):
     ) -> None:
         self.data, self.edges, self.config, self.logits = data, edges, config, logits
         self.held: dict[str, Tensor] | None = None
+        self.known = False  # whether `logits` are those of the weights held
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights that meet the condition."""
+        return {"held": self.held}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.held, self.known = state_dict["held"], False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check, at the end of every `check_every`-th epoch."""
@@ -86,6 +95,7 @@ class WeakLearnerCheck(L.Callback):
             predict(pl_module.asked, self.data, self.data.training, pl_module.device, out=self.logits)
         if condition_holds(self.edges(self.logits), self.config.fraction, self.config.margin):
             self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            self.known = True
             trainer.should_stop = True
 
 
