@@ -14,6 +14,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from pkd_lightning.checkpoint import load_tensors
 from pkd_lightning.errors import RunError
+from pkd_lightning.memory import check_memory
 from pkd_lightning.models.building import brief
 
 logger = logging.getLogger(__name__)
@@ -62,13 +63,16 @@ def read_tensors(path: Path) -> Any:
     is made known as `Unread`.
 
     Raises:
-        RunError: where the file cannot be read so.
+        RunError: where the file cannot be read so, or not within the memory that there is.
     """
     try:
         if path.suffix == ".safetensors":
             return load_tensors(path)
-        # torch lists the names in files of its present format only; of the old one, its reader refuses what it must
-        names = get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        names: list[str] = []
+        if zipfile.is_zipfile(path):  # in torch's old format its reader refuses the names that it must
+            with zipfile.ZipFile(path) as archive:  # torch writes it uncompressed, and reads compressed entries as well
+                check_memory(sum(entry.file_size for entry in archive.infolist()), str(path), RunError)
+            names = get_unsafe_globals_in_checkpoint(path)
         with safe_globals([(PLAIN.get(name, type(name, (Unread,), {})), name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except RunError:

@@ -206,6 +206,16 @@ def test_a_header_that_states_more_than_there_is_takes_no_memory(tmp_path, mnist
         load_idx(root)
 
 
+def test_a_gzip_that_memory_has_no_room_for_is_not_expanded(tmp_path, mnist_files, monkeypatch):
+    monkeypatch.setattr("pkd_lightning.memory.available_memory", lambda: 2 * BOMB - 1)
+    bomb = struct.pack(">HBB3I", 0, 8, 3, BOMB // 4, 2, 2) + bytes(BOMB)
+    del mnist_files[idx.TRAIN_IMAGES]
+    root = write(tmp_path, mnist_files | {f"{idx.TRAIN_IMAGES}.gz": gzip.compress(bomb)})
+    del bomb
+    with memory_below(BOMB // 4), pytest.raises(DataError, match=rf"\.gz: reading it takes {2 * BOMB:,} bytes"):
+        load_idx(root)
+
+
 @pytest.mark.parametrize("root", [None, "/nonexistent/place"])
 def test_idx_asks_for_its_root(root):
     with pytest.raises(DataError, match=r"data\.root.*train-images-idx3-ubyte"):

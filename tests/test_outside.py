@@ -2,17 +2,22 @@
 and tests/conf.
 """
 
+import io
 import json
 import os
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.lib import format as npy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pkd_lightning import memory
 from pkd_lightning.boosting.objectives import RoundBatch
 from pkd_lightning.checkpoint import save_weights
 from pkd_lightning.data.module import DataConfig, DataModule
@@ -233,10 +238,15 @@ def test_statistics_of_signals_are_those_of_the_training_originals() -> None:
     ("arrays", "said"),
     [
         ({"signals": np.zeros((4, 8))}, "has no array labels; it has signals"),
-        ({"signals": np.zeros((4, 8)), "labels": np.array(list("abab"))}, "labels are of type <U1, not numbers"),
-        ({"signals": np.zeros((4, 8)), "labels": np.array([0.0, 1, 0, 1])}, "labels are of type float64, not numbers"),
+        ({"signals": np.zeros((4, 8)), "labels": np.array(list("abab"))}, "labels: must be numbers, not of type <U1"),
+        (
+            {"signals": np.zeros((4, 8)), "labels": np.array([0.0, 1, 0, 1])},
+            "labels: must be whole numbers, not of type float64",
+        ),
         ({"signals": np.zeros((4, 1, 8, 8)), "labels": np.arange(4) % 2}, "torch.float32 of shape (4, 1, 8, 8), not"),
         ({"signals": np.full((4, 8), np.nan), "labels": np.arange(4) % 2}, "4 signals hold values that are not finite"),
+        ({"signals": np.zeros((4, 8)), "labels": np.array(2)}, "labels are a single value"),
+        ({"signals": np.array([[{}]]), "labels": np.arange(1)}, "signals: must be numbers, not of type object"),
         ({"signals": np.zeros((4, 0)), "labels": np.arange(4) % 2}, "have no values"),
         (
             {"signals": np.zeros((4, 8)), "labels": np.arange(5) % 2},
@@ -269,10 +279,72 @@ def test_a_file_that_cannot_be_read_is_one_error(content: bytes | None, tmp_path
     with pytest.raises(DataError, match="cannot be read"):
         load_npz(str(path))
     np.save(tmp_path / "mine.npy", np.zeros(3))
-    with pytest.raises(DataError, match=r"no \.npz file"):
+    with pytest.raises(DataError, match=r"mine\.npy: cannot be read as a \.npz file"):
         load_npz(str(tmp_path / "mine.npy"))
     with pytest.raises(DataError, match=r"data\.root: must name a \.npz file"):
         load_npz()
+
+
+def with_header(array: np.ndarray[Any, Any], **changes: object) -> bytes:
+    """The content of a .npy file whose header states other than the array is."""
+    whole, content = io.BytesIO(), io.BytesIO()
+    np.save(whole, array)
+    npy.write_array_header_1_0(content, {**npy.header_data_from_array_1_0(array), **changes})
+    return content.getvalue() + whole.getvalue()[-array.nbytes :]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        # multiplied by NumPy as int64, the second of these is 0
+        ("signals", with_header(np.zeros((4, 8)), shape=(10**12, 8)), "(1000000000000, 8), 64,000,000,000,000 bytes"),
+        ("signals", with_header(np.zeros((4, 8)), shape=(2**40, 2**40)), "bytes; the archive has 256 bytes"),
+        ("signals", with_header(np.zeros((4, 8)), shape=(4, 7)), "shape (4, 7), 224 bytes; the archive has 256 bytes"),
+        ("labels", with_header(np.arange(4) % 2, shape=(10**12,)), "shape (1000000000000,), 8,000,000,000,000 bytes"),
+        ("train_size", with_header(np.arange(3), shape=(10**12,)), "bytes; the archive has 24 bytes"),
+        ("labels", b"no array", "cannot be read as a .npz file (ValueError"),
+    ],
+)
+def test_an_array_of_another_size_than_its_header_states_is_not_read(
+    name: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.npz"
+    arrays = {"signals": with_header(np.zeros((4, 8))), "labels": with_header(np.arange(4) % 2)}
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, value in {**arrays, name: content}.items():
+            archive.writestr(f"{key}.npy", value)
+    with pytest.raises(DataError, match=rf"mine\.npz: ({name}: the header states )?") as error:
+        load_npz(str(path))
+    assert said in str(error.value)
+
+
+def test_an_array_that_memory_has_no_room_for_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, zeros = tmp_path / "mine.npz", np.zeros((2**10, 2**12), np.float32)  # 16 MiB
+    np.savez_compressed(path, signals=zeros, labels=np.arange(2**10) % 2)
+    assert path.stat().st_size < zeros.nbytes / 500
+    monkeypatch.setattr("pkd_lightning.memory.available_memory", lambda: 10**6)
+    said = r"mine\.npz: signals: reading it takes 33,554,432 bytes of memory, and 1,000,000 are available"
+    tracemalloc.start()
+    with pytest.raises(DataError, match=said):
+        load_npz(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+def test_available_memory_is_within_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "none", limit))
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.available_memory() == physical
+    meminfo.write_text("MemTotal:  90 kB\nMemAvailable:   40 kB\nSwapFree:   2 kB\nHugePages_Total:   0\n")
+    limit.write_text("max\n")
+    assert memory.available_memory() == 42 * 1024
+    limit.write_text("2048\n")
+    assert memory.available_memory() == 2048
+    memory.check_memory(2048, "here", DataError)
+    with pytest.raises(RunError, match="here: reading it takes 2,049 bytes"):
+        memory.check_memory(2049, "here", RunError)
 
 
 # ---------------------------------------------------------------------------------- another task

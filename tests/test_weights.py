@@ -6,6 +6,7 @@ import enum
 import functools
 import os
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -274,3 +275,18 @@ def test_safetensors_have_prefixes_too(tmp_path):
     found = Net()
     load_weights(found, tmp_path / "file.safetensors")
     assert same(found, net)
+
+
+def test_a_compressed_file_that_memory_has_no_room_for_is_not_expanded(tmp_path, monkeypatch):
+    """torch writes no such files, and reads them."""
+    path, torchs = tmp_path / "file.pt", tmp_path / "torchs.pt"
+    torch.save({"weight": torch.zeros(2**18)}, torchs)
+    with zipfile.ZipFile(torchs) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert path.stat().st_size < 2**14
+    assert not read_tensors(path)["weight"].any()
+    monkeypatch.setattr("pkd_lightning.memory.available_memory", lambda: 2**20)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(RunError, match=r"file\.pt: reading it takes 1,04\d,\d{3} bytes of memory, and 1,048,576 are"):
+        read_tensors(path)

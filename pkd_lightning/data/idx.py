@@ -27,6 +27,7 @@ from pkd_lightning.data.fetch import (
 )
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.errors import DataError
+from pkd_lightning.memory import check_memory
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 TRAIN_LABELS = "train-labels-idx1-ubyte"
@@ -106,12 +107,14 @@ def read_content(file: IO[bytes], where: str) -> bytes:
     """Read an IDX file, gzipped or not: its header, and at most one byte more than the header states.
 
     Raises:
-        DataError: the header or the gzip stream is damaged.
+        DataError: the header or the gzip stream is damaged, or what it expands to is more than there is memory for.
     """
     stream = gunzipped(file)
     try:
         content = read_at_most(stream, HEADER_BYTES)
         start, shape = parse_header(content, where)
+        if stream is not file:  # without gzip the file's own size is a limit
+            check_memory(2 * prod(shape), where, DataError)  # in parts, and joined
         return content + read_at_most(stream, start + prod(shape) + 1 - len(content))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{where} is a damaged gzip file: {error}") from error

@@ -1,18 +1,21 @@
 """Labelled 1-D signals, and their source: a NumPy file."""
 
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pkd_lightning.data.sets import LabelledSet
 from pkd_lightning.errors import DataError
+from pkd_lightning.memory import check_memory
 from pkd_lightning.tasks import SignalClassification, Task
 
 
@@ -65,21 +68,41 @@ def load_npz(root: str | None = None) -> SignalSet:
         raise DataError("data.root: must name a .npz file with the arrays `signals` and `labels`")
     path = Path(root)
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise DataError(f"{path}: is no .npz file of several arrays")
-        with file:
-            missing = [name for name in ("signals", "labels") if name not in file.files]
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            missing = [name for name in ("signals", "labels") if name not in entries]
             if missing:
-                raise DataError(f"{path}: has no array {' and no '.join(missing)}; it has {', '.join(file.files)}")
-            signals, labels = file["signals"], file["labels"]
-            train_size = int(file["train_size"]) if "train_size" in file.files else int(0.7 * len(labels))
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    for name, array in (("signals", signals), ("labels", labels)):
-        if array.dtype.kind not in ("iu" if name == "labels" else "iuf"):
-            raise DataError(f"{path}: {name} are of type {array.dtype}, not numbers")
+                raise DataError(f"{path}: has no array {' and no '.join(missing)}; it has {', '.join(entries)}")
+            signals, labels = (_array(archive, entries[name], f"{path}: {name}") for name in ("signals", "labels"))
+            train_size = int(0.7 * labels.size)
+            if "train_size" in entries:
+                train_size = int(_array(archive, entries["train_size"], f"{path}: train_size"))
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged file: zipfile, its decompressors and NumPy have many kinds
+        raise DataError(f"{path}: cannot be read as a .npz file ({type(error).__name__}: {error})") from error
+    if labels.dtype.kind == "f":
+        raise DataError(f"{path}: labels: must be whole numbers, not of type {labels.dtype}")
     signals = signals[:, None] if signals.ndim == 2 else signals
     classes = int(labels.max()) + 1 if labels.size else 0
     values, targets = torch.from_numpy(signals.astype(np.float32)), torch.from_numpy(labels.astype(np.int64))
     return SignalSet(path.stem, values, targets, classes, train_size)
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, where: str) -> NDArray[Any]:
+    """Read one array, if it is of numbers, exactly as large as its header states, and fits into memory.
+
+    Raises:
+        DataError: it is not, naming `where`.
+    """
+    with archive.open(entry) as stream:
+        version = npy.read_magic(stream)
+        shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
+        stated, held = prod(shape) * dtype.itemsize, entry.file_size - stream.tell()
+    if dtype.kind not in "iuf":
+        raise DataError(f"{where}: must be numbers, not of type {dtype}")
+    if stated != held:
+        raise DataError(f"{where}: the header states shape {shape}, {stated:,} bytes; the archive has {held:,} bytes")
+    check_memory(stated + 4 * prod(shape), where, DataError)  # as they are, and as float32
+    with archive.open(entry) as stream:
+        return npy.read_array(stream, allow_pickle=False)
