@@ -68,15 +68,14 @@ class Experiment:
                 build = partial(self._student, data, [*rungs, index])  # after one of its own rung
                 collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
         build = partial(self.teacher.build, data.task.input_shape, data.num_classes)
-
-        def try_teacher() -> None:
-            loaded = self.teacher.checkpoint is not None or is_trained(build())
-            attempt("teacher.model", build, trainer=None if loaded else self.teacher.trainer)
-
-        collect(faults, "teacher.model", try_teacher)
+        teacher = collect(faults, "teacher.model", build)  # once, where it is not trained: it may be large
+        if teacher is not None:
+            loaded = self.teacher.checkpoint is not None or is_trained(teacher)
+            trainer = None if loaded else self.teacher.trainer
+            collect(faults, "teacher.model", partial(attempt, "teacher.model", build, trainer=trainer, model=teacher))
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
-        self._try_round(data, inputs, faults)
+        self._try_round(data, inputs, teacher, faults)
         if faults:
             raise ConfigError(faults)
 
@@ -102,7 +101,7 @@ class Experiment:
         if getattr(found, "shape", None) != raw.shape:
             raise ConfigError([f"augment: gives no tensor of the inputs' shape {tuple(raw.shape)}"])
 
-    def _try_round(self, data: DataModule, inputs: torch.Tensor, faults: list[str]) -> None:
+    def _try_round(self, data: DataModule, inputs: torch.Tensor, teacher: nn.Module | None, faults: list[str]) -> None:
         """The round loss, once, or for each rung where it needs features, and the combination."""
         objective, shape, classes = objective_of(self.boosting), data.task.input_shape, data.num_classes
         with_features = bool(objective.student_features or objective.teacher_features)
@@ -113,7 +112,8 @@ class Experiment:
             def attempt(rung: int = index) -> None:
                 of_student, of_teacher = NONE, NONE
                 if with_features:
-                    student, teacher = self._student(data, range(rung + 1)), self.teacher.build(shape, classes)
+                    assert teacher is not None  # or there are faults
+                    student = self._student(data, range(rung + 1))
                     of_student = features(student, objective, "student_features", inputs)
                     with torch.no_grad():
                         of_teacher = features(teacher, objective, "teacher_features", inputs)

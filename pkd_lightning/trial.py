@@ -25,6 +25,7 @@ def try_model(
     num_classes: int,
     trainer: TrainerConfig | None,
     samples: int = 2,
+    model: nn.Module | None = None,
 ) -> None:
     """Build a model, ask it for logits, train it by a step, save it, build and load it again, and count its costs.
 
@@ -35,11 +36,12 @@ def try_model(
         num_classes: L.
         trainer: how it is trained; None where it is only loaded and asked.
         samples: of the training part; where all batches hold one of them, that is tried.
+        model: the one to try, where it is built already; `build` is then called only where it is trained.
 
     Raises:
         ConfigError: at the first step that fails. A cost that cannot be counted is no fault, but a line in the log.
     """
-    model = build()
+    model = build() if model is None else model
     first = set(model.state_dict())
     for batch in (inputs, inputs[:1]):  # the last batch of a part may have one sample, and latency is that of one
         check_logits(evaluated(model, batch), len(batch), num_classes)

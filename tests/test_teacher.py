@@ -4,10 +4,12 @@ import fcntl
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from pkd_lightning import teacher
 from pkd_lightning.boosting.student import StudentModule
@@ -15,6 +17,7 @@ from pkd_lightning.cli import load_config
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.experiment import assemble
+from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.run import run
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.teacher import cached_logits, fingerprint
@@ -54,6 +57,46 @@ def test_a_torchvision_resnet_from_a_checkpoint_teaches(form: str, tmp_path: Pat
         direct = resnet(data.task.prepare(data.inputs[data.validation.start : data.validation.start + 4]))
     torch.testing.assert_close(logits[data.validation.start : data.validation.start + 4], direct, rtol=1e-3, atol=1e-3)
     assert not list(tmp_path.rglob("teacher.json"))  # nothing was trained
+
+
+class Frozen(MambaClassifier):
+    """A model that comes with its weights."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, **options: Any) -> None:
+        super().__init__(input_shape, num_classes, **options)
+        self.requires_grad_(False)
+
+
+FROZEN = "teacher.model._target_=tests.test_teacher.Frozen"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tried", "times"),
+    [
+        ((FROZEN,), 1, 2),
+        ((f"teacher.checkpoint={__file__}",), 1, None),
+        ((), 2, 3),  # trained here: its weights are saved, and loaded into another
+        ((FROZEN, "objective=attention"), 1, 2),  # for three rungs
+    ],
+)
+def test_a_teacher_is_built_once_to_be_tried_and_once_to_teach(
+    overrides: tuple[str, ...], tried: int, times: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pretrained one may take seconds and gigabytes each time."""
+    build, built = teacher.build_classifier, []
+
+    def counted(*arguments: Any) -> nn.Module:
+        built.append(arguments)
+        return build(*arguments)
+
+    monkeypatch.setattr(teacher, "build_classifier", counted)
+    experiment = assemble(tiny_config(tmp_path, *overrides))
+    experiment.check(DataModule(experiment.data))
+    assert len(built) == tried
+    if times is not None:
+        built.clear()
+        tiny_run(tmp_path, *overrides, "boosting.rounds=1", ACCEPT)
+        assert len(built) == times
 
 
 def test_a_teacher_that_does_not_fit_the_images_is_refused_before_training(tmp_path: Path) -> None:
