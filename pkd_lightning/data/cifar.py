@@ -14,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pkd_lightning.data.fetch import Download, Recipe, download_url, fetch, npm_pack, read_first, read_tar, read_whole
+from pkd_lightning.data.archives import read_first, read_tar, read_whole
+from pkd_lightning.data.fetch import Download, Recipe, fetch
 from pkd_lightning.data.images import ImageSet
+from pkd_lightning.data.transfer import download_url, npm_pack
 from pkd_lightning.errors import DataError
 
 CLASSES = 10

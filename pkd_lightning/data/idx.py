@@ -14,18 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pkd_lightning.data.fetch import (
-    Download,
-    Recipe,
-    download_url,
-    fetch,
-    gunzipped,
-    npm_pack,
-    read_at_most,
-    read_first,
-    read_tar,
-)
+from pkd_lightning.data.archives import gunzipped, read_at_most, read_first, read_tar
+from pkd_lightning.data.fetch import Download, Recipe, fetch
 from pkd_lightning.data.images import ImageSet
+from pkd_lightning.data.transfer import download_url, npm_pack
 from pkd_lightning.errors import DataError
 from pkd_lightning.memory import check_memory
 
