@@ -1,4 +1,4 @@
-"""What users bring needs one .py and one .yaml, and no change of the package: the files are in tests/outside
+"""What users bring needs one .py and one .yaml at most, and no change of the package: the files are in tests/outside
 and tests/conf.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.lib import format as npy
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,8 +33,10 @@ from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.tasks import ImageClassification, SignalClassification
 from pkd_lightning.teacher import CachedTeacher
 from tests.outside import attention, averaging, counts
-from tests.support import ACCEPT, tiny_run
+from tests.support import ACCEPT, TINY, tiny_run
+from tests.test_run import pkd
 
+CONF = Path(__file__).parent / "conf"
 MAMBA = "pkd_lightning.models.classifier.MambaClassifier"
 
 # ---------------------------------------------------------------------------------- a loss on features
@@ -433,3 +436,16 @@ def test_a_student_without_a_parameter_to_train_is_still_a_fault(tmp_path: Path)
     student = ("student.model=tests.outside.two_teachers.TwoTeachers", rungs)
     with pytest.raises(ConfigError, match="a training step on 2 inputs fails"):
         tiny_run(tmp_path / "runs", *student, "student.repeat=true")
+
+
+# ---------------------------------------------------------------------------------- a launcher
+
+
+def test_a_launcher_of_hydra_needs_a_yaml_alone(tmp_path: Path) -> None:
+    flags = ("boosting.rounds=1", "seed=0,1", "hydra/launcher=mine", "run_root=here")
+    done = pkd("--multirun", *TINY, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("here/digits/*/DONE"))) == 2
+    composed = OmegaConf.load(tmp_path / "here" / ".multirun" / "multirun.yaml").hydra
+    assert composed.runtime.choices["hydra/launcher"] == "mine"
+    assert composed.launcher == OmegaConf.load(CONF / "hydra" / "launcher" / "mine.yaml")
