@@ -103,7 +103,7 @@ class Experiment:
 
     def _try_round(self, data: DataModule, inputs: torch.Tensor, teacher: nn.Module | None, faults: list[str]) -> None:
         """The round loss, once, or for each rung where it needs features, and the combination."""
-        objective, shape, classes = objective_of(self.boosting), data.task.input_shape, data.num_classes
+        objective, classes = objective_of(self.boosting), data.num_classes
         with_features = bool(objective.student_features or objective.teacher_features)
         for index in range(len(self.student) if with_features else 1):
             if with_features and faults:  # models that cannot be built have no features
