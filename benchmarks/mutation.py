@@ -299,6 +299,27 @@ class Reached:
         self.path.write_text(json.dumps({"seconds": self.seconds, "lines": lines}))
 
 
+class Limited:
+    """A pytest plugin: a test that takes far longer than without a mutant fails, as one that never ends."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: Any) -> Iterator[None]:
+        """Have an alarm set while the test runs."""
+
+        def late(number: int, frame: Any) -> None:
+            raise TimeoutError(f"{item.nodeid} takes too long")
+
+        signal.signal(signal.SIGPROF, late)
+        signal.setitimer(signal.ITIMER_PROF, 5 + 5 * self.seconds.get(item.nodeid, 0))
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 def reaching(mutant: Mutant, reached: dict[str, Any]) -> list[str]:
     """The tests that run the mutant's line, or of a line that is run by an import those of its module.
 
@@ -339,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     for i, mutant in enumerate(chosen):
         if mutant.name in equivalent or (mutant.name in known and not (options.again and known[mutant.name] != "died")):
             continue
-        known[mutant.name] = verdict(mutant, reaching(mutant, reached), options.seconds)
+        known[mutant.name] = verdict(mutant, reaching(mutant, reached), options.seconds, reached["seconds"])
         verdicts.write_text(json.dumps(known, indent=1))
         print(
             f"{time.monotonic() - start:6.0f} s {i + 1}/{len(chosen)} {known[mutant.name]:9} {mutant.name}", flush=True
@@ -352,14 +373,14 @@ def drawn(mutant: Mutant) -> float:
     return int.from_bytes(hashlib.sha256(mutant.name.encode()).digest()[:4], "little") / 2**32
 
 
-def verdict(mutant: Mutant, tests: Sequence[str], seconds: float) -> str:
+def verdict(mutant: Mutant, tests: Sequence[str], seconds: float, usual: dict[str, float]) -> str:
     """`died`, `survived`, or `unreached` where no test runs the line."""
     if not tests:
         return "unreached"
 
     def work() -> int:
         sys.meta_path.insert(0, Mutated(mutant))
-        return pytest_of(tests)
+        return pytest_of(tests, [Limited(usual)])
 
     code = child(work, seconds)
     return "survived" if code in (0, -1) else "died"

@@ -98,6 +98,23 @@ def test_anytime_yields_every_prefix_and_computes_no_student_early(images):
     torch.testing.assert_close(kept[0], ensemble(images, 1))
 
 
+def test_an_image_is_done_where_it_is_just_as_sure_as_asked_for(images):
+    ensemble = make()
+    for member in ensemble.members:  # both of two classes as likely as each other, to the last bit
+        member.linear.weight.data.zero_()
+        member.linear.bias.data = torch.tensor([0.0, 0.0, -1e4, -1e4, -1e4])
+    assert ensemble.early_exit(images, 0.5)[1].tolist() == [1] * len(images)
+    assert ensemble.early_exit(images, 0.5 + 1e-6)[1].tolist() == [4] * len(images)
+
+
+def test_the_label_predicted_is_that_of_the_data_set(images):
+    ensemble = make()
+    largest = ensemble(images).argmax(-1)
+    assert torch.equal(ensemble.predicted(ensemble(images)), largest)
+    ensemble.labels = [3, 1, 4, 15, 9]
+    assert ensemble.predicted(ensemble(images)).tolist() == [[3, 1, 4, 15, 9][index] for index in largest]
+
+
 @pytest.mark.parametrize("members", [1, 3, None])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_parallel_equals_sequential(images, members, gradients):

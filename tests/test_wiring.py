@@ -540,6 +540,38 @@ def test_what_the_objectives_are() -> None:
     assert (objectives.Published().gamma, objectives.Published().first_term) == (1.0, "soft")
 
 
+def test_where_an_objective_comes_from() -> None:
+    """An instance, a class, a short name, an import path; nothing else."""
+    made = objectives.Published(alpha=0.3)
+    assert objectives.objective_of(BoostingConfig(objective=made)) is made
+    for given in (objectives.Published, "published", "pkd_lightning.boosting.objectives.Published"):
+        assert objectives.objective_of(BoostingConfig(objective=given, gamma=3.0)).gamma == 3.0  # type: ignore[attr-defined]
+    for wrong in ("math.sqrt", "torch.nn.Linear", math.sqrt, nn.Linear):
+        with pytest.raises(ConfigError, match="objective"):
+            objectives.objective_of(BoostingConfig(objective=wrong))
+
+
+def test_samples_are_only_weighed_where_the_loss_does() -> None:
+    assert objectives.objective_of(BoostingConfig(objective="anchored", weights="samples")).weighs_samples
+    for objective in ("published", objectives.Objective):  # one of a user that says nothing of weights
+        with pytest.raises(ConfigError, match="whose loss does not weigh samples"):
+            objectives.objective_of(BoostingConfig(objective=objective, weights="samples"))
+
+
+class NeedsGradients(objectives.Objective):
+    """Penalises the gradient of its own logits."""
+
+    def loss(self, batch: objectives.RoundBatch) -> Tensor:
+        (gradient,) = torch.autograd.grad(batch.student.square().sum(), batch.student, create_graph=True)
+        return gradient.square().mean()
+
+
+def test_a_loss_is_tried_with_gradients(tmp_path: Path) -> None:
+    parts = assemble(tiny_config(tmp_path))
+    boosting = replace(parts.boosting, objective=NeedsGradients)
+    replace(parts, boosting=boosting).check(DataModule(parts.data))
+
+
 # ---------------------------------------------------------------------------------- metrics
 
 
