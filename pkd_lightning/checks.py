@@ -1,6 +1,7 @@
 """Checks of options: every fault is found at once and named with its key, as it can be typed."""
 
 import difflib
+import inspect
 import math
 import re
 import sys
@@ -126,6 +127,19 @@ class Faults:
         """`name` must be a bool."""
         if not isinstance(getattr(self.owner, name), bool):
             self.found.append(f"{name}={getattr(self.owner, name)!r}: must be true or false")
+
+    def misspelt(self, name: str) -> bool:
+        """Whether the function of `name`, a partial, has no such keywords as it is given: each is a fault."""
+        part = getattr(self.owner, name)
+        try:
+            _, *known = inspect.signature(part.func).parameters.values()  # the first is no option
+        except (AttributeError, TypeError, ValueError):  # no partial, or of a function that does not tell
+            return False
+        if any(one.kind is one.VAR_KEYWORD for one in known):
+            return False
+        found = under(name, unknown_keys(map(str, part.keywords), [one.name for one in known]))
+        self.found += found
+        return bool(found)
 
     def works(self, name: str, call: Callable[[], object]) -> None:
         """`call`, which uses `name`, must not raise."""

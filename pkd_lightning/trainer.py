@@ -112,8 +112,10 @@ class TrainerConfig:
         except ValueError as error:
             faults.found.append(f"checkpoint_every={self.checkpoint_every!r}: {error}")
         # tried out, because only they know their options
-        faults.works("optimizer", lambda: self.build_optimizer([torch.nn.Parameter(torch.zeros(1))]).step())
-        faults.works("schedule", lambda: [float(self.schedule(progress)) for progress in (0.0, 0.5, 1.0)])
+        if not faults.misspelt("optimizer"):
+            faults.works("optimizer", lambda: self.build_optimizer([torch.nn.Parameter(torch.zeros(1))]).step())
+        if not faults.misspelt("schedule"):
+            faults.works("schedule", lambda: [float(self.schedule(progress)) for progress in (0.0, 0.5, 1.0)])
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             faults.found.append("accelerator='gpu': torch sees no GPU")
         elif self.compile is True and self.device.type == "cpu":

@@ -284,7 +284,8 @@ def test_every_trainer_option_reaches_the_teacher() -> None:
     ("overrides", "said"),
     [
         (["trainer.optimizer.lr=-1"], "trainer.optimizer: fails"),
-        (["+trainer.optimizer.lrr=1"], "lrr"),
+        (["+trainer.optimizer.lrr=1"], "trainer.optimizer.lrr: no such option. Did you mean 'trainer.optimizer.lr'?"),
+        (["+trainer.schedule.params=1"], "trainer.schedule.params: no such option. Options: warmup, final"),
         (["trainer.schedule.warmup=1.0"], "trainer.schedule: fails"),
         (["trainer.precision=bf16-tru"], "trainer.precision='bf16-tru'"),
         (["trainer.matmul_precision=hihg"], "trainer.matmul_precision='hihg': must be one of highest, high, medium"),
@@ -299,6 +300,16 @@ def test_every_trainer_option_reaches_the_teacher() -> None:
 def test_faults_that_only_the_parts_know(overrides: list[str], said: str) -> None:
     faults = faults_of(*overrides)
     assert any(said in fault for fault in faults), faults
+
+
+def eased(progress: float, **options: float) -> float:
+    """A user's schedule that takes any options."""
+    return progress ** options["power"]
+
+
+def test_a_schedule_that_takes_any_options_is_given_them() -> None:
+    config = load_config("trainer.schedule._target_=tests.test_configs.eased", "+trainer.schedule.power=2")
+    assert assemble(config).trainer.schedule(0.5) == 0.25
 
 
 class NoLogits(torch.nn.Module):
