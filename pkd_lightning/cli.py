@@ -1,12 +1,15 @@
 """The command line around Hydra: where the configuration lies, and what a misspelt override may have meant."""
 
 import io
+import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,12 +20,16 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pkd_lightning.composition import PACKAGE, did_you_mean, option_names
+from pkd_lightning.composition import PACKAGE, SHARED, complete, did_you_mean, option_names
 from pkd_lightning.errors import ConfigError, PKDError
+from pkd_lightning.trainer import TrainerConfig
 
 _PACKAGE = Path(__file__).parent
 # in an installed wheel conf/ lies inside the package, in a checkout beside it
 CONF = str(next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir()))
+
+TRAINER = {option.name: option.default for option in fields(TrainerConfig)}
+OF_TEACHER = re.compile(r"(~?)teacher\.trainer(?:\.(\w+))?((?:\.\w+)*)(=?)")
 
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)  # for Hydra's own folder of a sweep
 
@@ -36,7 +43,7 @@ def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
         ConfigError: a group is overridden by null, or an experiment lacks its package line. For whatever else is wrong
             in an override Hydra has its own errors.
     """
-    overrides = tuple(map(expand_home, overrides))
+    overrides = tuple(map(for_hydra, overrides))
     faults = null_groups(overrides)
     if faults:
         raise ConfigError(faults)
@@ -73,7 +80,9 @@ def log_to_terminal() -> None:
 def explain_overrides() -> Iterator[None]:
     """After Hydra has rejected an override, name the key it may have meant; reject those it has no message for."""
     sys.path.insert(0, "")  # `pkd` finds modules in the current directory, as `python -m` does
-    sys.argv[1:] = map(expand_home, sys.argv[1:])
+    sys.argv[1:] = map(for_hydra, sys.argv[1:])
+    if "COMP_LINE" in os.environ:
+        os.environ["COMP_LINE"] = to_complete(os.environ["COMP_LINE"])
     faults = null_groups(sys.argv[1:])
     if faults:
         sys.exit(f"error: {ConfigError(faults)}")
@@ -102,6 +111,7 @@ def explain_end() -> Iterator[None]:
 
 def suggestions(arguments: list[str]) -> list[str]:
     """A line for each `key=value` whose key is neither an option nor a group of the configuration."""
+    arguments = [for_hydra(argument) for argument in arguments]
     given = [argument.split("=", 1)[0] for argument in arguments if "=" in argument and argument[0] not in "+~-"]
     groups = tuple(f"{path.name}=" for path in Path(CONF).iterdir() if path.is_dir())
     chosen = [argument for argument in arguments if argument.startswith(groups) and "," not in argument]
@@ -112,9 +122,42 @@ def suggestions(arguments: list[str]) -> list[str]:
         return error.faults
     except Exception:  # a group choice is at fault, and Hydra has already listed what there is
         return []
-    known = option_names(OmegaConf.to_container(config)) | {"experiment"}
+    known = option_names(OmegaConf.to_container(complete(config))) | {"experiment"}
     unknown = [key for key in given if key not in known and "/" not in key and not key.startswith("hydra")]
     return [f"{key!r} is not an option.{did_you_mean(key, known)}" for key in unknown]
+
+
+def for_hydra(argument: str) -> str:
+    """An argument of the command line as Hydra takes it."""
+    return set_or_add(expand_home(argument))
+
+
+def set_or_add(argument: str) -> str:
+    """An override of the teacher's trainer, of which the composed configuration has only the teacher's own options.
+
+    `teacher.trainer.KEY=VALUE` sets the option or adds it. `~teacher.trainer.KEY` leaves it out: it has its default,
+    not the students' value. Misspelt ones stay as they are, for Hydra to refuse.
+    """
+    found = OF_TEACHER.match(argument)
+    if found is None:
+        return argument
+    sign, name, below, given = found.groups()
+    if given and not sign and (name is None or name in TRAINER):
+        return f"++{argument}"
+    if sign and found[0] == argument and not given:
+        if not below and TRAINER.get(name, MISSING) is not MISSING:
+            return f"++{argument[1:]}={json.dumps(TRAINER[name])}"
+        if name == "optimizer" and below[1:] in SHARED:
+            return f"++{argument[1:]}=null"
+    return argument
+
+
+def to_complete(line: str) -> str:
+    """A line that the shell asks to complete, so that Hydra offers the whole of the teacher's trainer."""
+    *before, word = line.split(" ")
+    if not before:
+        return line
+    return " ".join([*(one for one in before if not OF_TEACHER.match(one)), "++teacher.trainer=${trainer}", word])
 
 
 def expand_home(argument: str) -> str:

@@ -1,12 +1,13 @@
-"""What a composed configuration must hold at its top, and which option a misspelt one may have meant."""
+"""The whole of a composed configuration, what must stand at its top, and what a misspelt option may have meant."""
 
+import copy
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.checks import Faults
@@ -14,7 +15,50 @@ from pkd_lightning.checks import Faults
 PARTS = ("data", "teacher", "student", "boosting", "trainer", "logger")
 SETTINGS = ("name", "seed", "run_root", "threads")
 PATHS = ("data.root", "teacher.checkpoint")  # null, or a path
+NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # what an interpolation can name
+SHARED = ("lr", "weight_decay")  # what optimisers of any kind have; where the teacher's own are null, it has none
 PACKAGE = "the file's first line must be `# @package _global_`"
+
+
+def complete(config: DictConfig) -> DictConfig:
+    """A copy of `config` with the whole of `teacher.trainer`: every option of the students', except the teacher's own.
+
+    Its optimiser and its schedule are merged with the students' where they are the same `_target_`. Another schedule is
+    the teacher's alone, another optimiser has the students' learning rate and weight decay. What is inherited is an
+    interpolation, `${trainer.batch_size}`. A `teacher.trainer` that is whole, as in a run's config.yaml, stays as it
+    is; one that is no mapping does, too, for `assemble` to name.
+    """
+    whole = copy.deepcopy(config)
+    students, own = mapping(whole, "trainer"), mapping(whole, "teacher.trainer")
+    if students is None or own is None or OmegaConf.is_interpolation(whole.teacher, "trainer"):
+        return whole
+    made: Any = OmegaConf.to_container(own)
+    if not (students.keys() <= own.keys() and {"_target_", "_partial_"} <= set(mapping(own, "optimizer") or ())):
+        made = _inherited("trainer", students, made)
+        for key, shared in (("optimizer", SHARED), ("schedule", ())):
+            theirs, its = mapping(students, key), mapping(own, key)
+            if theirs is not None and its is not None and isinstance(made[key], dict):
+                same = _value(its, "_target_", []) in (None, _value(theirs, "_target_", []))
+                names = [name for name in theirs if same or name in ("_partial_", *shared)]
+                made[key] = _inherited(f"trainer.{key}", names, made[key])
+    if isinstance(made.get("optimizer"), dict):
+        for name in SHARED:
+            if made["optimizer"].get(name, ...) is None:
+                del made["optimizer"][name]
+    with read_write(whole):
+        whole.teacher.trainer = made
+    return whole
+
+
+def _inherited(place: str, names: Iterable[Any], own: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`own`, and for each name of `names` that is not in it an interpolation of what stands at `place`."""
+    return {name: f"${{{place}.{name}}}" for name in names if NAME.fullmatch(str(name))} | dict(own)
+
+
+def mapping(config: DictConfig, key: str) -> DictConfig | None:
+    """The options that `config` holds at `key`; None where there are none, or where that cannot be told."""
+    found = _value(config, key, [])
+    return found if isinstance(found, DictConfig) else None
 
 
 def top_level_faults(config: DictConfig) -> list[str]:

@@ -22,7 +22,7 @@ from pkd_lightning.boosting.objectives import Objective, RoundBatch, objective_o
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import not_finite
 from pkd_lightning.checks import build, collect, under, unknown_keys
-from pkd_lightning.composition import top_level_faults
+from pkd_lightning.composition import complete, mapping, top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError
@@ -177,11 +177,12 @@ def assemble(config: DictConfig) -> Experiment:
     Raises:
         ConfigError: listing every fault of every part.
     """
+    config = complete(config)
     faults = top_level_faults(config)
 
     def part(key: str, make: Callable[[DictConfig], T]) -> T | None:
-        node = config.get(key)  # what is missing is among the faults already
-        return collect(faults, key, lambda: make(node)) if isinstance(node, DictConfig) else None
+        node = mapping(config, key)  # what is missing is among the faults already
+        return None if node is None else collect(faults, key, lambda: make(node))
 
     data = part("data", lambda node: build(DataConfig, options(node)))
     trainer = part("trainer", lambda node: build(TrainerConfig, options(node)))
@@ -314,4 +315,4 @@ def open_tracker(config: DictConfig, directory: Path) -> Tracker:
         ConfigError: where the tracker refuses the options of `config.logger`, or its package is not installed.
     """
     make = _tracker(config.logger)
-    return make(directory, group=directory.name, config=OmegaConf.to_container(config, resolve=True))
+    return make(directory, group=directory.name, config=OmegaConf.to_container(complete(config), resolve=True))

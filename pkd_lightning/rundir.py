@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import atomic_write, remove_temporaries, unlocked, write_json
-from pkd_lightning.composition import top_level_faults
+from pkd_lightning.composition import complete, top_level_faults
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.process import task
 from pkd_lightning.results import PROGRESS
@@ -49,7 +49,7 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     Of a teacher's checkpoint the content counts, of `data.root` the place, of `accelerator=auto` the device. An option
     that has its default is as good as left out, and an objective goes by its name, not its import path.
     """
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain: dict[str, Any] = OmegaConf.to_container(complete(config), resolve=True)  # type: ignore[assignment]
     data, teacher, boosting = plain["data"], plain["teacher"], plain["boosting"]
     plain["name"] = str(plain["name"])
     if data.get("root") is not None:
@@ -207,7 +207,7 @@ class RunDirectory:
                 unlocked(self.path, error)
             else:  # without a lock another process may be writing what would be removed
                 self.tidy()
-            text = OmegaConf.to_yaml(config, resolve=True)
+            text = OmegaConf.to_yaml(complete(config), resolve=True)
             atomic_write(self.path / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
             handler = RunLog(self.path / "run.log", encoding="utf-8")
             handler.setLevel(logging.DEBUG)  # the edges of each class, besides what the terminal shows

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.cli import CONF, load_config, suggestions
-from pkd_lightning.composition import PARTS, SETTINGS
+from pkd_lightning.composition import PARTS, SETTINGS, complete
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
@@ -275,7 +275,7 @@ def test_trainer_overrides_reach_the_teacher_unless_it_has_its_own() -> None:
 
 
 def test_every_trainer_option_reaches_the_teacher() -> None:
-    config = load_config("trainer.matmul_precision=medium", "trainer.compile=true")
+    config = complete(load_config("trainer.matmul_precision=medium", "trainer.compile=true"))
     assert config.teacher.trainer.keys() == config.trainer.keys()
     assert (config.teacher.trainer.matmul_precision, config.teacher.trainer.compile) == ("medium", True)
 
