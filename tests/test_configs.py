@@ -469,3 +469,20 @@ def test_a_data_sets_file_needs_no_more_than_its_source(tmp_path: Path) -> None:
     parts = assemble(load_config(*found, "data.split=official", "data.limit=50", "data.validation_fraction=0.2"))
     assert (parts.data.split, parts.data.limit, parts.data.validation_fraction) == ("official", 50, 0.2)
     assert (parts.data.root, parts.data.augment, parts.data.copies) == (None, None, 0)
+
+
+def test_the_published_trainer_is_as_published() -> None:
+    assert load_config("trainer=paper").trainer == {
+        "optimizer": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 1e-4, "weight_decay": 0.0},
+        "schedule": {"_target_": "pkd_lightning.schedules.decay", "_partial_": True, "final": 0.1},
+        "max_epochs": 50, "patience": 5, "batch_size": 32, "gradient_clip": None, "accelerator": "auto",
+        "precision": "32-true", "matmul_precision": "highest", "compile": False, "num_workers": 0, "progress": True,
+    }  # fmt: skip
+
+
+def test_a_trainers_file_needs_no_more_than_an_optimiser_and_a_schedule(tmp_path: Path) -> None:
+    targets = {"optimizer": "torch.optim.SGD", "schedule": "pkd_lightning.schedules.constant"}
+    text = "".join(f"{name}: {{_target_: {target}, _partial_: true}}\n" for name, target in targets.items())
+    found = write_group(tmp_path, "trainer", text)
+    parts = assemble(load_config(found, "trainer=mine", "trainer.precision=bf16-mixed"))
+    assert (parts.trainer.precision, parts.trainer.max_epochs) == ("bf16-mixed", 50)
