@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from pkd_lightning.boosting import combine, objectives
+from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.cli import CONF, load_config, suggestions
 from pkd_lightning.composition import PARTS, SETTINGS, complete
 from pkd_lightning.errors import ConfigError
@@ -415,6 +416,12 @@ def test_an_objective_has_what_it_leaves_open_from_the_boosting_options() -> Non
     assert objective("objective=published", *shared) == objectives.Published(0.2, 3, "soft", 1.0)
     chosen = ("objective=published", "boosting.objective.gamma=7", "+boosting.objective.alpha=0.9")
     assert objective(*chosen, *shared) == objectives.Published(0.9, 3, "soft", 7)
+
+
+def test_defaults_that_the_yaml_shows_are_those_of_the_options() -> None:
+    assert assemble(load_config()).boosting == BoostingConfig()
+    assert objective("objective=published") == objectives.Published()
+    assert objective("objective=anchored") == objectives.Anchored()
 
 
 class Bare(objectives.Objective):

@@ -79,8 +79,8 @@ class Distillation(Objective):
         temperature: tau of the soft loss.
     """
 
-    alpha: float = 0.5
-    temperature: float = 2.0
+    alpha: float = BoostingConfig.alpha
+    temperature: float = BoostingConfig.temperature
 
     def __post_init__(self) -> None:
         self._faults().raise_if_any()
@@ -113,8 +113,8 @@ class Published(Distillation):
     """
 
     accept_by = "condition"
-    first_term: FirstTerm = "soft"
-    gamma: float = 1.0
+    first_term: FirstTerm = BoostingConfig.first_term
+    gamma: float = BoostingConfig.gamma
 
     def _faults(self) -> Faults:
         faults = super()._faults()
@@ -156,7 +156,7 @@ class Anchored(Distillation):
 
     sees_ensemble = True
     weighs_samples = True
-    anchor: float = 0.5
+    anchor: float = BoostingConfig.anchor
 
     def _faults(self) -> Faults:
         faults = super()._faults()
