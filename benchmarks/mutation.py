@@ -36,7 +36,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "pkd_lightning"
 WIRING = (
-    "experiment", "teacher", "fitting", "evaluate", "ensemble", "losses", "metrics", "prefixes", "schedules", "tasks",
+    "experiment", "teacher", "fitting", "fit_module", "fit_checkpoint", "evaluate",
+    "ensemble", "losses", "metrics", "prefixes", "schedules", "tasks",
     "boosting.combine", "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals",
     "boosting.round", "boosting.state", "boosting.student", "boosting.weak_learner",
 )  # fmt: skip

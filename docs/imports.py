@@ -18,7 +18,7 @@ FLOORS = (
     ("results, reports, run directories", ("evaluate", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),
     ("a teacher, an ensemble", ("teacher", "ensemble")),
-    ("one fit, its weights and costs", ("fitting", "fit_checkpoint", "weights", "cost", "trainer")),
+    ("one fit, its weights and costs", ("fitting", "fit_checkpoint", "fit_module", "weights", "cost", "trainer")),
     ("models and data", ("models", "data", "tasks")),
     ("compiled kernels", ("kernels",)),
     (

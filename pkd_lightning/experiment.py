@@ -273,6 +273,10 @@ def options(config: DictConfig) -> dict[str, Any]:
             value = config[name]
             if isinstance(value, DictConfig) and "_target_" in value:
                 found[name] = _callable(value) if name != "objective" else value
+            elif isinstance(value, ListConfig) and any(
+                "_target_" in one for one in value if isinstance(one, DictConfig)
+            ):
+                found[name] = [_instantiate(one, _partial_=True) for one in value]
             elif isinstance(value, (DictConfig, ListConfig)):
                 found[name] = OmegaConf.to_container(value, resolve=True)
             else:

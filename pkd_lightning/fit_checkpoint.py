@@ -136,34 +136,65 @@ class Saving(L.Callback):
         self.name, self.checkpoint, self.callbacks = name, checkpoint, list(callbacks)
         self.resumed: dict[str, Any] | None = None
         self.start, self.before = time.perf_counter(), 0.0
+        self.left_out = 0  # batches that the first epoch leaves out
 
     @property
     def seconds(self) -> float:
         """Wall time of the fit, with that of the processes that were stopped."""
         return self.before + time.perf_counter() - self.start
 
-    def resume(self, trainer: L.Trainer, state: dict[str, Any]) -> int:
-        """Have a trainer that has not begun start where `state` was saved; the batches its first epoch leaves out.
+    def resume(self, trainer: L.Trainer, module: L.LightningModule, loader: Any, state: dict[str, Any]) -> None:
+        """Have a trainer that has not begun start where `state` was saved.
 
-        Lightning's own way, `ckpt_path`, knows no place inside of an item of its loader, which is a whole epoch here.
+        Lightning's own way, `ckpt_path`, knows no place inside of an item of its loader, which may be a whole epoch.
         """
         self.resumed, self.before = state, float(state["seconds"])
         epoch, steps = int(state["epoch"]), int(state["steps"])
         loop: Any = trainer.fit_loop
         for counts in (loop.epoch_progress.total, loop.epoch_progress.current):
             counts.ready = counts.started = counts.processed = counts.completed = epoch
-        taken = loop.epoch_loop.manual_optimization.optim_step_progress
+        loops = loop.epoch_loop
+        taken = (
+            loops.automatic_optimization.optim_progress.optimizer.step
+            if module.automatic_optimization
+            else loops.manual_optimization.optim_step_progress
+        )
         taken.total.ready = taken.total.completed = steps
         batch = int(state["progress"]["batch"])
+        loader.sampler.left_out = (epoch, batch)
+        self.left_out = batch if module.automatic_optimization else 0
         logger.info("%s: goes on in epoch %d, after %d of its batches", self.name, epoch + 1, batch)
-        return batch
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """In the step mode, count the batches left out as Lightning would have, for it to know the epoch's last one."""
+        done, self.left_out = self.left_out, 0
+        if done:
+            loop: Any = trainer.fit_loop
+            counts, fetcher = loop.epoch_loop.batch_progress, loop._data_fetcher
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counts.current, name, getattr(counts.current, name) + done)
+            fetcher.fetched += done
+            fetcher.done = counts.is_last_batch = fetcher.fetched >= fetcher.length
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """In the step mode, save where it is time: not between batches whose gradients are used together."""
+        if not pl_module.automatic_optimization:
+            return
+        pl_module.batch_done(trainer.is_last_batch)  # type: ignore[operator]
+        together = trainer.accumulate_grad_batches
+        if not trainer.is_last_batch and (batch_idx + 1) % together == 0:
+            self.after_step(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore what was saved."""
         state, self.resumed = self.resumed, None
         if state is None:
             return
-        pl_module.load_state_dict(state["module"])
+        pl_module.load_state_dict(state["module"]["state_dict"])
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for config, saved in zip(trainer.lr_scheduler_configs, state["schedules"], strict=True):
@@ -172,6 +203,8 @@ class Saving(L.Callback):
         if scaler is not None:
             scaler.load_state_dict(state["scaler"])
         self.restore_callbacks(state)
+        for callback in self.callbacks:
+            callback.on_load_checkpoint(trainer, pl_module, state["module"])
         pl_module.restore_progress(state["progress"])  # type: ignore[operator]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -207,12 +240,15 @@ class Saving(L.Callback):
         """Write where the fit is, in an epoch (from 0)."""
         assert self.checkpoint is not None
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        module = {"state_dict": pl_module.state_dict()}
+        for callback in self.callbacks:  # one that averages weights has the averages there
+            callback.on_save_checkpoint(trainer, pl_module, module)
         self.checkpoint.write(
             {
                 "epoch": epoch,
                 "steps": trainer.global_step,
                 "seconds": self.seconds,
-                "module": pl_module.state_dict(),
+                "module": module,
                 "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
                 "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
                 "scaler": None if scaler is None else scaler.state_dict(),

@@ -83,7 +83,11 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
 
 def _without_defaults(given: dict[str, Any], cls: Any) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(cls)}
-    return {key: value for key, value in given.items() if key not in defaults or value != defaults[key]}
+
+    def is_default(key: str, value: Any) -> bool:
+        return key in defaults and (value == defaults[key] or (defaults[key] is None and value in ([], {})))
+
+    return {key: value for key, value in given.items() if not is_default(key, value)}
 
 
 def plain_hash(plain: dict[str, Any]) -> str:

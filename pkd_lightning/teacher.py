@@ -29,7 +29,8 @@ from pkd_lightning.checks import Faults
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fit_checkpoint import remove_all
-from pkd_lightning.fitting import FitModule, Stage, fit, predict
+from pkd_lightning.fit_module import FitModule
+from pkd_lightning.fitting import Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import InputShape, build_classifier

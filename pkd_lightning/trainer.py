@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pkd_lightning.checks import Faults
+from pkd_lightning.checks import Faults, unknown_keys
 
 if TYPE_CHECKING:  # where it is used it is imported: `--help` and a finished run do without its seconds
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # where it is used it is imported: `--help` and a finished ru
 Accelerator = Literal["auto", "cpu", "gpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 MatmulPrecision = Literal["highest", "high", "medium"]
+Mode = Literal["auto", "fast", "step"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class TrainerConfig:
         compile: run the model through torch.compile during the fit; on the CPU this needs a C++ compiler.
         num_workers: loader processes; 0 loads in the training process, fastest for data in memory.
         progress: show a bar for each fit, or lines where stdout is no terminal.
+        mode: `step`: each batch is a training step of Lightning's. `fast`: an epoch is, which for small models takes a
+            fraction of the time; callbacks are then called once an epoch. `auto`: `fast`, unless `callbacks` or
+            `lightning` have something in them.
+        callbacks: each gives a Lightning callback, a new one for each fit (Hydra partials).
+        lightning: more arguments of `lightning.Trainer`.
         checkpoint_every: when a fit under way is saved: `auto`, minutes, or `"3 epochs"`; None never saves it. `auto`
             takes at most 2% of the time, and loses at most five minutes of it.
     """
@@ -91,6 +97,9 @@ class TrainerConfig:
     compile: bool = False
     num_workers: int = 0
     progress: bool = True
+    mode: Mode = "auto"
+    callbacks: Sequence[Callable[[], Any]] | None = None
+    lightning: Mapping[str, Any] | None = None
     checkpoint_every: str | float | None = "auto"
 
     def __post_init__(self) -> None:
@@ -107,6 +116,10 @@ class TrainerConfig:
         faults.choice("matmul_precision", get_args(MatmulPrecision))
         faults.flag("compile")
         faults.flag("progress")
+        faults.choice("mode", get_args(Mode))
+        faults.found += _callback_faults(self.callbacks) + _argument_faults(self.lightning)
+        if self.mode == "fast" and (self.callbacks or self.lightning):
+            faults.found.append("mode='fast': must be auto or step with callbacks, or arguments in lightning")
         try:
             Interval.of(self.checkpoint_every)
         except ValueError as error:
@@ -139,6 +152,11 @@ class TrainerConfig:
         return optimizer
 
     @property
+    def by_step(self) -> bool:
+        """Whether a batch is a training step to Lightning."""
+        return self.mode == "step" or (self.mode == "auto" and bool(self.callbacks or self.lightning))
+
+    @property
     def device(self) -> "torch.device":
         """Where models are fitted and asked."""
         import torch
@@ -147,6 +165,53 @@ class TrainerConfig:
 
         on_gpu = self.accelerator == "gpu" or (self.accelerator == "auto" and cuda.available())
         return torch.device("cuda" if on_gpu else "cpu")
+
+
+# arguments of a Trainer that are an option of ours, or that a fit is built on
+OWN = {
+    "accelerator": "accelerator", "precision": "precision", "max_epochs": "max_epochs", "callbacks": "callbacks",
+    "gradient_clip_val": "gradient_clip", "enable_progress_bar": "progress",
+}  # fmt: skip
+BUILT_ON = (
+    "devices", "num_nodes", "logger", "default_root_dir", "enable_checkpointing", "num_sanity_val_steps", "max_steps",
+    "min_steps", "min_epochs", "val_check_interval", "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs",
+    "gradient_clip_algorithm", "enable_model_summary", "fast_dev_run", "limit_val_batches", "overfit_batches",
+)  # fmt: skip
+
+
+def _argument_faults(given: Mapping[str, Any] | None) -> list[str]:
+    """Faults of the arguments for `lightning.Trainer`."""
+    import lightning as L
+
+    if given is None:
+        return []
+    if not isinstance(given, Mapping):
+        return [f"lightning={given!r}: must be a mapping of arguments of lightning.Trainer"]
+    known = [name for name in inspect.signature(L.Trainer).parameters if name not in (*OWN, *BUILT_ON)]
+    faults = [f"lightning.{name}: is set by `trainer.{OWN[name]}`" for name in given if name in OWN]
+    faults += [f"lightning.{name}: a fit is built on what it sets itself" for name in given if name in BUILT_ON]
+    left = [name for name in given if name not in OWN and name not in BUILT_ON]
+    return faults + [f"lightning.{fault}" for fault in unknown_keys(left, known)]
+
+
+def _callback_faults(given: Any) -> list[str]:
+    """Faults of the callbacks, each of which is made once."""
+    import lightning as L
+
+    if given is None:
+        return []
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return [f"callbacks={given!r}: must be a list of `_target_`s"]
+    faults = []
+    for index, make in enumerate(given):
+        try:
+            made = make() if callable(make) else make
+        except Exception as error:  # whatever the user's callback raises
+            faults.append(f"callbacks.{index}: cannot be made ({type(error).__name__}: {error})")
+            continue
+        if not isinstance(made, L.Callback) or not callable(make):
+            faults.append(f"callbacks.{index}: must be the `_target_` of a Lightning callback, not {made!r}")
+    return faults
 
 
 def device_of(accelerator: str) -> str:

@@ -28,7 +28,8 @@ from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, BatchDataset, DataConfig, DataModule
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.experiment import assemble
-from pkd_lightning.fitting import FitModule, Stage, fit, predict
+from pkd_lightning.fit_module import FitModule
+from pkd_lightning.fitting import Stage, fit, predict
 from pkd_lightning.progress import FitProgress
 from pkd_lightning.schedules import constant, cosine
 from pkd_lightning.teacher import CachedTeacher, TeacherModule

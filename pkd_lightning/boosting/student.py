@@ -11,7 +11,7 @@ from pkd_lightning.boosting.objectives import Distillation, Objective, RoundBatc
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.data.module import Batch
 from pkd_lightning.earlier import Earlier, following, outputs_for
-from pkd_lightning.fitting import FitModule
+from pkd_lightning.fit_module import FitModule
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.teacher import CachedTeacher, OnlineTeacher
 from pkd_lightning.trainer import TrainerConfig
@@ -46,11 +46,15 @@ class RoundTargets(nn.Module):
     ) -> None:
         super().__init__()
         self.students = tuple(students)  # in a tuple: they are no part of the candidate
-        # buffers, to follow the module to its device; not persistent, to stay out of every state dict
+        # buffers, to be moved to the student's device at once
         self.teacher = teacher
         for name, value in (("ensemble", ensemble), ("indicator", indicator), ("weight", weight)):
             self.register_buffer(name, value, persistent=False)
         self.bound, self.round = bound, round_
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoundTargets":
+        """Itself: it may be large, and is only read. A callback that averages weights copies the whole module."""
+        return self
 
 
 class StudentModule(FitModule):
@@ -75,12 +79,22 @@ class StudentModule(FitModule):
         targets: RoundTargets,
     ) -> None:
         super().__init__(model, trainer, objective.student_features if targets.round > 0 else ())
-        self.objective, self.targets = objective, targets
+        self.objective = objective
+        self._targets = [targets]  # in a list: they are no part of what is trained, saved or averaged
         self.first = Distillation(config.alpha, config.temperature)
         initial = torch.tensor(combination.initial(targets.round) if targets.round > 0 else (0.0, 1.0))
         self.learns_scales = combination.learned and objective.sees_ensemble and targets.round > 0
         # learned scales as logarithms, which keeps them positive
         self.scale_values = nn.Parameter(initial.log() if self.learns_scales else initial, self.learns_scales)
+
+    @property
+    def targets(self) -> RoundTargets:
+        """What it is trained against."""
+        return self._targets[0]
+
+    def on_fit_start(self) -> None:
+        """Move the targets to where the student is."""
+        self.targets.to(self.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The student's parameters, and the scales where they are learned; decay would pull those towards 1."""

@@ -23,7 +23,6 @@ class EpochLoader:
 
     Attributes:
         sampler: gives the order of the batches; Lightning calls its `set_epoch`.
-        start: batches that the next epoch leaves out, having been trained on before.
     """
 
     def __init__(self, loader: DataLoader[Batch]) -> None:
@@ -31,7 +30,6 @@ class EpochLoader:
         assert isinstance(loader.dataset, BatchDataset)
         self.loader: DataLoader[Batch] | None = loader if loader.num_workers > 0 else None
         self.dataset, self.sampler = loader.dataset, loader.sampler
-        self.start = 0
 
     def __len__(self) -> int:
         return 1
@@ -44,10 +42,10 @@ class EpochLoader:
 
         Where its workers cannot deliver, the rest and all later epochs are loaded in this process: the same batches.
         """
-        delivered, self.start = self.start, 0
+        delivered = 0
         if self.loader is not None:
             try:
-                for batch in islice(self.loader, delivered, None):
+                for batch in self.loader:
                     yield batch
                     delivered += 1
                 return

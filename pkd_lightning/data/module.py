@@ -193,6 +193,7 @@ class DataModule:
             batch_size=None,
             collate_fn=_as_is,
             num_workers=num_workers,
+            generator=torch.Generator(),  # of its workers' seeds; it would draw them from the models' own
             persistent_workers=num_workers > 0,
         )
 
@@ -251,6 +252,7 @@ class EpochSampler(Sampler[BatchKey]):
         self.rows, self.batch_size, self.seed, self.stage = rows, batch_size, seed, stage
         self.shuffle, self.augment = shuffle, augment
         self.epoch = 0
+        self.left_out = (0, 0)  # an epoch, and how many of its first batches it leaves out: they were trained on before
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
@@ -270,7 +272,10 @@ class EpochSampler(Sampler[BatchKey]):
         rows = torch.arange(self.rows.start, self.rows.stop)
         if self.shuffle:
             rows = rows[torch.randperm(len(rows), generator=generator(self.seed, self.stage, "order", self.epoch))]
+        epoch, done = self.left_out
         for step, batch in enumerate(rows.split(self.sizes())):
+            if step < done and self.epoch == epoch:
+                continue
             seed = derive(self.seed, self.stage, "augment", self.epoch, step) if self.augment else None
             yield BatchKey(batch, seed)
 

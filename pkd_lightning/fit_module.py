@@ -1,0 +1,232 @@
+"""The LightningModule of one fit, the teacher's or a student's: a model with its loss, optimiser and schedule."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from pkd_lightning.data.module import Batch
+from pkd_lightning.earlier import Earlier, call
+from pkd_lightning.fit_checkpoint import Saving
+from pkd_lightning.outputs import Output, Taps
+from pkd_lightning.trainer import TrainerConfig
+
+logger = logging.getLogger(__name__)
+
+
+class FitModule(L.LightningModule):
+    """A model with its loss, optimiser and schedule, fitted in one of two modes (see `TrainerConfig`).
+
+    In the fast mode an epoch is one training step to Lightning (see `EpochLoader`), whose optimiser steps are taken
+    here: its hooks around a step, and reading or logging a loss every step, cost more than a tiny model. So a
+    callback's `on_train_batch_*` hooks come once an epoch, and those around backward and the optimiser do not come. In
+    the step mode a batch is a training step, and Lightning takes the optimiser's. Both give the same weights.
+    Subclasses give `losses(batch)` and may add parameters of their own.
+
+    Args:
+        model: what is trained.
+        trainer: how.
+        features: paths of the modules whose outputs `forward` gives beside the logits.
+
+    Attributes:
+        total_steps: optimiser steps of the whole fit, over which the learning rate is scheduled; `fit` sets it.
+    """
+
+    def __init__(self, model: nn.Module, trainer: TrainerConfig, features: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.automatic_optimization = trainer.by_step
+        self.model = model
+        self.taps = Taps(model, features)
+        self.settings = trainer
+        self.total_steps = 1
+        # a function, not a module: the state dict's names stay those of the model
+        self._compiled = compiled(model) if trainer.compile else None
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._skipped = self._skipped_now = 0  # steps of the whole fit; those of the epoch under way
+        self._batch = 0  # batches of the epoch under way that are done
+        self._random: dict[str, Any] | None = None  # to be restored before the next step
+        self._waiting: list[tuple[Tensor, int]] = []  # losses whose gradients are not yet used, with their samples
+        self.saving: Saving | None = None  # `fit` sets it
+
+    def forward(self, inputs: Tensor) -> Output:
+        """What the model gives, by way of torch.compile where that is configured; `losses` calls it like this."""
+        return self.taps.call(partial(call, self._compiled or self.model, earlier=self.earlier(inputs)), inputs)
+
+    def earlier(self, inputs: Tensor) -> Earlier | None:
+        """What earlier students gave for the same inputs, where the model reads them."""
+        return None
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss (scalar) and the logits that accuracy is measured on (batch, classes)."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The loss of a batch, or in the fast mode all optimiser steps of an epoch, which is the iterator given."""
+        if not self.automatic_optimization:
+            self._epoch(batch)
+            return None
+        self._restore_random()
+        loss, _ = self.losses(batch)
+        self._waiting.append((loss.detach(), len(batch.labels)))
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """In the step mode, clip the gradients before the optimiser's step; without any, it changes nothing."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        clip = self.settings.gradient_clip
+        usable = clip is None or bool(nn.utils.clip_grad_norm_(parameters, clip).isfinite())
+        if usable:
+            for loss, samples in self._waiting:
+                self._count(loss, samples)
+        else:
+            self._skipped_now += 1
+            optimizer.zero_grad()
+        self._waiting = []
+
+    def batch_done(self, last: bool) -> None:
+        """In the step mode, note that a batch is done, the last of the epoch or not."""
+        self._batch += 1
+        if last:
+            self._trained()
+
+    def _count(self, loss: Tensor, samples: int) -> None:
+        """Add a training loss to the epoch's sum. It stays on the device: it is read once an epoch."""
+        if "train_loss" not in self._sums:
+            self._sums["train_loss"] = torch.zeros((), device=self.device)
+        self._sums["train_loss"].add_(loss, alpha=samples)
+        self._counts["train"] = self._counts.get("train", 0) + samples
+
+    def _trained(self) -> None:
+        """Say how many steps of the epoch were skipped; validation follows."""
+        self._restore_random()
+        if self._skipped_now:
+            logger.warning(
+                "epoch %d: skipped %d steps, their gradients were not finite", self.current_epoch, self._skipped_now
+            )
+            self._skipped, self._skipped_now = self._skipped + self._skipped_now, 0
+
+    def _epoch(self, batches: Iterable[Batch]) -> None:
+        """An optimiser step for each batch of an epoch."""
+        trainer, settings, device = self.trainer, self.settings, self.device
+        optimizer = trainer.optimizers[0]
+        schedule: Any = self.lr_schedulers()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        scaler = getattr(trainer.precision_plugin, "scaler", None) or torch.amp.GradScaler(device.type, enabled=False)
+        # Lightning runs all of this under autocast; backward belongs outside of it
+        mixed = settings.precision != "32-true"
+        full_precision = torch.autocast(device.type, enabled=False) if mixed else nullcontext()
+        progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress  # counts trainer.global_step
+        for batch in batches:
+            self._restore_random()
+            optimizer.zero_grad()
+            loss, _ = self.losses(Batch(*(part.to(device, non_blocking=True) for part in batch)))
+            with full_precision:
+                scaler.scale(loss).backward()
+            usable = True
+            if settings.gradient_clip is not None:
+                scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+                # one image that explodes in a model without norms must not take the weights with it
+                usable = bool(norm.isfinite())
+            if usable:
+                scaler.step(optimizer)
+                self._count(loss.detach(), len(batch.labels))
+            else:
+                self._skipped_now += 1
+            scaler.update()
+            schedule.step()
+            progress.increment_completed()
+            self._batch += 1
+            if self.saving is not None:
+                self.saving.after_step(trainer, self)
+        self._trained()
+
+    def progress(self) -> dict[str, Any]:
+        """Where the epoch under way is after a step, and the random state there: what resuming it needs of this module.
+
+        Validation starts anew, so that what it has found so far is left out.
+        """
+        return {
+            "batch": self._batch,
+            "loss": self._sums.get("train_loss"),
+            "count": self._counts.get("train", 0),
+            "skipped": [self._skipped, self._skipped_now],
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        }
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Go on where `progress` was taken."""
+        self._batch = progress["batch"]
+        if progress["loss"] is not None:
+            self._sums["train_loss"], self._counts["train"] = progress["loss"].to(self.device), progress["count"]
+        self._skipped, self._skipped_now = progress["skipped"]
+        self._random = progress["random"]
+
+    def _restore_random(self) -> None:
+        """Restore torch's random state, if a fit has just been resumed: what came before the step may have drawn."""
+        if self._random is not None:
+            torch.set_rng_state(self._random["cpu"])
+            if self._random["cuda"]:
+                torch.cuda.set_rng_state_all(self._random["cuda"])
+            self._random = None
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add one validation batch to the epoch's sums."""
+        loss, logits = self.losses(batch)
+        for name, value in (
+            ("validation_loss", loss * len(batch.labels)),
+            ("validation_accuracy", (logits.argmax(-1) == batch.labels).sum()),
+        ):
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts["validation"] = self._counts.get("validation", 0) + len(batch.labels)
+        if self.saving is not None and not self.automatic_optimization:
+            self.saving.after_step(self.trainer, self)
+
+    @property
+    def validation_loss(self) -> float:
+        """Mean over the validation batches so far."""
+        return float(self._sums["validation_loss"]) / self._counts["validation"]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's means. Lightning validates at the end of each training epoch, so both parts are complete."""
+        means = {name: float(value) / self._counts[name.split("_")[0]] for name, value in self._sums.items()}
+        means.setdefault("train_loss", math.nan)  # where all steps were skipped
+        if self._skipped:  # over the whole fit; the losses of these steps are not in train_loss
+            means["skipped_steps"] = self._skipped
+        self._sums, self._counts, self._batch = {}, {}, 0
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            logger.warning("epoch %d: weights are not finite any more, the fit ends", self.current_epoch)
+            self.trainer.should_stop = True
+        self.log_dict(means, logger=False)
+        for tracker in self.loggers:  # by optimiser step, where Lightning counts its own
+            tracker.log_metrics({**means, "epoch": self.current_epoch}, step=self.global_step - 1)
+            tracker.save()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is optimised, in torch's form of parameter groups."""
+        return [{"params": list(self.model.parameters())}]
+
+    def configure_optimizers(self) -> Any:
+        """The configured optimiser, its learning rate scheduled per step."""
+        optimizer = self.settings.build_optimizer(self.parameter_groups())
+        schedule = LambdaLR(optimizer, lambda step: self.settings.schedule(min(1.0, step / self.total_steps)))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    """Calls `model` by way of torch.compile, as a function."""
+    torch.compiler.reset()  # or torch would stop compiling at the eighth model of a class, with no more than a warning
+    return torch.compile(lambda inputs, earlier=None: call(model, inputs, earlier))
