@@ -106,6 +106,8 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield changed(op=Operators[type(op)]())
             if len(values) > 2:
                 yield changed(values=values[1:])
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1)):  # an axis, where 1 is the same one of two
+            yield ast.Constant(0)
         case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
             yield operand
         case ast.Constant(value=bool() as value):
@@ -120,7 +122,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             for i in range(len(args) - 1):
                 if _alike(args[i], args[i + 1]):
                     yield changed(args=[*args[:i], args[i + 1], args[i], *args[i + 2 :]])
-            for i in range(len(keywords)):
+            for i in [i for i, keyword in enumerate(keywords) if keyword.arg != "strict"]:
                 yield changed(keywords=keywords[:i] + keywords[i + 1 :])
         case ast.Tuple(elts=[first, second], ctx=ast.Load()) if _alike(first, second):
             yield changed(elts=[second, first])
@@ -141,8 +143,10 @@ def _words(node: ast.AST) -> bool:
 
 
 def _skipped(node: ast.AST) -> bool:
-    """Messages, log lines, types and imports."""
+    """Messages, log lines, types, imports, and that lengths which are equal are checked to be."""
     match node:
+        case ast.keyword(arg="strict"):
+            return True
         case ast.JoinedStr() | ast.Import() | ast.ImportFrom() | ast.Assert() | ast.Raise():
             return True
         case ast.Expr(value=ast.Constant()):

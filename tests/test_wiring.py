@@ -17,26 +17,29 @@ from torch import Tensor, nn
 
 from pkd_lightning import evaluate as evaluation
 from pkd_lightning import schedules
+from pkd_lightning import teacher as teacher_of
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.boosting import loop as boosting_loop
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.student import RoundTargets, StudentModule
-from pkd_lightning.boosting.weak_learner import fit_scales
+from pkd_lightning.boosting.weak_learner import WeakLearnerCheck, fit_scales
+from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Latency
 from pkd_lightning.data.module import Batch, DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
-from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
-from pkd_lightning.fitting import FitResult, predict
+from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.experiment import assemble, open_tracker
+from pkd_lightning.fitting import FitResult, Stage, predict
 from pkd_lightning.metrics import calibration_error
 from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.seeding import derive
 from pkd_lightning.tasks import SignalClassification
 from pkd_lightning.teacher import CachedTeacher, Teacher
 from pkd_lightning.trainer import TrainerConfig
-from tests.support import patterns, tiny_config
+from tests.support import patterns, tiny_config, tiny_run
 
 # ---------------------------------------------------------------------------------- schedules and published settings
 
@@ -493,6 +496,147 @@ def test_options_reach_the_parts_they_are_of(tmp_path: Path) -> None:
     assert (parts.boosting.alpha, parts.boosting.weak_learner.max_attempts) == (0.2, 4)
     assert parts.data.validation_fraction == 0.2
     assert len(parts.student) == 3
+
+
+# ---------------------------------------------------------------------------------- what is written, said and refused
+
+
+def test_attempts_are_counted_over_the_rungs_of_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[Stage] = []
+
+    def no_fit(module: StudentModule, data: DataModule, stage: Stage, *args: Any) -> FitResult:
+        stages.append(stage)
+        return FitResult(1, 0, 0.0)
+
+    monkeypatch.setattr(boosting_loop, "fit", no_fit)
+    loop = in_second_round(make_loop(tmp_path))
+    loop.train(2, 1)
+    assert (stages[0].attempt, stages[0].description) == (3, "round 2/3, rung 2, attempt 4")
+    loop.train(0, 0)
+    assert (stages[1].attempt, stages[1].description) == (0, "round 2/3, rung 2")
+
+
+def accepted(directory: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> BoostingLoop:
+    """A loop after its first two rounds, whose students are as they were built."""
+    monkeypatch.setattr(boosting_loop, "fit", lambda *args: FitResult(1, 0, 0.0))
+    loop = make_loop(directory, **{"objective": "published", "combine": "mean", **options})
+    for _ in range(2):
+        loop.advance()
+    return loop
+
+
+def test_each_round_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = replace(BoostingConfig().weak_learner, on_failure="accept")
+    loop = accepted(tmp_path, monkeypatch, weak_learner=accept)
+    again = make_loop(tmp_path, objective="published", combine="mean", weak_learner=accept)
+    again.restore()
+    assert (again.state.round, again.state.records) == (2, loop.state.records)
+    assert torch.equal(again.state.ensemble_logits, loop.state.ensemble_logits)
+    path = tmp_path / "boosting.ckpt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "bound": content["bound"] + 1}, path)  # another content under the same hash
+    with pytest.raises(RunError, match=r"boosting\.ckpt.*is damaged"):
+        make_loop(tmp_path).restore()
+
+
+def test_a_round_reports_its_edges_of_clipped_and_of_whole_residuals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept = replace(BoostingConfig().weak_learner, on_failure="accept")
+    loop = in_second_round(make_loop(tmp_path, objective="published", combine="mean", weak_learner=accept))
+    rows = loop.data.validation
+    candidate = SimpleNamespace(
+        fit=FitResult(1, 0, 0.0), model=nn.Linear(1, 1), scales=(0.5, 0.5), validation_loss=1.0, accepted_by="condition",
+        logits=F.one_hot((loop.data.labels[: rows.stop] + (torch.arange(rows.stop) % 4 == 0)) % 3, 3).float(),
+        edges=torch.tensor([0.1, 0.2, 0.3]), unclipped_edges=torch.tensor([0.1, -0.2, -0.3]),
+    )  # fmt: skip
+    record = loop.record(candidate, 2, 3.0, 0.1, 4.0)  # type: ignore[arg-type]
+    assert (record["edges"]["satisfied"], record["edges"]["min"]) == (1, pytest.approx(0.1))
+    right = (torch.arange(rows.start, rows.stop) % 4 != 0).float().mean()
+    assert record["validation_accuracy"] == pytest.approx(float(right))
+    mine = loop.state.ensemble_logits[rows.start : rows.stop].argmax(1) == loop.data.labels[rows.start : rows.stop]
+    assert record["prefix_validation_accuracy"] == pytest.approx(float(mine.float().mean()))
+
+
+def test_of_a_run_under_way_the_validation_rows_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = replace(BoostingConfig().weak_learner, on_failure="accept")
+    loop = accepted(tmp_path, monkeypatch, weak_learner=accept)
+    rows, data = slice(loop.data.validation.start, loop.data.validation.stop), loop.data
+    found = read_json(tmp_path / "progress.json")
+    accuracy = (loop.teacher.logits[rows].argmax(1) == data.labels[rows]).float().mean()
+    assert found["teacher"]["accuracy"] == pytest.approx(float(accuracy))
+    assert found["sizes"] == {"train": len(data.training), "validation": len(data.validation), "test": len(data.test)}
+    assert [row["accuracy"] for row in found["rounds"]] == [row["validation_accuracy"] for row in loop.state.records]
+    assert found["ensemble"]["params"] == sum(row["params"] for row in loop.state.records)
+    assert found["ensemble"]["accuracy"] == loop.state.records[-1]["prefix_validation_accuracy"]
+    assert (found["part"], found["planned_rounds"], found["seed"]) == ("validation", 3, 0)
+
+
+@pytest.mark.parametrize(("fraction", "margin", "held"), [(0.6, 0.0, True), (0.7, 0.0, False), (0.6, 0.4, False)])
+def test_the_condition_is_checked_with_its_fraction_and_margin(
+    fraction: float, margin: float, held: bool, tmp_path: Path
+) -> None:
+    weak = replace(BoostingConfig().weak_learner, fraction=fraction, margin=margin, check_every=2)
+    loop = in_second_round(make_loop(tmp_path, objective="published", combine="mean", weak_learner=weak))
+    attempt = loop.round().attempt(Linear(loop.data.task.input_shape, 3), loop.trainer)
+    check = WeakLearnerCheck(loop.data, lambda logits: torch.tensor([0.5, 0.3, -0.1]), weak, attempt.check.logits)
+    for epoch, expected in ((0, False), (1, held)):
+        trainer = SimpleNamespace(current_epoch=epoch, should_stop=False)
+        check.on_validation_end(trainer, attempt.module)  # type: ignore[arg-type]
+        assert (check.held is not None, trainer.should_stop) == (expected, expected)
+
+
+@pytest.mark.parametrize("success", [True, False])
+def test_scales_whose_fit_did_not_converge_are_said(
+    success: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = SimpleNamespace(success=success, message="made up", x=np.array([1.0, 2.0]))
+    monkeypatch.setattr("pkd_lightning.boosting.weak_learner.minimize", lambda *args, **options: found)
+    logits, target = torch.randn(3, 8, 3), torch.arange(8) % 3
+    fit_scales(logits[0], logits[1], logits[2], target, BoostingConfig())
+    assert ("the fit of the scales ended before it converged: made up" in caplog.text) is not success
+
+
+@pytest.mark.parametrize("initial", [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0), (math.inf, 1.0), (1.0, math.nan)])
+def test_scales_start_from_positive_numbers(initial: tuple[float, float], tmp_path: Path) -> None:
+    parts = assemble(tiny_config(tmp_path))
+    combination = combine.Combination(lambda round_: initial, learned=True)
+    wrong = replace(parts, boosting=replace(parts.boosting, combine=combination))
+    with pytest.raises(ConfigError, match="combine"):
+        wrong.check(DataModule(parts.data))
+
+
+def test_a_number_that_is_not_finite_is_found_behind_an_interpolation(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.model\.d_state=inf: must be finite"):
+        assemble(tiny_config(tmp_path, "+mine=.inf", "teacher.model.d_state=${mine}"))
+
+
+def test_a_tracker_is_given_values_not_interpolations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "pkd_lightning.loggers.NoTracker.__init__", lambda self, *args, **options: given.update(options)
+    )
+    open_tracker(tiny_config(tmp_path, "+mine=7", "seed=${mine}"), tmp_path)
+    assert given["config"]["seed"] == 7
+
+
+@pytest.mark.parametrize("split", ["paper", "official"])
+def test_a_teacher_from_elsewhere_may_have_seen_the_test_images(
+    split: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_run(tmp_path / "first", "boosting.rounds=1")
+    (weights,) = tmp_path.rglob("teacher.safetensors")
+    caplog.clear()
+    tiny_run(tmp_path / "second", f"teacher.checkpoint={weights}", f"data.split={split}", "boosting.rounds=1")
+    assert ("it has seen images that split=paper tests on" in caplog.text) == (split == "paper")
+
+
+def test_a_teachers_fit_draws_numbers_of_the_runs_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    fit = teacher_of.fit
+    monkeypatch.setattr(teacher_of, "fit", lambda *args: seeds.append(torch.initial_seed()) or fit(*args))
+    tiny_run(tmp_path, "boosting.rounds=1", "seed=3")
+    assert seeds == [derive(3, "teacher", "fit")]
 
 
 # ---------------------------------------------------------------------------------- options of objectives
