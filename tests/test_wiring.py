@@ -546,7 +546,8 @@ def test_a_round_reports_its_edges_of_clipped_and_of_whole_residuals(
     loop = in_second_round(make_loop(tmp_path, objective="published", combine="mean", weak_learner=accept))
     rows = loop.data.validation
     candidate = SimpleNamespace(
-        fit=FitResult(1, 0, 0.0), model=nn.Linear(1, 1), scales=(0.5, 0.5), validation_loss=1.0, accepted_by="condition",
+        fit=FitResult(1, 0, 0.0), model=nn.Linear(1, 1), scales=(0.5, 0.5), validation_loss=1.0,
+        accepted_by="condition",
         logits=F.one_hot((loop.data.labels[: rows.stop] + (torch.arange(rows.stop) % 4 == 0)) % 3, 3).float(),
         edges=torch.tensor([0.1, 0.2, 0.3]), unclipped_edges=torch.tensor([0.1, -0.2, -0.3]),
     )  # fmt: skip
@@ -608,7 +609,7 @@ def test_scales_start_from_positive_numbers(initial: tuple[float, float], tmp_pa
 
 def test_a_number_that_is_not_finite_is_found_behind_an_interpolation(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"teacher\.model\.d_state=inf: must be finite"):
-        assemble(tiny_config(tmp_path, "+mine=.inf", "teacher.model.d_state=${mine}"))
+        assemble(tiny_config(tmp_path, "+mine=inf", "teacher.model.d_state=${mine}"))
 
 
 def test_a_tracker_is_given_values_not_interpolations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
