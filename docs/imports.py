@@ -15,7 +15,7 @@ PAGE = Path(__file__).parent / "imports.md"
 FLOORS = (
     ("what a user calls", ("run", "cli", "report", "pretrained")),
     ("from a configuration to checked parts", ("experiment", "trial")),
-    ("results, reports, run directories", ("evaluate", "reporting", "rundir")),
+    ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),
     ("a teacher, an ensemble", ("teacher", "ensemble")),
     ("one fit, its weights and costs", ("fitting", "fit_checkpoint", "fit_module", "weights", "cost", "trainer")),

@@ -58,7 +58,10 @@ class Experiment:
             ConfigError: listing every fault.
         """
         logger.info("trying the models on two samples")
-        faults = under("student", self.student.faults(self.boosting.rounds, data.task.input_shape))
+        rounds = (
+            1 if self.boosting.grow_from else self.boosting.rounds
+        )  # a source's rounds need no rungs of this ladder
+        faults = under("student", self.student.faults(rounds, data.task.input_shape))
         inputs = data.task.prepare(data.inputs[[0, 0]])
         attempt = partial(try_model, inputs=inputs, num_classes=data.num_classes, samples=len(data.training))
         for index in range(0 if faults else len(self.student)):
@@ -192,6 +195,8 @@ def assemble(config: DictConfig) -> Experiment:
     part("logger", _tracker)
     if student is not None:
         rounds = OmegaConf.select(config, "boosting.rounds")  # checked even where another boosting option is at fault
+        if OmegaConf.select(config, "boosting.grow_from") is not None:
+            rounds = 1
         faults += under("student", student.faults(rounds if isinstance(rounds, int) else 1))
     if faults:
         raise ConfigError(faults)

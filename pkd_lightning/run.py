@@ -29,6 +29,7 @@ def run(config: DictConfig) -> dict[str, object]:
         from pkd_lightning.evaluate import collect_results
         from pkd_lightning.experiment import TORCH_THREADS, assemble, open_tracker
         from pkd_lightning.fitting import Stage
+        from pkd_lightning.growth import source_of
         from pkd_lightning.report import write_report
         from pkd_lightning.teacher import prepare_teacher
 
@@ -49,7 +50,7 @@ def run(config: DictConfig) -> dict[str, object]:
             )
             loop = BoostingLoop(
                 experiment.boosting, experiment.student, experiment.trainer, data, teacher,
-                directory.path, config.seed, tracker,
+                directory.path, config.seed, tracker, source_of(config, experiment.boosting, directory),
             )  # fmt: skip
             ensemble = loop.run()
             seconds = time.perf_counter() - start

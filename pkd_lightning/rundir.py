@@ -54,6 +54,8 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     plain["name"] = str(plain["name"])
     if data.get("root") is not None:
         data["root"] = str(Path(data["root"]).expanduser().resolve())
+    if boosting.get("grow_from") is not None:
+        boosting["grow_from"] = str(Path(boosting["grow_from"]).expanduser().resolve())
     if teacher.get("checkpoint") is not None:
         content = Path(teacher["checkpoint"]).expanduser().read_bytes()
         teacher["checkpoint"] = hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,18 @@ from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.partial import partial_results
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.round import Round
+from pkd_lightning.boosting.source import Source
 from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner
 from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash, write_json
 from pkd_lightning.data.module import DataModule
+from pkd_lightning.earlier import following
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_students, save_description, save_student
 from pkd_lightning.errors import RunError
 from pkd_lightning.fit_checkpoint import remove_all
-from pkd_lightning.fitting import Stage, fit
+from pkd_lightning.fitting import FitResult, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
-from pkd_lightning.matrix import Difference, largest
+from pkd_lightning.matrix import Difference, largest, scratch
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.results import PROGRESS
 from pkd_lightning.seeding import seeded
@@ -49,6 +52,7 @@ class BoostingLoop:
         directory: the run directory; `boosting.ckpt` and `students/` are kept there, and a loop restored from them.
         seed: the run's seed.
         tracker: where the fits' curves go.
+        source: a run whose first rounds are taken over, where this one has none yet.
     """
 
     def __init__(
@@ -61,10 +65,11 @@ class BoostingLoop:
         directory: Path,
         seed: int,
         tracker: Tracker,
+        source: Source | None = None,
     ) -> None:
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
         self.teacher, self.directory = teacher, directory
-        self.seed, self.tracker = seed, tracker
+        self.seed, self.tracker, self.source = seed, tracker, source
         self.objective, self.combination = objective_of(config), combination_of(config)
         self.state = BoostingState.fresh(
             len(data.training), len(data.validation), data.num_classes, teacher.fingerprint, directory
@@ -73,6 +78,8 @@ class BoostingLoop:
     def run(self) -> ProgressiveEnsemble:
         """Add students until done; continues where a run before stopped."""
         self.restore()
+        if self.state.round == 0 and self.source is not None:
+            self.grow(self.source)
         self.describe()
         while not self.done:
             self.advance()
@@ -148,23 +155,73 @@ class BoostingLoop:
         """The students so far, loaded anew."""
         return load_students(self.directory / "students", self.state.round)
 
+    def grow(self, source: Source) -> None:
+        """Take over the first rounds of another run: its students are asked, and nothing is trained.
+
+        Raises:
+            RunError: where its students were distilled from another teacher, or on other data.
+        """
+        state, before, data = self.state, source.state(), self.data
+        if before["teacher"] != state.teacher:
+            raise RunError(
+                f"boosting.grow_from={source.directory}: its students were distilled from another teacher, or on other"
+                " data"
+            )
+        logger.info("the first %d rounds are those of %s", source.rounds, source.directory)
+        students = source.students()
+        for round_, (model, record) in enumerate(zip(students, before["records"], strict=False)):
+            logits = scratch(data.validation.stop, data.num_classes, self.directory)
+            asked = following(model, students[:round_])
+            predict(asked, data, range(data.validation.stop), self.trainer.device, out=logits)
+            n, a_c = len(data.training), (float(record["scales"][0]), float(record["scales"][1]))
+            edges, whole = (self.round().edges(logits[:n], clipped) for clipped in (True, False))
+            fit_ = FitResult(record["epochs"], 0, 0.0)
+            candidate = Candidate(
+                model, a_c, logits, edges, whole, record["validation_loss"], fit_, record["accepted_by"]
+            )
+            source.copy(round_, self.directory / "students")
+            self.join(candidate, record["attempts"], record["seconds"], None if source.same else record)
+            kept = {name: record[name] for name in ("class_index", "config")}
+            origin = {name: record[name] for name in ("from", "from_round") if name in record}
+            origin = origin or {"from": str(source.directory), "from_round": round_}
+            state.records[-1] = {**state.records[-1], **kept, **origin}
+        state.rung = state.records[-1]["class_index"] + (not self.ladder.repeat) if source.climbs else 0
+        state.stop_reason = None
+        self.end()
+        self.save()
+
     def accept(self, candidate: Candidate, attempts: int, seconds: float) -> None:
-        """Add a student: update the residual matrices, the ensemble's logits and the records."""
-        state, n = self.state, len(self.data.training)
+        """Add a student that was trained here."""
+        state = self.state
         save_student(
             candidate.model, self.directory / "students" / f"{state.round:02d}",
             self.ladder.path, self.ladder.rungs[state.rung], self.data.task.input_shape, self.data.num_classes,
         )  # fmt: skip
+        self.join(candidate, attempts, seconds)
+        logger.info("%s", self.line(state.records[-1]))
+        if not self.ladder.repeat:
+            state.rung += 1
+        self.end()
+
+    def join(
+        self, candidate: Candidate, attempts: int, seconds: float, before: Mapping[str, Any] | None = None
+    ) -> None:
+        """Update the residual matrices, the ensemble's logits and the records by a student; `before` has eta and B."""
+        state, n = self.state, len(self.data.training)
         residual, on_validation = (
             Difference(candidate.logits[rows], self.teacher.logits[rows]) for rows in (slice(n), slice(n, None))
         )
         largest_residual = largest(residual)
-        if self.config.bound_quantile == 1:
+        if before is not None:
+            state.bound = float(before["bound"])
+            if self.source is not None and self.source.clipped:
+                residual, on_validation = (replace(part, bound=state.bound) for part in (residual, on_validation))
+        elif self.config.bound_quantile == 1:
             state.bound = max(state.bound, largest_residual)
         else:  # as in `edges`
             state.bound = self.round().bound_with(residual)
             residual, on_validation = (replace(part, bound=state.bound) for part in (residual, on_validation))
-        eta = self.config.eta
+        eta = self.config.eta if before is None else float(before["eta"])
         if eta is None:
             eta = theoretical_eta(n, self.config.rounds, max(state.bound, 1e-3))
         state.residuals.update(residual, eta)
@@ -172,14 +229,17 @@ class BoostingLoop:
         state.add_logits(candidate.logits, candidate.scales)
         state.scales.append(candidate.scales)
         state.records.append(self.record(candidate, attempts, seconds, eta, largest_residual))
-        logger.info("%s", self.line(state.records[-1]))
         state.round += 1
-        if not self.ladder.repeat:
-            state.rung += 1
+
+    def end(self) -> None:
+        """Note where no further round follows, and why."""
+        state, limit = self.state, self.config.max_time
         if state.round == self.config.rounds:
             state.stop_reason = f"reached boosting.rounds={self.config.rounds}"
         elif state.rung == len(self.ladder):
             state.stop_reason = f"all {len(self.ladder)} rungs of the ladder are used"
+        elif limit is not None and sum(record["seconds"] for record in state.records) >= 60 * limit:
+            state.stop_reason = f"ended early, after boosting.max_time={limit:g} minutes"
 
     def record(
         self, candidate: Candidate, attempts: int, seconds: float, eta: float, largest_residual: float

@@ -48,6 +48,8 @@ class Objective:
     Attributes:
         accept_by: what a candidate trained with it is judged by where `boosting.weak_learner.require` is `auto`.
         sees_ensemble: the loss depends on the ensemble's logits, so learned scales get a gradient from it.
+        reads_residuals: the loss depends on K+ and K-, by `RoundBatch.indicator`. Where it does not, a run of more
+            rounds goes on from those that are there.
         weighs_samples: the loss multiplies each sample's by `RoundBatch.weight`, so `boosting.weights` may be set.
         student_features: paths of the student's modules whose outputs the loss needs (`blocks.0`); a subclass may make
             it an option.
@@ -58,6 +60,7 @@ class Objective:
     teacher_features: ClassVar[Sequence[str]] = ()
     accept_by: ClassVar[Literal["condition", "improvement"]] = "improvement"
     sees_ensemble: ClassVar[bool] = False
+    reads_residuals: ClassVar[bool] = True
     weighs_samples: ClassVar[bool] = False
 
     @property
@@ -139,6 +142,7 @@ class Additive(Distillation):
     """Functional gradient boosting: each student corrects the ensemble before it. With combine=sum."""
 
     sees_ensemble = True
+    reads_residuals = False
     weighs_samples = True
 
     def loss(self, batch: RoundBatch) -> Tensor:
@@ -155,6 +159,7 @@ class Anchored(Distillation):
     """
 
     sees_ensemble = True
+    reads_residuals = False
     weighs_samples = True
     anchor: float = BoostingConfig.anchor
 
@@ -172,6 +177,7 @@ class Anchored(Distillation):
 class Independent(Distillation):
     """The baseline: students that know nothing of each other."""
 
+    reads_residuals = False
     weighs_samples = True
 
     def loss(self, batch: RoundBatch) -> Tensor:

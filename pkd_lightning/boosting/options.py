@@ -1,6 +1,7 @@
 """Options of the boosting loop, of its round losses and of the search for a weak learner."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pkd_lightning.checks import Faults
@@ -70,6 +71,9 @@ class BoostingConfig:
             with: `none`, or `samples`: sample i by sum_j abs(K+(i,j) - K-(i,j)), of mean 1 over the training rows.
             Learned scales are solved for without weights.
         weak_learner: see `WeakLearnerConfig`.
+        grow_from: directory of a run whose students are the first of this one, with their scales and residuals.
+        grow_rounds: take so many of them; None for all.
+        max_time: minutes after which no further round starts; None for no limit. Time of earlier processes counts.
     """
 
     rounds: int = 7
@@ -84,6 +88,9 @@ class BoostingConfig:
     bound_quantile: float = 1.0
     weights: Weights = "none"
     weak_learner: WeakLearnerConfig = field(default_factory=WeakLearnerConfig)
+    grow_from: str | None = None
+    grow_rounds: int | None = None
+    max_time: float | None = None
 
     def __post_init__(self) -> None:
         faults = Faults(self)
@@ -98,4 +105,13 @@ class BoostingConfig:
         if self.bound_quantile == 0:
             faults.found.append("bound_quantile=0: must be above 0; B would be the smallest residual")
         faults.choice("weights", get_args(Weights))
+        faults.whole("grow_rounds", 1, optional=True)
+        faults.number("max_time", 0, optional=True, exclusive=True)
+        if self.grow_from is not None:
+            source = Path(str(self.grow_from)).expanduser()
+            missing = [name for name in ("config.yaml", "boosting.ckpt", "students") if not (source / name).exists()]
+            if missing:
+                faults.found.append(f"grow_from={self.grow_from!r}: is no run directory, {', '.join(missing)} missing")
+        if self.grow_rounds is not None and self.grow_from is None:
+            faults.found.append(f"grow_rounds={self.grow_rounds}: needs grow_from")
         faults.raise_if_any()

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def _error(results: Row, row: Row) -> str:
     return f"± {100 * math.sqrt(accuracy * (1 - accuracy) / size):.1f} points, {size:,.0f} {part(results)} images"
 
 
+def _origins(rounds: Sequence[Row]) -> Iterator[str]:
+    """Where students that other runs have trained are from."""
+    for run, rows in groupby(enumerate(rounds, 1), lambda row: row[1].get("from")):
+        numbers = [number for number, _ in rows]
+        if run is not None and len(numbers) == 1:
+            yield f"Student {numbers[0]} is from {run}."
+        elif run is not None:
+            yield f"Students {numbers[0]} to {numbers[-1]} are from {run}."
+
+
 def _summary(results: Row) -> list[str]:
     teacher, rounds = results["teacher"], results["rounds"]
     ensemble = results.get("ensemble") or {}
@@ -102,6 +113,7 @@ def _summary(results: Row) -> list[str]:
     images = f"the {count(size)} {part(results)} images" if size > 0 else f"the {part(results)} images"
     first = f"The teacher classifies {percent(number(teacher, 'accuracy'))} of {images} correctly."
     stop = f"The run stopped: {results['stop_reason']}." if results.get("stop_reason") else ""
+    stop = " ".join(filter(None, [*_origins(rounds), stop]))
     if not rounds:
         return [first, "No student was accepted.", stop]
     gap = 100 * (number(ensemble, "accuracy") - number(teacher, "accuracy"))
