@@ -400,6 +400,7 @@ def map_of_tests(tests: Sequence[str], out: Path) -> dict[str, Any]:
         print("running the tests once, to see which lines they reach", flush=True)
         log = out / "tests.log"
         if child(lambda: pytest_of(tests, [Reached(path)]), 3600, log) != 0:
+            path.unlink(missing_ok=True)  # of some of the tests
             sys.exit(f"error: the tests do not pass, so no mutant can be judged; see {log}")
     reached: dict[str, Any] = json.loads(path.read_text())
     of_all = (names for lines in reached["lines"].values() for names in lines.values())
