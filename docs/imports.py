@@ -24,9 +24,9 @@ FLOORS = (
     (
         "foundations",
         (
-            "checkpoint", "checks", "composition", "earlier", "errors", "loggers", "losses", "matrix", "memory",
-            "metrics", "outputs", "prefixes", "process", "progress", "results", "schedules", "seeding", "_torchvision",
-            "__init__",
+            "checkpoint", "checks", "composition", "earlier", "errors", "loggers", "locks", "losses", "matrix",
+            "memory", "metrics", "outputs", "prefixes", "process", "progress", "results", "schedules", "seeding",
+            "_torchvision", "__init__",
         ),
     ),
 )  # fmt: skip

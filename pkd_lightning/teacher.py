@@ -1,6 +1,5 @@
 """The teacher: trained here or loaded, frozen, its logits computed once."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,7 +21,6 @@ from pkd_lightning.checkpoint import (
     read_json,
     remove_temporaries,
     save_weights,
-    unlocked,
     write_json,
 )
 from pkd_lightning.checks import Faults
@@ -31,6 +29,7 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.fit_checkpoint import remove_all
 from pkd_lightning.fit_module import FitModule
 from pkd_lightning.fitting import Stage, fit, predict
+from pkd_lightning.locks import locked
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import InputShape, build_classifier
@@ -227,18 +226,9 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
 
     Where another process is computing them for the same file, it is waited for. A damaged file is made anew.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("a") as lock:
-        alone = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for the teacher's logits, which another run computes")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            unlocked(path.parent, error)
-            alone = False
-        if alone:
+    waiting = "waiting for the teacher's logits, which another run computes"
+    with locked(path.with_suffix(".lock"), waiting) as lock:
+        if lock.held:
             remove_temporaries(path.parent, path.name)
         stored: dict[str, Tensor] = {}
         try:
