@@ -36,7 +36,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "pkd_lightning"
 WIRING = (
-    "experiment", "teacher", "fitting", "fit_module", "fit_checkpoint", "evaluate",
+    "experiment", "teacher", "shared_teacher", "fitting", "fit_module", "fit_checkpoint", "evaluate",
     "ensemble", "losses", "metrics", "prefixes", "schedules", "tasks",
     "boosting.combine", "boosting.loop", "boosting.objectives", "boosting.partial", "boosting.residuals",
     "boosting.round", "boosting.state", "boosting.student", "boosting.weak_learner",
@@ -44,8 +44,8 @@ WIRING = (
 TESTS = tuple(
     f"tests/test_{name}.py" for name in (
         "configs", "ensemble", "evaluate", "fitting", "full_disk", "identity", "left_behind", "loop", "losses",
-        "outside", "pretrained", "promises", "published", "residuals", "resume", "run", "teacher", "trial", "trust",
-        "unfinished", "wiring",
+        "outside", "pretrained", "promises", "published", "residuals", "resume", "run", "shared_teachers",
+        "teacher", "trial", "trust", "unfinished", "wiring",
     )
 )  # fmt: skip
 # not wiring, and slow to import; they are loaded once, and every mutant is a fork of this process

@@ -17,7 +17,7 @@ FLOORS = (
     ("from a configuration to checked parts", ("experiment", "trial")),
     ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),
-    ("a teacher, an ensemble", ("teacher", "ensemble")),
+    ("a teacher, an ensemble", ("teacher", "shared_teacher", "ensemble")),
     ("one fit, its weights and costs", ("fitting", "fit_checkpoint", "fit_module", "weights", "cost", "trainer")),
     ("models and data", ("models", "data", "tasks")),
     ("compiled kernels", ("kernels",)),

@@ -45,9 +45,8 @@ def run(config: DictConfig) -> dict[str, object]:
                 "teacher", config.seed, directory.path / "metrics.jsonl",
                 checkpoint=directory.path / "fits" / "teacher.ckpt",
             )  # fmt: skip
-            teacher = prepare_teacher(
-                experiment.teacher, data, directory.path / "teacher", directory.teacher_logits, stage, tracker
-            )
+            shared = directory.shared_teacher(data.fingerprint)
+            teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", shared, stage, tracker)
             loop = BoostingLoop(
                 experiment.boosting, experiment.student, experiment.trainer, data, teacher,
                 directory.path, config.seed, tracker, source_of(config, experiment.boosting, directory),

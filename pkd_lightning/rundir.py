@@ -132,17 +132,28 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        teacher_logits: file of the teacher's logits. Of a loaded teacher it is shared, by the runs of the experiment
-            that load the same one and ask it on the same data: `run_root/<experiment>/teachers/<hash>.safetensors`.
+        teacher: what determines the teacher and its logits, beside the data's content: its own options, data, threads,
+            and the seed where it is trained. How a loaded one would be trained, and when it is asked, does not count.
     """
 
     def __init__(self, config: DictConfig) -> None:
         plain = plain_config(config)
-        self.path = Path(config.run_root).expanduser() / str(config.name) / plain_hash(plain)
-        self.teacher_logits = self.path / "teacher" / "logits.safetensors"
-        if plain["teacher"].get("checkpoint") is not None:
-            asked = plain_hash({part: plain[part] for part in ("teacher", "data", "threads")})
-            self.teacher_logits = self.path.parent / "teachers" / f"{asked}.safetensors"
+        self.root = Path(config.run_root).expanduser()
+        self.path = self.root / str(config.name) / plain_hash(plain)
+        own = {key: value for key, value in plain["teacher"].items() if key != "online"}
+        self.teacher = {"teacher": own, "data": plain["data"], "threads": plain.get("threads")}
+        if own.get("checkpoint") is None:
+            self.teacher["seed"] = plain.get("seed")
+        else:
+            own["trainer"] = {"accelerator": own["trainer"]["accelerator"]}
+
+    def shared_teacher(self, data: str) -> Path:
+        """The directory of the teacher and its logits, for all runs below `run_root` that want the same.
+
+        Args:
+            data: fingerprint of the data. It counts, so that other files under the same names have another teacher.
+        """
+        return self.root / "teachers" / plain_hash({**self.teacher, "fingerprint": data})
 
     @property
     def finished(self) -> bool:

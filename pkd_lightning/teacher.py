@@ -20,21 +20,20 @@ from pkd_lightning.checkpoint import (
     load_tensors,
     read_json,
     remove_temporaries,
-    save_weights,
-    write_json,
 )
 from pkd_lightning.checks import Faults
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import RunError
 from pkd_lightning.fit_checkpoint import remove_all
 from pkd_lightning.fit_module import FitModule
-from pkd_lightning.fitting import Stage, fit, predict
+from pkd_lightning.fitting import EpochLines, Stage, fit, predict
 from pkd_lightning.locks import locked
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import InputShape, build_classifier
 from pkd_lightning.outputs import Output, Taps
 from pkd_lightning.seeding import seeded
+from pkd_lightning.shared_teacher import SharedTeacher
 from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.weights import load_weights
 
@@ -164,25 +163,24 @@ class CachedTeacher(nn.Module):
 
 
 def prepare_teacher(
-    config: TeacherConfig, data: DataModule, directory: Path, logits: Path, stage: Stage, tracker: Tracker
+    config: TeacherConfig, data: DataModule, directory: Path, shared: Path, stage: Stage, tracker: Tracker
 ) -> Teacher:
-    """Load or train the teacher, then compute its logits or find those computed before.
+    """Load or train the teacher, then compute its logits; what another run has trained or computed is taken.
 
     Args:
         config: see `TeacherConfig`.
         data: the data module.
-        directory: where the weights of a teacher trained here are kept; one finished here is not trained again.
-        logits: file of its logits.
-        stage: the fit's name and seed.
-        tracker: where the fit's curves go.
+        directory: of the run, where the weights of a teacher trained here are kept; one that is there is not trained.
+        shared: directory that the runs with the same teacher share, for it and its logits.
+        stage: the fit's name and seed, and its files in the run directory.
+        tracker: where the fit's curves go, if it is this run that trains the teacher.
 
     Raises:
-        RunError: where a checkpoint cannot be read or does not fit the model, or a teacher found was trained on other
-            data.
+        RunError: where a checkpoint cannot be read or does not fit the model, or the run's teacher was trained on
+            other data.
     """
     with seeded(stage.seed, stage.name, "init"):
         model = config.build(data.task.input_shape, data.num_classes)
-    weights, done = directory / "teacher.safetensors", directory / "teacher.json"
     seconds = 0.0
     if config.checkpoint is not None:
         load_weights(model, Path(config.checkpoint).expanduser())
@@ -194,31 +192,66 @@ def prepare_teacher(
             )
     elif is_trained(model):
         logger.info("the teacher comes with its weights: no parameter of it requires a gradient")
-    elif done.exists():
-        record = read_json(done)
-        if record["data"] != data.fingerprint:
-            raise RunError(
-                f"{directory}: its teacher was trained on other data; change `name`, or delete the directory"
-            )
-        load_weights(model, weights)
-        seconds = float(record["seconds"])
-        logger.info("teacher found, trained before")
     else:
-        logger.info("training the teacher on %s samples", f"{len(data.training):,}")
-        module = TeacherModule(model, config.trainer)
-        with seeded(stage.seed, stage.name, "fit"), tracker.stage(stage.name) as loggers:
-            result = fit(module, data, stage, loggers)
-        seconds = result.seconds
-        save_weights(model, weights)
-        record = {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": seconds}
-        write_json(done, {**record, "data": data.fingerprint}, hashed=True)
-        if stage.checkpoint is not None:
-            remove_all(stage.checkpoint.parent)
-        logger.info("teacher trained: %d epochs, %.0f s", result.epochs, seconds)
+        seconds = find_or_train(model, config.trainer, data, directory, shared, stage, tracker)
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)
-    known = cached_logits(model, data, logits, key, config.trainer.device)
+    logits = directory / "logits.safetensors"  # of a run that was begun when each had its own
+    known = cached_logits(model, data, logits if logits.exists() else shared / logits.name, key, config.trainer.device)
     return Teacher(model, known, key, seconds, config.online)
+
+
+def find_or_train(
+    model: nn.Module,
+    settings: TrainerConfig,
+    data: DataModule,
+    directory: Path,
+    shared: Path,
+    stage: Stage,
+    tracker: Tracker,
+) -> float:
+    """Give `model` the weights of the run's teacher: its own, else the shared one, else trained now. Seconds it took.
+
+    Raises:
+        RunError: where the run's own was trained on other data.
+    """
+    weights, done = directory / "teacher.safetensors", directory / "teacher.json"
+    if done.exists():
+        logger.info("teacher found, trained before")
+    else:
+        teacher = SharedTeacher(shared, data.fingerprint)
+        with teacher.lock() as lock:
+            if teacher.found():
+                logger.info(
+                    "teacher found, trained before: %s; a tracker has its curves in the run that trained it", shared
+                )
+            else:
+                if lock.waited or teacher.begun:
+                    logger.info("the teacher's training was begun before and has not ended: this run takes it over")
+                # without locks another process may be training it, too: each in its run directory, then
+                place = teacher.begin(stage) if lock.held else stage
+                teacher.save(model, train(model, settings, data, place, stage, tracker), place)
+                if place.checkpoint is not None:
+                    remove_all(place.checkpoint.parent)
+            teacher.give(weights, done, stage)
+    record = read_json(done)
+    if record["data"] != data.fingerprint:
+        raise RunError(f"{directory}: its teacher was trained on other data; change `name`, or delete the directory")
+    load_weights(model, weights)
+    return float(record["seconds"])
+
+
+def train(
+    model: nn.Module, settings: TrainerConfig, data: DataModule, place: Stage, stage: Stage, tracker: Tracker
+) -> dict[str, float]:
+    """Train the teacher, with its files at `place`; the run, whose stage it is, gets the epochs' lines as they come."""
+    logger.info("training the teacher on %s samples", f"{len(data.training):,}")
+    own = [EpochLines(stage.metrics, stage.name, stage.attempt)] if place.metrics != stage.metrics else []
+    module = TeacherModule(model, settings)
+    with seeded(stage.seed, stage.name, "fit"), tracker.stage(stage.name) as loggers:
+        result = fit(module, data, place, loggers, own)
+    logger.info("teacher trained: %d epochs, %.0f s", result.epochs, result.seconds)
+    return {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": result.seconds}
 
 
 def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:

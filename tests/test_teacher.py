@@ -51,7 +51,7 @@ def test_a_torchvision_resnet_from_a_checkpoint_teaches(form: str, tmp_path: Pat
     config = load_config(*RGB, f"teacher.checkpoint={path}", f"run_root={tmp_path}")
     data = DataModule(assemble(config).data)
     resnet.eval()
-    (stored,) = tmp_path.rglob("teachers/*.safetensors")
+    (stored,) = tmp_path.rglob("teachers/*/logits.safetensors")
     logits = cached_logits(resnet, data, stored, fingerprint(resnet, data), torch.device("cpu"))
     with torch.no_grad():
         direct = resnet(data.task.prepare(data.inputs[data.validation.start : data.validation.start + 4]))
@@ -182,13 +182,15 @@ def test_runs_that_load_the_same_teacher_share_its_logits(tmp_path: Path, monkey
     loads = (f"teacher.checkpoint={weights}", "boosting.rounds=1")
     alone = tiny_run(tmp_path / "alone", *loads, "seed=7")
     tiny_run(tmp_path / "shared", *loads)
-    shared = tiny_run(tmp_path / "shared", *loads, "seed=7")
+    shared = tiny_run(tmp_path / "shared", *loads, "seed=7", "name=other", "teacher.trainer.optimizer.lr=0.5")
     assert len(asked) == 2
     assert shared["rounds"][0]["nll"] == alone["rounds"][0]["nll"]
-    for other in ("teacher.model.d_state=2", "data.limit=100", "data.split_seed=1", "threads=2"):  # other logits
-        config = tiny_config(tmp_path / "shared", *loads, other)
-        assert not RunDirectory(config).teacher_logits.exists()
-    assert RunDirectory(tiny_config(tmp_path / "shared", *loads, "seed=8")).teacher_logits.exists()
+    assert len(list((tmp_path / "shared" / "teachers").iterdir())) == 1
+    places = {
+        RunDirectory(tiny_config(tmp_path, *loads, other)).shared_teacher("data")
+        for other in ("teacher.model.d_state=2", "data.limit=100", "data.split_seed=1", "threads=2", "seed=0")
+    }
+    assert len(places) == 5
 
 
 def test_logits_that_another_process_computes_are_waited_for(
