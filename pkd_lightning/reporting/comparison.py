@@ -26,12 +26,15 @@ from pkd_lightning.reporting.values import (
     percent,
     prefix_cost,
     share,
+    test_of,
+    validation_of,
 )
 
 ACCURACY_HEAD = (
     "seed",
     "students",
     "teacher accuracy",
+    "validation accuracy",
     "ensemble accuracy",
     "points to teacher",
     "agrees with teacher",
@@ -54,13 +57,19 @@ SHARE_HEADS |= {"published FLOPs / teacher": "flops_published"}
 ACCURACY = "ensemble test accuracy (%)"
 
 
-def comparison_page(runs: Sequence[RunRecord]) -> str:
-    """One section a data set and split: accuracies on different test parts are never drawn together."""
+def comparison_page(runs: Sequence[RunRecord], absent: Sequence[str] = ()) -> str:
+    """One section a data set and split: accuracies on different test parts are never drawn together.
+
+    Args:
+        runs: finished ones.
+        absent: a line on each of the jobs that have no results.
+    """
     sections: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
         sections.setdefault((str(run.results["dataset"]), str(run.results["split"])), []).append(run)
     names = [f"{dataset} (split {split})" for dataset, split in sections]
     body = [page.heading("Comparison of runs", f"{len(runs)} runs on {', '.join(names)}")]
+    body.append(page.notes(absent, "Jobs without results"))
     if len(sections) > 1:
         warning = (
             f"The runs use {len(sections)} different data sets or splits. Their accuracies are measured on different "
@@ -100,11 +109,26 @@ def _section(name: str, title: str, runs: list[RunRecord]) -> list[str]:
         ]
     return [
         f"<section>{page.section_heading(title)}",
+        page.paragraphs([_chosen(groups)]),
         page.notes(remarks),
         f'<div class="figures">{"".join(graphics)}</div>' if graphics else "",
         *_tables(groups),
         "</section>",
     ]
+
+
+def _chosen(groups: Sequence[Group]) -> str:
+    """The best group by validation, and its test accuracy; nothing where validation was not recorded."""
+    known = {index: _mean([validation_of(run.results) for run in group.runs]) for index, group in enumerate(groups)}
+    if len(groups) < 2 or any(math.isnan(value) for value in known.values()):
+        return ""
+    best = max(known, key=lambda index: known[index])
+    test = percent(_mean([test_of(run.results) for run in groups[best].runs]), 2)
+    return (
+        f"Best by validation of {len(groups)}: {groups[best].label}, validation {percent(known[best], 2)}. Its test "
+        f"accuracy: {test}. Choose by validation: all other accuracies here are of the test part, which is to choose "
+        "nothing."
+    )
 
 
 def students_figure(groups: Sequence[Group]) -> Figure:
@@ -220,6 +244,7 @@ def _row(run: RunRecord, place: Path) -> dict[str, str]:
     return {
         "seed": str(results.get("seed")),
         "students": str(len(results["rounds"])),
+        "validation accuracy": percent(validation_of(results), 2),
         "teacher accuracy": percent(number(teacher, "accuracy"), 2),
         "ensemble accuracy": percent(number(ensemble, "accuracy"), 2),
         "points to teacher": MISSING if math.isnan(gap) else f"{gap:+.2f}",
@@ -249,6 +274,7 @@ def _mean_row(group: Group) -> dict[str, str]:
     return {
         "seed": f"mean ± SD of {len(group.runs)}",
         "students": f"{_mean([float(len(run.results['rounds'])) for run in group.runs]):.3g}",
+        "validation accuracy": spread([validation_of(run.results) for run in group.runs]),
         "teacher accuracy": spread(teacher),
         "ensemble accuracy": spread(ensemble),
         "points to teacher": spread([own - other for own, other in zip(ensemble, teacher, strict=True)], "+", ""),

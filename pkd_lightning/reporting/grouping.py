@@ -1,7 +1,7 @@
 """Which runs differ only by their seed."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -19,6 +19,7 @@ from pkd_lightning.rundir import VOLATILE
 # What may differ between runs of one setting: besides the keys that are not in a run's hash, its seed, the place of
 # the data, whose name must agree anyway, and the threads, which change the last bits.
 IGNORED = (*VOLATILE, "threads", "seed", "data.root")
+MOST_KEYS = 6  # in a label, unless it takes more to tell all apart
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,31 @@ def _settings(run: RunRecord, notes: list[str]) -> dict[str, str]:
     if run.config is None:
         return {}
     try:
-        _check_plain(run.config)
-        container = OmegaConf.to_container(OmegaConf.create(run.config), resolve=False)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        return flat_settings(run.config, IGNORED)
+    except ValueError as error:
         why = str(error).partition("\n")[0]
         notes.append(f"{run.path / 'config.yaml'} is not readable YAML ({why}): grouped by its results only")
         return {}
-    return dict(_flat(container, ()))
+
+
+def flat_settings(config: str, ignored: Container[str] = VOLATILE) -> dict[str, str]:
+    """The text of a configuration as flat keys and values, without some of them.
+
+    Raises:
+        ValueError: it is not the configuration of a run.
+    """
+    try:
+        _check_plain(config)
+        container = OmegaConf.to_container(OmegaConf.create(config), resolve=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(str(error)) from error
+    return {key: value for key, value in _flat(container, ()) if not _within(key, ignored)}
+
+
+def _within(key: str, names: Container[str]) -> bool:
+    """Whether a flat key, or one above it, is among `names`."""
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in names for n in range(1, len(parts) + 1))
 
 
 def _check_plain(text: str) -> None:
@@ -126,16 +145,50 @@ def _check_plain(text: str) -> None:
 
 
 def _flat(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if ".".join((*path, str(key))) not in IGNORED:
-                yield from _flat(inner, (*path, str(key)))
+    """The leaves; a list of plain values is one, a list of mappings, such as a ladder's rungs, is gone into."""
+    deep = isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value)
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if deep else ()
+    if items:
+        for key, inner in items:
+            yield from _flat(inner, (*path, str(key)))
     else:
         yield ".".join(path), repr(value)
 
 
+def telling_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The keys that set configurations apart, the most general ones first.
+
+    Of keys that differ in the same way, as a learning rate and that of the teacher taken from it, there is one. Of more
+    than `MOST_KEYS` there are as many as it takes to tell all configurations apart.
+    """
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    found: dict[tuple[int, ...], str] = {}
+    for key in sorted(keys, key=lambda key: (key.startswith("teacher."), key.count("."), key)):
+        values = [setting.get(key) for setting in settings]
+        found.setdefault(tuple(values.index(value) for value in values), key)
+    found.pop((0,) * len(settings), None)  # what is the same in all
+    telling: list[str] = []
+    for key in found.values():
+        kinds = {tuple(setting.get(one) for one in telling) for setting in settings}
+        if len(telling) >= MOST_KEYS and len(kinds) == len(settings):
+            break
+        telling.append(key)
+    return telling
+
+
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The shortest last part of each dotted key that no other one ends in: `trainer.optimizer.lr` is `lr`."""
+    known, found = list(keys), {}
+    for key in known:
+        parts, others = key.split("."), [f".{other}" for other in known if other != key]
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        found[key] = next(
+            (end for end in ends if not end.isdecimal() and not any(one.endswith(f".{end}") for one in others)), key
+        )
+    return found
+
+
 def _difference(own: dict[str, str], rivals: Sequence[dict[str, str]]) -> str:
-    """The keys that set one configuration apart from others with the same name, at most three of them."""
-    keys = sorted({key for rival in rivals for key in {*own, *rival} if own.get(key) != rival.get(key)})
-    words = [f"{key}={own.get(key, 'unset')}" for key in keys]
-    return ", ".join(words[:3]) + (f", {len(words) - 3} more" if len(words) > 3 else "")
+    """What sets one configuration apart from others with the same name."""
+    short = short_keys(telling_keys(rivals))
+    return ", ".join(f"{short[key]}={own.get(key, 'unset').strip(chr(39))}" for key in short)

@@ -67,6 +67,11 @@ def find_runs(path: Path) -> list[Path]:
     return found
 
 
+def find_run_directories(path: Path) -> list[Path]:
+    """Every directory at or below `path` that a run has made, whether it has come to a result or not."""
+    return sorted({file.parent for name in ("config.yaml", "results.json", PROGRESS) for file in path.rglob(name)})
+
+
 def unfinished_runs(path: Path) -> list[Path]:
     """The run directories at or below `path` that hold finished rounds, but no `results.json`."""
     found = sorted(file.parent for file in path.rglob(PROGRESS))

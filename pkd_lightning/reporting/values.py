@@ -55,6 +55,17 @@ def prefix_cost(results: Row, key: str) -> list[float]:
     return list(accumulate(number(entry, key) for entry in results["rounds"]))
 
 
+def validation_of(results: Row) -> float:
+    """Validation accuracy of the ensemble, by which runs are chosen; NaN where it was not recorded."""
+    rounds = results["rounds"]
+    return number(rounds[-1], "prefix_validation_accuracy") if rounds else math.nan
+
+
+def test_of(results: Row) -> float:
+    """Test accuracy of the ensemble, which chooses nothing."""
+    return number(results.get("ensemble") or {}, "accuracy")
+
+
 def ratio(part: float, whole: float) -> float:
     """`part / whole`, NaN where the whole is zero or either is unknown."""
     return part / whole if whole else math.nan
