@@ -15,13 +15,12 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pkd_lightning.composition import PACKAGE, SHARED, complete, did_you_mean, option_names
 from pkd_lightning.errors import ConfigError, PKDError
+from pkd_lightning.process import in_multirun
 from pkd_lightning.trainer import TrainerConfig
 
 _PACKAGE = Path(__file__).parent
@@ -67,12 +66,17 @@ def spare_terminal() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def log_to_terminal() -> None:
-    """Messages from INFO on as bare lines on stdout; DEBUG of this package only reaches a run's run.log."""
+def log_to_terminal(job: str | None = None) -> None:
+    """Messages from INFO on as bare lines on stdout; DEBUG of this package only reaches a run's run.log.
+
+    Args:
+        job: title of a job of a multirun, whose terminal shows its warnings only, under this title.
+    """
     spare_terminal()
     terminal = logging.StreamHandler(sys.stdout)
-    terminal.setLevel(logging.INFO)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[terminal], force=True)
+    terminal.setLevel(logging.WARNING if job else logging.INFO)
+    form = "%(message)s" if job is None else f"{job.replace('%', '%%')}: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, handlers=[terminal], force=True)
     logging.getLogger("pkd_lightning").setLevel(logging.DEBUG)
 
 
@@ -101,8 +105,8 @@ def explain_end() -> Iterator[None]:
     try:
         yield
     except PKDError as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # Hydra runs the other jobs, then reports this one
+        if in_multirun():
+            raise  # the other jobs run, then it is listed
         sys.exit(f"error: {error}")
     except (SystemExit, KeyboardInterrupt) as stop:
         print("stopped; the same command goes on from what is saved", file=sys.stderr)

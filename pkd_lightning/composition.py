@@ -81,6 +81,8 @@ def top_level_faults(config: DictConfig) -> list[str]:
     name = given.get("name", "missing")
     if type(name) not in (str, int) or not re.fullmatch(r"\w[\w.-]*", str(name)):
         found.found.append(f"name={name!r}: must be a folder's name of letters, digits, '_', '-' and '.'")
+    elif name == "latest":
+        found.found.append("name='latest': is the link to the last run; choose another name")
     for key in {"run_root", *PATHS} & given.keys():
         if not isinstance(given[key], str) and not (given[key] is None and key in PATHS):
             found.found.append(f"{key}={given[key]!r}: must be a path")
@@ -103,6 +105,14 @@ def _unknown(key: str, raw: dict[Any, Any]) -> list[str]:
     if f"${{{key}}}" in str(raw) or f"${{{key}." in str(raw):
         return []  # the user's own variable, which other options read
     return [f"{key}: no such option.{did_you_mean(key, option_names(raw) - {key})}"]
+
+
+def without_bars(config: DictConfig) -> DictConfig:
+    """`config` for a job of several that share the terminal: no fit shows its progress."""
+    for key in ("trainer", "teacher.trainer"):
+        if isinstance(OmegaConf.select(config, key), DictConfig):
+            OmegaConf.update(config, f"{key}.progress", False)
+    return config
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
 # number of tasks, own number: srun, torchrun and torch.distributed.launch, Open MPI, MPICH, jsrun of LSF
 TASKS = (
     ("SLURM_NTASKS", "SLURM_PROCID"),
@@ -29,6 +32,11 @@ def task() -> str:
                 f" once, or give each task a seed or a name of its own)"
             )
     return ""
+
+
+def in_multirun() -> bool:
+    """Whether this process runs a job of Hydra's multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 class Stop:

@@ -3,16 +3,22 @@
 python -m pkd_lightning.run experiment=digits [overrides]
 """
 
+import sys
 import time
+from importlib import import_module
 
 import hydra
 from omegaconf import DictConfig
 
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import CONF, explain_end, explain_overrides, log_to_terminal, spare_terminal
-from pkd_lightning.process import stopped_by_signals
+from pkd_lightning.composition import without_bars
+from pkd_lightning.process import in_multirun, stopped_by_signals
 from pkd_lightning.reporting.table import print_table
 from pkd_lightning.rundir import RunDirectory, find_finished
+from pkd_lightning.sweeps.records import this_job
+
+COMMANDS = {"report": "pkd_lightning.report"}
 
 
 def run(config: DictConfig) -> dict[str, object]:
@@ -60,22 +66,25 @@ def run(config: DictConfig) -> dict[str, object]:
             loop.close()
             directory.finish()
     results = read_json(directory.results)
-    spare_terminal()
-    print(f"report: {directory.path / 'report.html'}")
-    print_table(results)
+    if not in_multirun():  # where its end is a line, and the sweep's a table
+        spare_terminal()
+        print(f"report: {directory.path / 'report.html'}")
+        print_table(results)
     return results  # type: ignore[no-any-return]
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _job(config: DictConfig) -> float | None:
-    log_to_terminal()
-    with explain_end():
-        rounds = run(config)["rounds"]
+    log_to_terminal(this_job())
+    with explain_end(), stopped_by_signals():  # in a launcher's process, too
+        rounds = run(without_bars(config) if in_multirun() else config)["rounds"]
     return max(0.0, rounds[-1]["prefix_validation_accuracy"]) if rounds else None  # type: ignore[index]
 
 
 def main() -> None:
-    """Console entry point; Hydra reads the command line."""
+    """Console entry point; Hydra reads the command line, except for the commands of our own."""
+    if COMMANDS.keys() & sys.argv[1:2]:
+        sys.exit(import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
     with explain_overrides(), stopped_by_signals():
         _job()
 

@@ -4,14 +4,18 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
+import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,11 +23,13 @@ from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import atomic_write, remove_temporaries, unlocked, write_json
 from pkd_lightning.composition import complete, top_level_faults
 from pkd_lightning.errors import RunError, full_disk
-from pkd_lightning.process import task
+from pkd_lightning.process import in_multirun, task
 from pkd_lightning.results import PROGRESS
 from pkd_lightning.trainer import TrainerConfig, device_of
 
 OBJECTIVES = "pkd_lightning.boosting.objectives."
+OVERRIDES = "overrides.json"  # of a run directory: what the command set, for `pkd list`
+LATEST = "latest"  # in run_root, a link to what the last command made
 WANDB_HEADER = 7  # bytes of an offline W&B file that holds nothing yet
 
 logger = logging.getLogger(__name__)
@@ -177,6 +183,8 @@ class RunDirectory:
     def revisit(self) -> None:
         """Say that the run is finished, and tidy it: the process that finished it may have been killed at its end."""
         logger.info("finished before: %s", self.path)
+        if not in_multirun():
+            point_latest(self.path.parents[1], self.path)
         # not where it is locked, so that a live process may be writing, nor where nothing can be written
         with suppress(OSError), (self.path / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,7 +223,11 @@ class RunDirectory:
             raise RunError(f"{self.path}: cannot be written ({error.strerror}); choose another run_root") from error
         with lock, full_disk(self.path):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(0.2)  # `held` may be looking, for an instant
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RunError(
                     f"{self.path}: another process is running this experiment; wait for it{task()}"
@@ -226,6 +238,10 @@ class RunDirectory:
                 self.tidy()
             text = OmegaConf.to_yaml(complete(config), resolve=True)
             atomic_write(self.path / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+            if HydraConfig.initialized():
+                write_json(self.path / OVERRIDES, list(map(str, HydraConfig.get().overrides.task)))
+            if not in_multirun():
+                point_latest(self.path.parents[1], self.path)
             handler = RunLog(self.path / "run.log", encoding="utf-8")
             handler.setLevel(logging.DEBUG)  # the edges of each class, besides what the terminal shows
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -237,3 +253,25 @@ class RunDirectory:
                 logging.raiseExceptions = shown
                 logging.getLogger().removeHandler(handler)
                 handler.close()
+
+
+def held(run: Path) -> bool:
+    """Whether a process runs the experiment of a run directory: it holds its lock, on whatever host."""
+    try:
+        with (run / ".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no lock file, or no locks on this file system
+    return False
+
+
+def point_latest(run_root: Path, target: Path) -> None:
+    """Make the link `latest` in `run_root` lead to `target`, at once, where links can be made."""
+    link = run_root / LATEST
+    with suppress(OSError):
+        if link.is_symlink() or not link.exists():
+            temporary = run_root / f".{LATEST}.{secrets.token_hex(4)}"  # named like those of `atomic_write`
+            temporary.symlink_to(os.path.relpath(target, run_root))
+            temporary.replace(link)

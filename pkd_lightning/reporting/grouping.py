@@ -121,10 +121,10 @@ def flat_settings(config: str, ignored: Container[str] = VOLATILE) -> dict[str, 
         container = OmegaConf.to_container(OmegaConf.create(config), resolve=False)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(str(error)) from error
-    return {key: value for key, value in _flat(container, ()) if not _within(key, ignored)}
+    return {key: value for key, value in _flat(container, ()) if not within(key, ignored)}
 
 
-def _within(key: str, names: Container[str]) -> bool:
+def within(key: str, names: Container[str]) -> bool:
     """Whether a flat key, or one above it, is among `names`."""
     parts = key.split(".")
     return any(".".join(parts[:n]) in names for n in range(1, len(parts) + 1))
