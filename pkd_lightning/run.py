@@ -18,7 +18,7 @@ from pkd_lightning.reporting.table import print_table
 from pkd_lightning.rundir import RunDirectory, find_finished
 from pkd_lightning.sweeps.records import this_job
 
-COMMANDS = {"report": "pkd_lightning.report"}
+COMMANDS = {"list": "pkd_lightning.sweeps.listing", "report": "pkd_lightning.report"}
 
 
 def run(config: DictConfig) -> dict[str, object]:

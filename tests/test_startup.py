@@ -35,6 +35,7 @@ def start(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProc
     ("arguments", "said"),
     [
         (["--help"], "pkd experiment=digits"),
+        (["--help"], "pkd list [RUN_ROOT]"),
         (["experiment=digits", "--cfg", "job", "--resolve"], "name: digits"),
         (["-sc", "query=bash"], "experiment=mnist_paper"),
         (["experiment=digits", "boosting.rouns=3"], ""),
@@ -62,6 +63,14 @@ def test_torchvision_is_repaired_when_it_is_imported_and_not_before() -> None:
     whole = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=whole, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_runs_are_listed_without_torch(tmp_path: Path) -> None:
+    tiny_run(tmp_path)
+    done, imported = start("list", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout
+    assert not HEAVY & imported
 
 
 def test_messages_in_another_encoding_than_the_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -522,7 +522,7 @@ def test_the_comparison_names_the_best_by_validation(tmp_path: Path) -> None:
     assert "[epochs=3], validation 90.00%. Its test accuracy: 50.00%" in text
 
 
-@pytest.mark.parametrize("command", ["report"])
+@pytest.mark.parametrize("command", ["list", "report"])
 def test_commands_are_not_hydras(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pkd_lightning import run
 

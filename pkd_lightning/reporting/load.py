@@ -85,8 +85,7 @@ def load_run(path: Path) -> RunRecord:
         RunError: `results.json` is missing, damaged, of another schema or incomplete. Missing or torn `metrics.jsonl`
             and `config.yaml` are notes, not errors.
     """
-    unfinished = (path / PROGRESS).is_file() and not (path / "results.json").exists()
-    results = read_results(path / (PROGRESS if unfinished else "results.json"))
+    unfinished, results = _results_file(path).name == PROGRESS, results_so_far(path)
     notes = [f"results.json has no number for {where}: shown as n/a" for where in _gaps(results)]
     if unfinished:
         notes = [
@@ -101,6 +100,16 @@ def load_run(path: Path) -> RunRecord:
     except OSError as error:
         metric_notes.append(f"config.yaml {_why(error)}: the resolved configuration is not shown")
     return RunRecord(path, results, metrics, config, notes + metric_notes)
+
+
+def results_so_far(path: Path) -> Row:
+    """What `load_run` has of a run's results, without its curves and configuration."""
+    return read_results(_results_file(path))
+
+
+def _results_file(path: Path) -> Path:
+    unfinished = (path / PROGRESS).is_file() and not (path / "results.json").exists()
+    return path / (PROGRESS if unfinished else "results.json")
 
 
 def read_results(file: Path) -> Row:

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting.load import Row as Results
-from pkd_lightning.reporting.load import load_run
+from pkd_lightning.reporting.load import results_so_far
 from pkd_lightning.reporting.values import (
     duration,
     number,
@@ -254,7 +254,7 @@ def _row(sweep: Sweep, job: Job, notes: list[str]) -> JobRow:
     run, results = sweep.run_of(job), None
     if run is not None and any((run / name).is_file() for name in ("results.json", PROGRESS)):
         try:
-            results = load_run(run).results
+            results = results_so_far(run)
         except RunError as error:
             notes.append(str(error))
     return JobRow(job, sweep.swept(job), run, results)
