@@ -26,7 +26,7 @@ from pkd_lightning.composition import complete, mapping, top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.loggers import Tracker
+from pkd_lightning.loggers import About, Tracker
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
 from pkd_lightning.teacher import TeacherConfig, is_trained
@@ -216,7 +216,7 @@ def _ladder(config: DictConfig) -> Ladder:
 def _tracker(config: DictConfig) -> Callable[..., Tracker]:
     make = _callable(config)
     target, given = getattr(make, "func", make), getattr(make, "keywords", {})
-    known = [name for name in inspect.signature(target).parameters if name not in ("directory", "group", "config")]
+    known = [name for name in inspect.signature(target).parameters if name not in ("directory", "about", "config")]
     faults = unknown_keys(given, known)
     if faults:
         raise ConfigError(faults)
@@ -317,11 +317,18 @@ def _instantiate(config: DictConfig, **settings: bool) -> Any:
         raise ConfigError([str(error).splitlines()[0]]) from error
 
 
-def open_tracker(config: DictConfig, directory: Path) -> Tracker:
-    """The tracker of a run in `directory`, whose stages are grouped by the directory's name.
+@contextmanager
+def open_tracker(config: DictConfig, directory: Path, about: About) -> Iterator[Tracker]:
+    """The tracker of a run in `directory`, closed at the end of the block, however that ends.
 
     Raises:
-        ConfigError: where the tracker refuses the options of `config.logger`, or its package is not installed.
+        ConfigError: where the tracker refuses the options of `config.logger`.
     """
     make = _tracker(config.logger)
-    return make(directory, group=directory.name, config=OmegaConf.to_container(complete(config), resolve=True))
+    tracker = make(directory, about=about, config=OmegaConf.to_container(complete(config), resolve=True))
+    failed = True
+    try:
+        yield tracker
+        failed = False
+    finally:
+        tracker.close(failed)

@@ -3,6 +3,7 @@
 python -m pkd_lightning.run experiment=digits [overrides]
 """
 
+import os
 import sys
 import time
 from importlib import import_module
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import CONF, explain_end, explain_overrides, log_to_terminal, spare_terminal
 from pkd_lightning.composition import without_bars
+from pkd_lightning.naming import Naming, tell_agent
 from pkd_lightning.process import in_multirun, stopped_by_signals
 from pkd_lightning.reporting.table import print_table
 from pkd_lightning.rundir import RunDirectory, find_finished
@@ -26,6 +28,8 @@ def run(config: DictConfig) -> dict[str, object]:
     directory = find_finished(config)
     if directory is not None:
         directory.revisit()
+        if "WANDB_SWEEP_ID" in os.environ:
+            tell_agent(config, directory)
     else:
         # here, not above: torch, lightning and numba take seconds, and --help, completion, a finished run need none
         import torch
@@ -46,23 +50,20 @@ def run(config: DictConfig) -> dict[str, object]:
         data = DataModule(experiment.data)
         experiment.check(data)
         with directory.open(config):
-            tracker = open_tracker(config, directory.path)
-            stage = Stage(
-                "teacher", config.seed, directory.path / "metrics.jsonl",
-                checkpoint=directory.path / "fits" / "teacher.ckpt",
-            )  # fmt: skip
-            shared = directory.shared_teacher(data.fingerprint)
-            teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", shared, stage, tracker)
-            loop = BoostingLoop(
-                experiment.boosting, experiment.student, experiment.trainer, data, teacher,
-                directory.path, config.seed, tracker, source_of(config, experiment.boosting, directory),
-            )  # fmt: skip
-            ensemble = loop.run()
-            seconds = time.perf_counter() - start
-            results = collect_results(config, data, teacher, ensemble, loop, seconds)
-            directory.save_results(results)
-            write_report(directory.path)
-            tracker.summarise(results)
+            with open_tracker(config, directory.path, Naming(config, data.name)) as tracker:
+                checkpoint = directory.path / "fits" / "teacher.ckpt"
+                stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl", checkpoint=checkpoint)
+                shared = directory.shared_teacher(data.fingerprint)
+                teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", shared, stage, tracker)
+                loop = BoostingLoop(
+                    experiment.boosting, experiment.student, experiment.trainer, data, teacher,
+                    directory.path, config.seed, tracker, source_of(config, experiment.boosting, directory),
+                )  # fmt: skip
+                ensemble = loop.run()
+                results = collect_results(config, data, teacher, ensemble, loop, time.perf_counter() - start)
+                directory.save_results(results)
+                write_report(directory.path)
+                tracker.summarise(results)
             loop.close()
             directory.finish()
     results = read_json(directory.results)

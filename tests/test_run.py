@@ -149,7 +149,7 @@ def test_the_test_part_decides_nothing(tmp_path: Path) -> None:
 
 
 def test_the_entry_file_stays_a_story() -> None:
-    assert len((ROOT / "pkd_lightning" / "run.py").read_text().splitlines()) <= 95
+    assert len((ROOT / "pkd_lightning" / "run.py").read_text().splitlines()) <= 100
 
 
 def test_nothing_private_is_imported_from_lightning() -> None:

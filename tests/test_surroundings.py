@@ -11,7 +11,7 @@ import pytest
 
 from pkd_lightning import evaluate, report
 from pkd_lightning.errors import ConfigError
-from tests.support import tiny_run
+from tests.support import ACCEPT, tiny_run
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
@@ -51,10 +51,24 @@ def test_versions_are_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
     assert not {"wandb", "torchvision"} & found.keys()
 
 
-def test_a_tracker_that_is_not_installed_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_wandb_the_default_runs_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"logger=wandb: .*or logger=none"):
-        tiny_run(tmp_path, "logger=wandb")
+    assert len(tiny_run(tmp_path, ACCEPT, "logger=wandb")["rounds"]) == 3
+    assert len([line for line in caplog.messages if "wandb" in line]) == 1
+    assert "nothing is tracked" in caplog.text
+    with pytest.raises(ConfigError, match=r"logger.mode=online: .*or logger=none"):
+        tiny_run(tmp_path, "logger=wandb", "logger.mode=online", "seed=1")
+
+
+def test_a_tracker_that_was_chosen_and_is_not_installed_fails_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match="tensorboard is not installed"):
+        tiny_run(tmp_path, "logger=tensorboard")
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
