@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 import wandb
+import yaml
+from omegaconf import OmegaConf
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from pkd_lightning import wandb_tracker
+from pkd_lightning.cli import CONF, load_config
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import EpochLines
-from pkd_lightning.wandb_tracker import WandbTracker, stage_name
+from pkd_lightning.wandb_tracker import WandbTracker, figures_of, stage_name
 from tests.support import ACCEPT, tiny_run
 from tests.wandb_server import Server
 
@@ -412,3 +417,24 @@ def test_a_run_of_the_callers_own_goes_on(tmp_path: Path) -> None:
         tracker.close(failed=False)
         mine.log({"a": 1})
         assert wandb.run is mine
+
+
+def test_the_sweep_of_the_repository_is_of_options_and_of_what_a_run_logs() -> None:
+    sweep = yaml.safe_load((Path(CONF) / "wandb_sweep.yaml").read_text())
+    drawn = {
+        name: {"value": parameter.get("values", [parameter.get("max")])[-1]}
+        for name, parameter in sweep["parameters"].items()
+    }
+    words = create_sweep_command_args({"args": drawn})["args_no_hyphens"]  # as an agent does
+    command = [
+        word for part in create_sweep_command(sweep["command"]) for word in (words if "args" in part else [part])
+    ]
+    assert command[:3] == ["python", "-m", "pkd_lightning.run"]
+    config = load_config(*command[3:])
+    assemble(config)
+    for name, one in drawn.items():
+        assert OmegaConf.select(config, name) == one["value"]
+    assert config.logger.mode == "online"
+    row = {"prefix_validation_accuracy": 0.5}
+    results = {"rounds": [row], "ensemble": {}, "teacher": {}, "wall_seconds": {"total": 1.0}}
+    assert figures_of(results)[sweep["metric"]["name"]] == 0.5
