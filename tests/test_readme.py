@@ -44,7 +44,9 @@ def test_every_command_composes_to_a_valid_experiment(
     (tmp_path / "student").mkdir()
     (ladder,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "student" / "mine.yaml").write_text(ladder)
-    overrides = [word.split(",")[0] for word in arguments if not word.startswith("--") and word != "DIR"]
+    # launchers are extras
+    plain = [word for word in arguments if not word.startswith(("--", "hydra")) and word != "DIR"]
+    overrides = [word.split(",")[0] for word in plain]
     searchpath = [f"hydra.searchpath=[file://{tmp_path}]"] if "--config-dir" in arguments else []
     monkeypatch.setattr(Path, "is_file", lambda self: True)  # HASH and the like stand for the user's files
     experiment = assemble(load_config(*searchpath, *overrides))

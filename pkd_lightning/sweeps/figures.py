@@ -30,12 +30,12 @@ def front_figure(summary: Summary) -> Figure:
     for index, setting in enumerate(settings):
         color, marker = style.CYCLE[index * colored], style.MARKERS[index * colored]
         for point in (point for point in summary.points if point.setting is setting):
-            size, alpha = (7.0, 1.0) if point.whole else (3.5, 0.5)
-            axes.plot(
-                point.macs, 100 * point.validation, marker, color=color, ms=size, alpha=alpha, mec="white", mew=0.5
-            )
-        label = fill(setting.label, 60)
-        handles += [Line2D([], [], ls="none", color=color, marker=marker, label=label)] if colored else []
+            # hollow, so that equal ones are seen through one another
+            look = {"ms": 7.0, "mfc": "none", "mew": 1.8} if point.whole else {"ms": 3.5, "alpha": 0.5, "mew": 0.0}
+            axes.plot(point.macs, 100 * point.validation, marker, color=color, **look)
+        if colored:
+            label = fill(setting.label, 60)
+            handles.append(Line2D([], [], ls="none", color=color, marker=marker, mfc="none", mew=1.8, label=label))
     front = summary.front
     xs, ys = [point.macs for point in front], [100 * point.validation for point in front]
     axes.plot(xs, ys, "-", color=style.GREY, lw=1.2, drawstyle="steps-post", zorder=0)

@@ -61,7 +61,7 @@ def sweep_page(summary: Summary) -> str:
     with style.styled():
         if summary.points:
             caption = (
-                "Large: a whole ensemble, mean over seeds. Small: its first 1, 2, ... students, which are usable "
+                "Hollow: a whole ensemble, mean over seeds. Small: its first 1, 2, ... students, which are usable "
                 "models too. The line is the Pareto front: what nothing else beats in validation accuracy with as few "
                 "MACs. Its numbers are those of the table below."
             )
