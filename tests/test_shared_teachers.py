@@ -141,7 +141,7 @@ def test_a_run_keeps_a_teacher_of_its_own(tmp_path: Path, trained: list[Path]) -
     assert len(trained) == 2
 
 
-@pytest.mark.parametrize("how", ["truncated", "other weights", "no weights", "record", "other data"])
+@pytest.mark.parametrize("how", ["truncated", "other weights", "no weights", "record", "no record", "other data"])
 def test_a_damaged_one_is_trained_again(
     how: str, tmp_path: Path, trained: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -159,8 +159,12 @@ def test_a_damaged_one_is_trained_again(
         weights.unlink()
     elif how == "record":
         record.write_text(record.read_text().replace('"epochs": 1', '"epochs": 9'))
-    else:
+    elif how == "no record":
         record.write_text("{}")
+    else:  # as where a directory was renamed
+        content = {**json.loads(record.read_text()), "data": "other"}
+        del content["blake2b"]
+        record.write_text(json.dumps(content))
     second = tiny_run(tmp_path, *ONE, "boosting.alpha=0.4")
     assert len(trained) == 2
     assert "the teacher is trained again" in caplog.text
@@ -338,6 +342,21 @@ def test_the_curves_go_to_the_tracker_of_the_run_that_trains(tmp_path: Path, cap
     assert len(list(tmp_path.rglob("tensorboard/round-00"))) == 2
     assert "trained before" in caplog.text
     assert "a tracker has its curves in the run that trained it" in caplog.text
+
+
+def test_the_curve_grows_in_the_run_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, seen = (*ONE, "trainer.max_epochs=3"), []
+    after_step = Saving.after_step
+
+    def after(self: Saving, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.name == "teacher":
+            run = directory(tmp_path, *flags)
+            seen.append((trainer.current_epoch, len(curve(run)) if (run / "metrics.jsonl").exists() else 0))
+        after_step(self, trainer, module)
+
+    monkeypatch.setattr(Saving, "after_step", after)
+    tiny_run(tmp_path, *flags)
+    assert set(seen) == {(0, 0), (1, 1), (2, 2)}
 
 
 def test_lines_are_added_once_and_torn_ones_are_not(tmp_path: Path) -> None:
