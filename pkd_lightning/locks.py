@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import IO
 
 from pkd_lightning.checkpoint import unlocked
 from pkd_lightning.errors import RunError, full_disk
@@ -48,7 +49,7 @@ def locked(path: Path, waiting: str) -> Iterator[Lock]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not waited:
-                    logger.info("%s%s", waiting, _holder(path))
+                    logger.info("%s%s", waiting, holder(path))
                 waited = True
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
@@ -56,11 +57,11 @@ def locked(path: Path, waiting: str) -> Iterator[Lock]:
                 held = False
             if held and not _is_at(path, file):  # deleted while it was waited for: others lock the next one
                 continue
-            _sign(file, f"process {os.getpid()} on {socket.gethostname()}")
+            sign(file)
             try:
                 yield Lock(held, waited)
             finally:
-                _sign(file, "")
+                unsign(file)
             return
 
 
@@ -75,7 +76,8 @@ def _opened(path: Path) -> FileIO:
         ) from error
 
 
-def _holder(path: Path) -> str:
+def holder(path: Path) -> str:
+    """`: process 12 on host`, who holds the lock on a file, where that is known, else nothing."""
     try:
         name = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -90,7 +92,15 @@ def _is_at(path: Path, file: FileIO) -> bool:
         return False
 
 
-def _sign(file: FileIO, name: str) -> None:
+def sign(file: IO[bytes]) -> None:
+    """Write who this process is into a lock file that it holds."""
+    unsign(file)
     with suppress(OSError):  # of a full disk: to wait is possible without a name
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+
+
+def unsign(file: IO[bytes]) -> None:
+    """Empty a lock file that is given back."""
+    with suppress(OSError):
         file.truncate(0)
-        file.write(name.encode())

@@ -23,6 +23,7 @@ from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import atomic_write, remove_temporaries, unlocked, write_json
 from pkd_lightning.composition import complete, top_level_faults
 from pkd_lightning.errors import RunError, full_disk
+from pkd_lightning.locks import holder, sign, unsign
 from pkd_lightning.process import in_multirun, task
 from pkd_lightning.results import PROGRESS
 from pkd_lightning.trainer import TrainerConfig, device_of
@@ -218,7 +219,7 @@ class RunDirectory:
         try:
             with full_disk(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                lock = (self.path / ".lock").open("a")
+                lock = (self.path / ".lock").open("ab")
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror}); choose another run_root") from error
         with lock, full_disk(self.path):
@@ -229,13 +230,13 @@ class RunDirectory:
                     time.sleep(0.2)  # `held` may be looking, for an instant
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunError(
-                    f"{self.path}: another process is running this experiment; wait for it{task()}"
-                ) from error
+                who = holder(self.path / ".lock").removeprefix(": ") or "another process"
+                raise RunError(f"{self.path}: {who} is running this experiment; wait for it{task()}") from error
             except OSError as error:
                 unlocked(self.path, error)
             else:  # without a lock another process may be writing what would be removed
                 self.tidy()
+                sign(lock)
             text = OmegaConf.to_yaml(complete(config), resolve=True)
             atomic_write(self.path / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
             if HydraConfig.initialized():
@@ -253,6 +254,7 @@ class RunDirectory:
                 logging.raiseExceptions = shown
                 logging.getLogger().removeHandler(handler)
                 handler.close()
+                unsign(lock)
 
 
 def held(run: Path) -> bool:

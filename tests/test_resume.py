@@ -3,6 +3,8 @@
 import dataclasses
 import fcntl
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,12 @@ def test_started_twice_the_second_process_stops_with_a_clear_error(tmp_path: Pat
     path.mkdir(parents=True)
     with (path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another process"):
+        with pytest.raises(RunError, match="another process is running this experiment"):
             tiny_run(tmp_path)
+    with RunDirectory(config).open(config), pytest.raises(RunError) as refused:
+        tiny_run(tmp_path)
+    assert f"process {os.getpid()} on {socket.gethostname()} is running this experiment" in str(refused.value)
+    assert (path / ".lock").read_text() == ""
     assert tiny_run(tmp_path)["stop_reason"]
 
 
