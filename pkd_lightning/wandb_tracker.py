@@ -25,7 +25,7 @@ START, END = 15.0, 60.0
 FLUSH = 0.2  # seconds between writes of W&B's process to its file, which are what a `kill -9` leaves; its own are 15
 # settings of a W&B session that name one run, as an agent's variables WANDB_RUN_ID and WANDB_SWEEP_ID do
 ONE_RUN = ("run_id", "sweep_id", "sweep_param_path")
-RESUME = ("resume", "resume_from", "fork_from")  # what may not stand beside our own way of resuming
+RESUME = ("resume_from", "fork_from")  # what may not stand beside our own way of resuming
 COLUMNS = {  # of the table, by where they are in a round of results.json
     "round": "round", "rung": "class_index", "parameters": "params", "MACs": "macs_total",
     "FLOPs as published": "flops_published", "validation accuracy": "validation_accuracy", "accuracy": "accuracy",
@@ -236,20 +236,20 @@ class WandbTracker:
             self.continued = Continued.of(self.path, self.project, new)
             if given is not None and self.continued.id != given:
                 self.continued = Continued(self.project, given)
-            # in a sweep, W&B takes id and project from the agent, and none from here
-            own = {} if session.sweep_id else {"id": self.continued.id, "project": self.project}
+            self.continued.write(self.path)  # its id is that of whatever W&B writes from here on
             run = wandb.init(
-                **own, mode=mode, resume="allow", dir=str(self.directory), config=dict(self.config),
+                # in a sweep, W&B takes id and project from the agent, and none from here
+                id=self.continued.id, project=self.project, mode=mode, resume="allow", dir=str(self.directory),
+                config=dict(self.config),
                 name=self.about.name, group=self.about.group, tags=self.about.tags,
                 reinit="finish_previous" if wandb.run is None else "create_new",  # a run of the caller's goes on
                 settings=wandb.Settings(
-                    silent=True, console="off", x_disable_stats=True, sagemaker_disable=True, disable_git=True,
+                    silent=True, console="off", x_disable_stats=True, sagemaker_disable=True,
                     init_timeout=START if mode == "online" else 90.0, finish_timeout=END, finish_timeout_raises=True,
                     x_transaction_log_flush_interval=FLUSH,
                 ),
             )  # fmt: skip
         self.continued.step = max(self.continued.step, run.step)  # of a server that knows more
-        self.continued.write(self.path)
         return run
 
     def _model(self, wandb: Any, results: Mapping[str, Any]) -> Any:

@@ -28,7 +28,10 @@ from tests.wandb_server import Server
 FLAGS = ("logger=wandb", ACCEPT, "boosting.rounds=2", "trainer.max_epochs=2", "trainer.checkpoint_every='1 epochs'")
 ONLINE = (*FLAGS, "logger.mode=online")
 STAGES = ("teacher", "round-1", "round-2")
-VARIABLES = ("API_KEY", "RUN_ID", "RESUME", "SWEEP_ID", "BASE_URL", "MODE", "PROJECT", "IDENTITY_TOKEN_FILE", "SERVICE")
+VARIABLES = (
+    "API_KEY", "RUN_ID", "RESUME", "SWEEP_ID", "BASE_URL", "MODE", "PROJECT", "IDENTITY_TOKEN_FILE", "SERVICE",
+    "FORK_FROM",
+)  # fmt: skip
 
 
 class Killed(BaseException):
@@ -260,6 +263,8 @@ def test_without_a_server_it_is_written_offline_after_one_line(
     assert "`wandb sync " in line
     assert "uploads later" in line
     (run,) = offline(tmp_path)
+    (begun,) = tmp_path.rglob("wandb/run-*/run-*.wandb")
+    assert header(run)["run_id"] == header(records(begun))["run_id"]  # `wandb sync` takes both for one run
     assert curve(history(run), "round-2/train_loss", "round-2/step") == [6, 13]
 
 
@@ -391,7 +396,6 @@ def test_a_sweeps_agent_names_the_run(tmp_path: Path, silent: socket.socket, mon
         assert 0 <= summary(run)["ensemble/validation_accuracy"] <= 1
         assert curve(history(run), "rounds/accuracy", "students") == [1, 2]
     assert wandb.setup().settings.run_id == "agent7"  # the session is left as it was
-    assert wandb.setup().settings.resume == "never"
 
 
 def test_an_agents_run_is_not_that_of_every_job_of_a_multirun(
@@ -409,6 +413,16 @@ def test_an_agents_run_is_not_that_of_every_job_of_a_multirun(
         tracker.close(failed=False)
     assert len(ids - {"agent7"}) == 2
     assert any("WANDB_RUN_ID" in line and "WANDB_SWEEP_ID" in line for line in caplog.messages)
+
+
+def test_a_variable_that_names_another_run_to_go_on_from_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_FORK_FROM", "other?_step=3")
+    tracker = WandbTracker(tmp_path / "hash", Names(), {})
+    assert tracker.run.id.startswith("hash-")
+    assert wandb.setup().settings.fork_from is not None  # the session is left as it was
+    tracker.close(failed=False)
 
 
 def test_a_run_of_the_callers_own_goes_on(tmp_path: Path) -> None:
