@@ -81,8 +81,8 @@ def top_level_faults(config: DictConfig) -> list[str]:
     name = given.get("name", "missing")
     if type(name) not in (str, int) or not re.fullmatch(r"\w[\w.-]*", str(name)):
         found.found.append(f"name={name!r}: must be a folder's name of letters, digits, '_', '-' and '.'")
-    elif name == "latest":
-        found.found.append("name='latest': is the link to the last run; choose another name")
+    elif name in ("latest", "teachers"):
+        found.found.append(f"name={name!r}: is kept for what lies beside experiments; choose another name")
     for key in {"run_root", *PATHS} & given.keys():
         if not isinstance(given[key], str) and not (given[key] is None and key in PATHS):
             found.found.append(f"{key}={given[key]!r}: must be a path")
@@ -111,7 +111,7 @@ def without_bars(config: DictConfig) -> DictConfig:
     """`config` for a job of several that share the terminal: no fit shows its progress."""
     for key in ("trainer", "teacher.trainer"):
         if isinstance(OmegaConf.select(config, key), DictConfig):
-            OmegaConf.update(config, f"{key}.progress", False)
+            OmegaConf.update(config, f"{key}.progress", False, force_add=True)
     return config
 
 

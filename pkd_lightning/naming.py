@@ -42,14 +42,8 @@ class Naming:
 
     @property
     def group(self) -> str:
-        """The directory of a multirun, or the `run_root` that was set for it; else the experiment's name."""
-        if self.job is not None and self.swept:
-            directory = Path(self.job.sweep.dir).name
-            if not directory.startswith("."):
-                return directory
-            if any(text.startswith("run_root=") for text in self.job.overrides.task):
-                return Path(self.config.run_root).name
-        return str(self.config.name)
+        """The name of a multirun's directory, else the experiment's."""
+        return Path(self.job.sweep.dir).name if self.job is not None and self.swept else str(self.config.name)
 
     @property
     def swept(self) -> bool:

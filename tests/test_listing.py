@@ -57,7 +57,7 @@ def test_latest_leads_to_the_last_run(tmp_path: Path) -> None:
         expected = RunDirectory(tiny_config(tmp_path, f"seed={seed}", "boosting.rounds=1")).path
         assert (tmp_path / "latest").resolve() == expected
         assert not Path(os.readlink(tmp_path / "latest")).is_absolute()  # so that a moved run_root keeps it
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits", "latest", "teachers"]
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").mkdir()
     point_latest(tmp_path, tmp_path / "digits")  # something of the user's stays

@@ -14,7 +14,8 @@ from pkd_lightning.cli import load_config, suggestions
 from pkd_lightning.composition import complete
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble, open_tracker
-from pkd_lightning.loggers import Tracker
+from pkd_lightning.loggers import About, Tracker
+from pkd_lightning.naming import Naming
 from pkd_lightning.rundir import RunDirectory, plain_config, plain_hash
 from tests.support import TINY, tiny_config
 
@@ -169,8 +170,8 @@ def test_a_run_shows_the_whole_of_it(tmp_path: Path) -> None:
         written = yaml.safe_load((directory.path / "config.yaml").read_text())
     assert written["teacher"]["trainer"] == expected
     config.logger = {"_target_": "tests.test_teachers_trainer.Shown", "_partial_": True}
-    tracker = open_tracker(config, tmp_path)
-    assert tracker.config["teacher"]["trainer"] == expected  # type: ignore[attr-defined]
+    with open_tracker(config, tmp_path, Naming(config, "patterns")) as tracker:
+        assert tracker.config["teacher"]["trainer"] == expected  # type: ignore[attr-defined]
     optimizer: Any = assemble(config).teacher.trainer.optimizer
     assert optimizer.keywords["betas"] == [0.9, 0.95]
 
@@ -178,8 +179,8 @@ def test_a_run_shows_the_whole_of_it(tmp_path: Path) -> None:
 class Shown(Tracker):
     """A tracker that keeps the configuration."""
 
-    def __init__(self, directory: Path, group: str, config: dict[str, Any]) -> None:
-        del directory, group
+    def __init__(self, directory: Path, about: About, config: dict[str, Any]) -> None:
+        del directory, about
         self.config = config
 
 

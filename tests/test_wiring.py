@@ -35,6 +35,7 @@ from pkd_lightning.experiment import assemble, open_tracker
 from pkd_lightning.fitting import FitResult, Stage, predict
 from pkd_lightning.metrics import calibration_error
 from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.naming import Naming
 from pkd_lightning.seeding import derive
 from pkd_lightning.tasks import SignalClassification
 from pkd_lightning.teacher import CachedTeacher, Teacher
@@ -617,7 +618,9 @@ def test_a_tracker_is_given_values_not_interpolations(tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         "pkd_lightning.loggers.NoTracker.__init__", lambda self, *args, **options: given.update(options)
     )
-    open_tracker(tiny_config(tmp_path, "+mine=7", "seed=${mine}"), tmp_path)
+    config = tiny_config(tmp_path, "+mine=7", "seed=${mine}")
+    with open_tracker(config, tmp_path, Naming(config, "patterns")):
+        pass
     assert given["config"]["seed"] == 7
 
 
