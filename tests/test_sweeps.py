@@ -377,7 +377,13 @@ def sixteen(tmp_path: Path) -> Summary:
             validation = 0.9 + lr / 10 + 0.002 * seed
             add(sweep, number, own, results_of(validation, 0.8 - lr / 10, 1000 * size, seed=seed))
             number += 1
-    add(sweep, 16, ["trainer.optimizer.lr=-1", "trainer.batch_size=8", "seed=0"], state="failed", error="lr=-1 | no")
+    add(
+        sweep,
+        16,
+        ["trainer.optimizer.lr=-1", "trainer.batch_size=8", "seed=0"],
+        state="failed",
+        error="lr=-1 | no rate",
+    )
     add(sweep, 17, ["trainer.optimizer.lr=-1", "trainer.batch_size=8", "seed=1"])
     return summarise(sweep)
 
@@ -415,7 +421,7 @@ def test_the_page_and_the_tables_beside_it_hold_every_job(sixteen: Summary) -> N
     file = page.write_summary(sixteen)
     text = visible(file)
     assert "16 finished, 1 failed, 1 waiting of 18 jobs" in text
-    assert "job 17: lr=-1 | no" in text
+    assert "job 17: lr=-1 | no rate" in text
     assert "which chose nothing" in text
     for lr in ("0.1", "0.01", "0.001", "0.0001"):
         assert f" {lr} 8 2 of 2 " in text
@@ -423,14 +429,14 @@ def test_the_page_and_the_tables_beside_it_hold_every_job(sixteen: Summary) -> N
     assert len(rows) == 18
     assert rows[0]["trainer.optimizer.lr"] == "0.1"
     assert (rows[0]["validation_accuracy"], rows[0]["test_accuracy"], rows[0]["macs_total"]) == ("0.91", "0.79", "8000")
-    assert (rows[16]["state"], rows[16]["error"], rows[16]["test_accuracy"]) == ("failed", "lr=-1 | no", "")
+    assert (rows[16]["state"], rows[16]["error"], rows[16]["test_accuracy"]) == ("failed", "lr=-1 | no rate", "")
     tables = file.with_suffix(".md").read_text()
-    assert "- job 17 of 18 (lr=-1 batch_size=8 seed=0): lr=-1 | no" in tables
+    assert "- job 17 of 18 (lr=-1 batch_size=8 seed=0): lr=-1 | no rate" in tables
     assert tables.count("\n| ") == 2 + 9 + 2 + len(sixteen.front) + 2 + 18
     stream = io.StringIO()
-    page.print_summary(sixteen, Console(file=stream, width=80))
+    page.print_summary(sixteen, Console(file=stream, width=60))
     printed = stream.getvalue().splitlines()
-    assert "failed: job 17 of 18 (lr=-1 batch_size=8 seed=0): lr=-1 | no" in printed
+    assert "failed: job 17 of 18 (lr=-1 batch_size=8 seed=0): lr=-1 | no rate" in printed
     assert sum("0.0001 " in line for line in printed) == 2  # the swept values keep their room on a narrow terminal
 
 
@@ -484,9 +490,9 @@ def test_report_finds_the_sweep_in_its_folder_and_in_a_run_root_of_its_own(
     make_run(root / "digits" / "another", make_results(seed=7))
     out = root / "all.html"
     assert report.main([str(root), "--out", str(out)]) == 0
-    assert "lr=-1 | no" in capsys.readouterr().err
+    assert "lr=-1 | no rate" in capsys.readouterr().err
     text = visible(out)
-    assert "lr=-1 | no" in text  # a job that failed does not vanish
+    assert "lr=-1 | no rate" in text  # a job that failed does not vanish
     assert "validation accuracy" in text
 
 
@@ -504,7 +510,7 @@ def test_labels_of_a_comparison_tell_all_settings_apart_by_what_was_swept(sixtee
     labels = [group.label for group in groups]
     assert len(set(labels)) == 8
     assert all("lr=" in label and "batch_size=" in label for label in labels)
-    assert not [label for label in labels if "teacher" in label or "more" in label]
+    assert all(label.count("=") == 2 for label in labels)
 
 
 def test_short_names_are_unambiguous() -> None:
