@@ -230,8 +230,10 @@ class RunDirectory:
                     time.sleep(0.2)  # `held` may be looking, for an instant
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                who = holder(self.path / ".lock").removeprefix(": ") or "another process"
-                raise RunError(f"{self.path}: {who} is running this experiment; wait for it{task()}") from error
+                who = holder(self.path / ".lock").replace(": process ", " (", 1)
+                raise RunError(
+                    f"{self.path}: another process{who and who + ')'} is running this experiment; wait for it{task()}"
+                ) from error
             except OSError as error:
                 unlocked(self.path, error)
             else:  # without a lock another process may be writing what would be removed

@@ -115,7 +115,7 @@ def test_started_twice_the_second_process_stops_with_a_clear_error(tmp_path: Pat
             tiny_run(tmp_path)
     with RunDirectory(config).open(config), pytest.raises(RunError) as refused:
         tiny_run(tmp_path)
-    assert f"process {os.getpid()} on {socket.gethostname()} is running this experiment" in str(refused.value)
+    assert f"another process ({os.getpid()} on {socket.gethostname()}) is running this experiment" in str(refused.value)
     assert (path / ".lock").read_text() == ""
     assert tiny_run(tmp_path)["stop_reason"]
 
