@@ -69,7 +69,7 @@ def test_a_multirun_runs_every_job_and_fails_if_one_fails(tmp_path: Path) -> Non
     assert len(failed) == 2
     assert "job 1 of 4 (split=half seed=0): data.split='half': must be" in failed[0]
     assert not [line for line in lines if line.startswith(("round ", "trying ", "teacher "))]  # a line a job, no more
-    assert done.stdout.count("Settings of ") == 1
+    assert done.stdout.count("Settings of ") == sum(line.startswith("report: ") for line in lines) == 1
     assert "Traceback" not in done.stderr
     assert (tmp_path / "here" / "latest").resolve() == (tmp_path / path).resolve()
     assert {file.suffix for file in (tmp_path / path).glob("report.*")} == {".html", ".csv", ".md"}
