@@ -35,10 +35,14 @@ def source_of(config: DictConfig, boosting: BoostingConfig, directory: RunDirect
         ]
         if faults:
             raise ConfigError(faults)
-        return _source(path, its, mine, boosting.grow_rounds or _rounds_of(path), same=False)
-    if not independent(boosting):
+        if (boosting.grow_rounds or 1) > boosting.rounds:
+            raise ConfigError([f"boosting.grow_rounds={boosting.grow_rounds}: is more than boosting.rounds"])
+        return _source(path, its, mine, boosting.grow_rounds or min(_rounds_of(path), boosting.rounds), same=False)
+    if not independent(boosting) or (directory.path / "boosting.ckpt").exists():
         return None
-    found = [path for path in _finished_beside(directory.path) if _is_shorter(path, mine)]
+    # the number of students first: a configuration takes longer to read, and in a sweep most runs have as many rounds
+    shorter = (path for path in _finished_beside(directory.path) if _rounds_of(path) < boosting.rounds)
+    found = [path for path in shorter if _is_shorter(path, mine)]
     longest = max(found, key=_rounds_of, default=None)
     return None if longest is None else _source(longest, mine, mine, _rounds_of(longest), same=True)
 

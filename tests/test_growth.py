@@ -126,6 +126,25 @@ def test_what_cannot_go_together_is_refused_by_name(other: str, tmp_path: Path) 
         tiny_run(tmp_path, ACCEPT, "boosting.grow_rounds=1")
 
 
+@pytest.mark.parametrize("grow_rounds", [(), ("boosting.grow_rounds=2",)])
+def test_no_more_rounds_are_taken_than_the_run_has(
+    grow_rounds: tuple[str, ...], tmp_path: Path, fits: list[str]
+) -> None:
+    tiny_run(tmp_path, *REPEAT, "boosting.rounds=3", "name=first")
+    source = place(tmp_path, *REPEAT, "boosting.rounds=3", "name=first")
+    results = tiny_run(tmp_path, *REPEAT, "boosting.rounds=2", f"boosting.grow_from={source}", *grow_rounds)
+    assert (results["stop_reason"], len(results["rounds"])) == ("reached boosting.rounds=2", 2)
+    assert len(fits) == 3
+    with pytest.raises(ConfigError, match=r"boosting\.grow_rounds=2: is more than boosting\.rounds"):
+        tiny_run(tmp_path, *REPEAT, "boosting.rounds=1", f"boosting.grow_from={source}", "boosting.grow_rounds=2")
+
+
+def test_runs_of_as_many_rounds_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_run(tmp_path, ACCEPT, "boosting.rounds=2")
+    monkeypatch.setattr("pkd_lightning.growth._config_of", None)
+    tiny_run(tmp_path, ACCEPT, "boosting.rounds=2", "boosting.alpha=0.4")
+
+
 def test_no_round_starts_after_the_time_that_is_given(tmp_path: Path, fits: list[str]) -> None:
     results = tiny_run(tmp_path, ACCEPT, "boosting.max_time=1e-5")
     assert fits == ["round-00"]
