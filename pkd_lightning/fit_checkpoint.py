@@ -88,11 +88,6 @@ class FitCheckpoint:
             logger.warning("%s: this checkpoint is of another fit, and is not used", path)
         return None
 
-    def remove(self) -> None:
-        """Remove both."""
-        for path in (self.path, self.previous):
-            path.unlink(missing_ok=True)
-
 
 def flat(state: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Tensors and JSON values of a state, each with a name made of the keys that lead to it.

@@ -1,5 +1,11 @@
 """Small data and settings shared by the tests."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +63,30 @@ def tiny_config(run_root: Path, *overrides: str) -> DictConfig:
 def tiny_run(run_root: Path, *overrides: str) -> dict[str, Any]:
     """Run `tiny_config`; results.json."""
     return run(tiny_config(run_root, *overrides))
+
+
+def stopped_by(
+    number: int,
+    root: Path,
+    flags: Sequence[str],
+    when: Callable[[list[str]], bool],
+    environment: Mapping[str, str] | None = None,
+) -> tuple[int, str, str]:
+    """Run the command line in `root`, with a signal once its epochs' lines are such; exit code, stdout, stderr."""
+    inherited = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and so would the run
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pkd_lightning.run", *flags], cwd=root,
+        env={**os.environ, **(environment or {}), "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    signal.signal(number, inherited)
+    try:
+        for _ in range(600):
+            time.sleep(0.1)
+            if when([line for path in root.rglob("metrics.jsonl") for line in path.read_text().splitlines()]):
+                break
+        process.send_signal(number)
+        out, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, out, said

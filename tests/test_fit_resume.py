@@ -4,9 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +18,11 @@ from pkd_lightning import fit_checkpoint
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
-from pkd_lightning.fit_checkpoint import FitCheckpoint, Saving, flat
+from pkd_lightning.fit_checkpoint import FitCheckpoint, Saving, flat, remove_all
 from pkd_lightning.process import stop, stopped_by_signals
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.trainer import Interval
-from tests.support import ACCEPT, TINY, tiny_config, tiny_run
+from tests.support import ACCEPT, TINY, stopped_by, tiny_config, tiny_run
 
 ROOT = Path(__file__).parent.parent
 TIMES = ("seconds", "latency")
@@ -220,7 +217,7 @@ def test_between_the_two_moves_of_a_write_the_one_before_is_there(
     assert checkpoint.read() == {"epoch": 1}
     checkpoint.write({"epoch": 3})
     assert checkpoint.read() == {"epoch": 3}
-    checkpoint.remove()
+    remove_all(tmp_path)
     assert checkpoint.read() is None
     assert not list(tmp_path.iterdir())
 
@@ -317,24 +314,8 @@ def test_a_signal_saves_the_fit_first(number: int, code: int, tmp_path: Path) ->
         "boosting.rounds=1",
         "teacher.trainer.max_epochs=1",
     ]
-    command = [sys.executable, "-m", "pkd_lightning.run", *flags]
-    inherited = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and so would the run
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    signal.signal(number, inherited)
-    try:
-        for _ in range(600):
-            time.sleep(0.1)
-            lines = [line for path in tmp_path.rglob("metrics.jsonl") for line in path.read_text().splitlines()]
-            if sum("round-00" in line for line in lines) > 3:
-                break
-        process.send_signal(number)
-        out, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code
+    stopped, out, said = stopped_by(number, tmp_path, flags, lambda lines: sum("round-00" in one for one in lines) > 3)
+    assert stopped == code
     assert f"round-00: stopped by {number.name}; saved in epoch" in out
     assert "the same command goes on" in said
     trained = [json.loads(line) for path in tmp_path.rglob("metrics.jsonl") for line in path.read_text().splitlines()]

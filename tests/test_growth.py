@@ -141,7 +141,7 @@ def test_no_more_rounds_are_taken_than_the_run_has(
 
 def test_runs_of_as_many_rounds_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_run(tmp_path, ACCEPT, "boosting.rounds=2")
-    monkeypatch.setattr("pkd_lightning.growth._config_of", None)
+    monkeypatch.setattr("pkd_lightning.growth._config_of", lambda run: pytest.fail(f"{run} is read"))
     tiny_run(tmp_path, ACCEPT, "boosting.rounds=2", "boosting.alpha=0.4")
 
 

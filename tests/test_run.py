@@ -6,14 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.experiment import assemble
-from tests.support import TINY, tiny_config, tiny_run
+from tests.support import TINY, stopped_by, tiny_config, tiny_run
 from tests.test_process import LAUNCHERS
 
 ROOT = Path(__file__).parent.parent
@@ -167,20 +166,8 @@ def test_nothing_private_is_imported_from_lightning() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_stopped_run_says_so_by_its_exit_code(number: int, code: int, tmp_path: Path) -> None:
     """In a job of SLURM, which sends SIGUSR1 before its time limit, as elsewhere."""
-    command = [sys.executable, "-m", "pkd_lightning.run", *TINY, "trainer.max_epochs=100000", "trainer.patience=null"]
-    inherited = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and so would the run
-    environment = {**os.environ, **LAUNCHERS["one task of SLURM"], "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    signal.signal(number, inherited)
-    try:
-        for _ in range(600):
-            time.sleep(0.1)
-            if any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")):
-                break
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code
+    flags = (*TINY, "trainer.max_epochs=100000", "trainer.patience=null")
+    stopped, _, said = stopped_by(number, tmp_path, flags, lambda lines: bool(lines), LAUNCHERS["one task of SLURM"])
+    assert stopped == code
     assert "the same command goes on" in said
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
