@@ -286,13 +286,14 @@ def check_key(wandb: Any) -> None:
     Raises:
         ConfigError: where there is none, or it has not the form of one.
     """
+    fault = "logger.mode=online: there is no valid key of W&B"
     cure = "set WANDB_API_KEY, run `wandb login`, or leave logger.mode=offline"
-    try:
+    try:  # of a key that is too short, one session of W&B raises and the next says False
         known = wandb.login(prompt=False, verify=False)
     except wandb.errors.Error as error:
-        raise ConfigError([f"logger.mode=online: {line_of(error)}; {cure}"]) from error
+        raise ConfigError([f"{fault} ({line_of(error)}); {cure}"]) from error
     if not known:
-        raise ConfigError([f"logger.mode=online: there is no valid key of W&B; {cure}"])
+        raise ConfigError([f"{fault}; {cure}"])
 
 
 def reset() -> None:
