@@ -1,6 +1,7 @@
 """Students that read what earlier ones gave, from one file outside the package: trained, evaluated, loaded, asked."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,3 +186,15 @@ def test_what_cannot_be_read_is_found_before_anything_is_trained(override: str, 
         tiny_run(tmp_path, "student=reading", override)
     assert said in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_student_in_training_reads_what_earlier_ones_give_for_the_same_inputs() -> None:
+    *before, last = students()
+    module = SimpleNamespace(model=last, targets=SimpleNamespace(students=before))
+    inputs = torch.rand(4, *SHAPE)
+    earlier = StudentModule.earlier(module, inputs)  # type: ignore[arg-type]
+    expected = outputs_for(last, before, inputs)
+    assert earlier is not None
+    assert expected is not None
+    assert [one.logits.tolist() for one in earlier] == [one.logits.tolist() for one in expected]
+    assert len(earlier) == 2

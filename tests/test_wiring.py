@@ -1,5 +1,6 @@
 """Settings and wiring that no other test names: who is given which rows, seeds, scales and constants."""
 
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,11 +21,12 @@ from pkd_lightning import schedules
 from pkd_lightning import teacher as teacher_of
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.boosting import loop as boosting_loop
+from pkd_lightning.boosting import round as boosting_round
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.student import RoundTargets, StudentModule
-from pkd_lightning.boosting.weak_learner import WeakLearnerCheck, fit_scales
+from pkd_lightning.boosting.weak_learner import WeakLearnerCheck, describe, fit_scales
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Latency
@@ -33,7 +35,7 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.experiment import assemble, open_tracker
 from pkd_lightning.fitting import FitResult, Stage, predict
-from pkd_lightning.metrics import calibration_error
+from pkd_lightning.metrics import calibration_error, quality
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.naming import Naming
 from pkd_lightning.seeding import derive
@@ -296,6 +298,119 @@ def test_only_the_condition_is_checked_and_only_after_the_first_round(tmp_path: 
         loop = in_second_round(loop) if second else loop
         model = Linear(loop.data.task.input_shape, 3)
         assert bool(loop.round().attempt(model, loop.trainer).callbacks) == checked
+
+
+def test_signs_are_those_of_the_training_rows_and_then_of_the_validation_rows(tmp_path: Path) -> None:
+    state = make_loop(tmp_path).state
+    n = len(state.residuals.S)
+    state.residuals.load(-torch.ones(n, 3))
+    state.validation_residuals.load(torch.ones(len(state.validation_residuals.S), 3))
+    signs = state.indicator(tmp_path)
+    assert signs[:n].all()
+    assert not signs[n:].any()
+
+
+def test_a_state_that_is_done_has_its_matrices_where_they_were_kept(tmp_path: Path) -> None:
+    loop = in_second_round(make_loop(tmp_path))
+    loop.state.stop_reason = "done"
+    kept, bare = loop.state.state_dict(), loop.state.state_dict(matrices=False)
+    other = make_loop(tmp_path).state
+    other.load_state_dict(kept)
+    assert torch.equal(other.ensemble_logits, loop.state.ensemble_logits)
+    other = make_loop(tmp_path).state
+    other.load_state_dict(bare)
+    assert not other.ensemble_logits.any()
+    assert other.round == 1
+
+
+def test_what_a_candidate_is_trained_against(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, weights="samples", objective="independent")
+    model = Linear(loop.data.task.input_shape, 3)
+    targets = loop.round().attempt(model, loop.trainer).module.targets
+    assert (targets.bound, targets.round, targets.weight) == (1e-3, 0, None)
+    loop = in_second_round(loop)
+    targets = loop.round().attempt(model, loop.trainer).module.targets
+    assert (targets.bound, targets.round) == (4.0, 1)
+    assert targets.weight is not None
+    assert torch.equal(targets.weight, loop.state.sample_weights())
+    loop = in_second_round(make_loop(tmp_path))
+    assert loop.round().attempt(model, loop.trainer).module.targets.weight is None
+
+
+def test_edges_are_of_clipped_residuals_only_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = in_second_round(make_loop(tmp_path, objective="published", combine="mean", bound_quantile=0.5))
+    n = len(loop.data.training)
+    loop.state.bound = 0.0
+    loop.state.residuals.load(torch.randn(n, 3, generator=torch.Generator().manual_seed(8)))
+    model = Linear(loop.data.task.input_shape, 3)
+    training, round_ = loop.round().attempt(model, loop.trainer), loop.round()
+    judged: list[Any] = []
+    monkeypatch.setattr(boosting_round, "judge", lambda *args: judged.append(args))
+    candidate = training.judged(FitResult(1, 0, 0.0), "by hand")
+    residual = candidate.logits[:n] - loop.teacher.logits[:n]
+    whole = loop.state.residuals.edges(residual)
+    bound = float(residual.abs().flatten().sort().values[math.floor(0.5 * (residual.numel() - 1))])
+    clipped = loop.state.residuals.edges(residual.clamp(-bound, bound))
+    assert not torch.equal(whole, clipped)
+    assert torch.equal(round_.edges(candidate.logits[:n], clipped=False), whole)
+    assert torch.equal(round_.edges(candidate.logits[:n]), clipped)
+    ((round_number, edges, unclipped, loss, previous, require, _),) = judged
+    assert (round_number, require) == (1, "condition")
+    assert torch.equal(edges, clipped)
+    assert torch.equal(unclipped, whole)
+    assert loss == candidate.validation_loss
+    assert previous == loop.round().validation_loss(candidate.logits, (1.0, 0.0))
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(60.0, True), (60.9, True), (59.9, False)])
+def test_rounds_end_after_so_many_minutes(seconds: float, ends: bool, tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, max_time=1.0)
+    loop.state.round, loop.state.records = 2, [{"seconds": seconds - 20}, {"seconds": 20.0}]
+    loop.end()
+    assert (loop.state.stop_reason == "ended early, after boosting.max_time=1 minutes") == ends
+
+
+def test_what_is_random_in_a_candidate_is_named_in_the_order_of_its_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another order would be other students in the same run directory."""
+    drawn: list[tuple[Any, ...]] = []
+
+    def noted(*purpose: Any) -> Any:
+        drawn.append(purpose)
+        return nullcontext()
+
+    loop = in_second_round(make_loop(tmp_path, seed=5))
+    monkeypatch.setattr(boosting_loop, "seeded", noted)
+    loop.train(1, 2)
+    assert drawn == [(5, "round-01/3", 1, "init"), (5, "round-01/3", 1, "fit")]
+
+
+def test_edges_are_met_where_both_are_above_zero() -> None:
+    found = describe(torch.tensor([1.0, 2.0, -1.0, 0.0, 3.0]), torch.tensor([1.0, 0.0, 1.0, 1.0, -1.0]))
+    assert (found["satisfied"], found["classes"], found["min"], found["max"]) == (1, 5, -1.0, 3.0)
+    assert found["per_class"] == [1.0, 2.0, -1.0, 0.0, 3.0]
+
+
+def test_a_copy_of_a_students_module_has_the_same_targets() -> None:
+    """A callback that averages weights copies the module."""
+    module, _ = student_module("anchored", combine.learned)
+    assert copy.deepcopy(module).targets is module.targets
+
+
+def test_quality_of_fewer_rows_than_classes() -> None:
+    logits = torch.eye(6)[[4, 5]]
+    assert quality(logits, torch.tensor([4, 0]))["accuracy"] == 0.5
+
+
+def test_a_finished_run_keeps_no_matrices(tmp_path: Path) -> None:
+    tiny_run(tmp_path, "boosting.rounds=1")
+    (path,) = tmp_path.rglob("boosting.ckpt")
+    kept = torch.load(path, weights_only=True)
+    assert not {"S", "validation_S", "ensemble_logits"} & kept.keys()
+    assert kept["round"] == 1
 
 
 # ---------------------------------------------------------------------------------- the student's module
