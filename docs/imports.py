@@ -13,20 +13,23 @@ PACKAGE = "pkd_lightning"
 PAGE = Path(__file__).parent / "imports.md"
 # from the top, each with what it is for; a package stands for all of its modules
 FLOORS = (
-    ("what a user calls", ("run", "sweeps", "cli", "dashboard", "naming", "report", "pretrained")),
+    ("what a user calls", ("child", "run", "distil", "sweeps", "cli", "dashboard", "naming", "report", "pretrained")),
     ("from a configuration to checked parts", ("experiment", "trial")),
     ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),
     ("a teacher, an ensemble", ("teacher", "shared_teacher", "ensemble")),
-    ("one fit, its weights and costs", ("fitting", "fit_checkpoint", "fit_module", "weights", "cost", "trainer")),
+    (
+        "one fit, its weights and costs",
+        ("fitting", "fit_checkpoint", "fit_module", "processes", "weights", "cost", "trainer"),
+    ),
     ("models and data", ("models", "data", "tasks")),
     ("compiled kernels", ("kernels",)),
     (
         "foundations",
         (
             "checkpoint", "checks", "composition", "earlier", "errors", "loggers", "locks", "losses", "matrix",
-            "memory", "metrics", "outputs", "prefixes", "process", "progress", "results", "schedules", "seeding",
-            "wandb_tracker", "_torchvision", "__init__",
+            "memory", "metrics", "outputs", "prefixes", "process", "progress", "ranks", "results", "schedules",
+            "seeding", "wandb_tracker", "_torchvision", "__init__",
         ),
     ),
 )  # fmt: skip

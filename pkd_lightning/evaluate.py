@@ -148,7 +148,7 @@ def collect_results(
         "versions": versions(),
         "hardware": hardware(),
         "labels": data.class_labels,  # in the data set, of each output; null where they are 0, 1, ...
-        "sizes": {**dict(zip(("train", "validation", "test"), data.sizes, strict=True)), "originals": data.originals},
+        "sizes": {**dict(zip(("train", "validation", "test"), data.whole, strict=True)), "originals": data.originals},
         # a resumed run did part of its work in another process, so the parts can exceed this process's time
         "wall_seconds": {
             "teacher": teacher.seconds,

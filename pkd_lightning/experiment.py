@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import combination_of
 from pkd_lightning.boosting.objectives import Objective, RoundBatch, objective_of
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
@@ -26,7 +27,7 @@ from pkd_lightning.composition import complete, mapping, top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.loggers import About, Tracker
+from pkd_lightning.loggers import About, NoTracker, Tracker
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
 from pkd_lightning.teacher import TeacherConfig, is_trained
@@ -193,6 +194,11 @@ def assemble(config: DictConfig) -> Experiment:
     student = part("student", _ladder)
     boosting = part("boosting", _boosting)
     part("logger", _tracker)
+    if trainer is not None and teacher is not None:
+        for key in ("devices", "num_nodes", "strategy"):
+            if getattr(teacher.trainer, key) != getattr(trainer, key):
+                given = getattr(teacher.trainer, key)
+                faults.append(f"teacher.trainer.{key}={given}: is that of the run; set trainer.{key}")
     if student is not None:
         rounds = OmegaConf.select(config, "boosting.rounds")  # checked even where another boosting option is at fault
         if OmegaConf.select(config, "boosting.grow_from") is not None:
@@ -324,7 +330,7 @@ def open_tracker(config: DictConfig, directory: Path, about: About) -> Iterator[
     Raises:
         ConfigError: where the tracker refuses the options of `config.logger`.
     """
-    make = _tracker(config.logger)
+    make: Callable[..., Tracker] = _tracker(config.logger) if ranks.first() else NoTracker
     tracker = make(directory, about=about, config=OmegaConf.to_container(complete(config), resolve=True))
     failed = True
     try:

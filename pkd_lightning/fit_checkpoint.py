@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from pkd_lightning import ranks
 from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash
 from pkd_lightning.process import stop
 from pkd_lightning.trainer import Interval
@@ -207,20 +208,23 @@ class Saving(L.Callback):
         complete = trainer.current_epoch + 1
         if trainer.should_stop or complete == trainer.max_epochs:
             return
-        if self.checkpoint is not None and self.checkpoint.due_after(complete):
-            self.save(trainer, pl_module, complete)
-        self._stop(trainer, pl_module, complete)
+        self._look(trainer, pl_module, complete, self.checkpoint is not None and self.checkpoint.due_after(complete))
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, where it is time, after a step inside of an epoch, or a batch of its validation."""
-        if self.checkpoint is not None and self.checkpoint.due():
-            self.save(trainer, pl_module, trainer.current_epoch)
-        self._stop(trainer, pl_module, trainer.current_epoch)
+        due = self.checkpoint is not None and self.checkpoint.due()
+        self._look(trainer, pl_module, trainer.current_epoch, due)
 
-    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
-        number = stop.signal or (signal.SIGTERM if trainer.received_sigterm else None)
-        if number is None:
-            return
+    def _look(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, due: bool) -> None:
+        """Save and stop where that is due in any rank."""
+        number = stop.signal or (signal.SIGTERM if trainer.received_sigterm else 0)
+        due, number = ranks.either(due, number)
+        if due:
+            self.save(trainer, pl_module, epoch)
+        if number:
+            self._stop(trainer, pl_module, epoch, number)
+
+    def _stop(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int, number: int) -> None:
         name = signal.Signals(number).name
         if self.checkpoint is None:
             logger.info("%s: stopped by %s; it is not saved, and starts anew", self.name, name)
@@ -238,6 +242,9 @@ class Saving(L.Callback):
         module = {"state_dict": pl_module.state_dict()}
         for callback in self.callbacks:  # one that averages weights has the averages there
             callback.on_save_checkpoint(trainer, pl_module, module)
+        progress = pl_module.progress()  # type: ignore[operator]  # of all ranks
+        if not ranks.first():
+            return
         self.checkpoint.write(
             {
                 "epoch": epoch,
@@ -247,14 +254,18 @@ class Saving(L.Callback):
                 "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
                 "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "progress": pl_module.progress(),  # type: ignore[operator]
+                "progress": progress,
                 **self._of_callbacks(),
             }
         )
 
     def ended(self, module: L.LightningModule, result: dict[str, Any]) -> None:
         """Keep what a fit gave until that is used, where it took long enough, or is not used in this process."""
-        if self.checkpoint is not None and (stop.signal is not None or self.checkpoint.worth_keeping()):
+        if (
+            ranks.first()
+            and self.checkpoint is not None
+            and (stop.signal is not None or self.checkpoint.worth_keeping())
+        ):
             self.checkpoint.write({"ended": result, "module": module.state_dict(), **self._of_callbacks()})
 
     def _of_callbacks(self) -> dict[str, Any]:

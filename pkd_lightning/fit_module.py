@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from pkd_lightning import ranks
 from pkd_lightning.data.module import Batch
 from pkd_lightning.earlier import Earlier, call
 from pkd_lightning.fit_checkpoint import Saving
@@ -75,8 +76,8 @@ class FitModule(L.LightningModule):
             return None
         self._restore_random()
         loss, _ = self.losses(batch)
-        self._waiting.append((loss.detach(), len(batch.labels)))
-        return loss
+        self._waiting.append((loss.detach(), batch.samples))
+        return loss * batch.share if ranks.size() > 1 else loss
 
     def configure_gradient_clipping(
         self,
@@ -112,11 +113,20 @@ class FitModule(L.LightningModule):
     def _trained(self) -> None:
         """Say how many steps of the epoch were skipped; validation follows."""
         self._restore_random()
+        self._share_buffers()
         if self._skipped_now:
             logger.warning(
                 "epoch %d: skipped %d steps, their gradients were not finite", self.current_epoch, self._skipped_now
             )
             self._skipped, self._skipped_now = self._skipped + self._skipped_now, 0
+
+    def _share_buffers(self) -> None:
+        """Give buffers that a rank's own samples have changed, such as a batch norm's statistics, their mean."""
+        if ranks.size() == 1:
+            return
+        for buffer in self.model.buffers():
+            shared = ranks.total(buffer.detach().cpu().double()) / ranks.size()
+            buffer.copy_(shared.to(buffer.dtype))
 
     def _epoch(self, batches: Iterable[Batch]) -> None:
         """An optimiser step for each batch of an epoch."""
@@ -161,19 +171,26 @@ class FitModule(L.LightningModule):
         """
         return {
             "batch": self._batch,
-            "loss": self._sums.get("train_loss"),
-            "count": self._counts.get("train", 0),
+            "loss": self._of_all("train_loss"),
+            "count": int(ranks.total(torch.tensor(self._counts.get("train", 0)))),
             "skipped": [self._skipped, self._skipped_now],
-            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "random": ranks.gathered({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}),
         }
+
+    def _of_all(self, name: str) -> Tensor | None:
+        """A sum of the epoch under way, over all ranks; None before its first step."""
+        own = self._sums.get(name)
+        return own if own is None or ranks.size() == 1 else ranks.total(own.detach().cpu().double())
 
     def restore_progress(self, progress: dict[str, Any]) -> None:
         """Go on where `progress` was taken."""
         self._batch = progress["batch"]
-        if progress["loss"] is not None:
+        if progress["loss"] is not None and ranks.first():
             self._sums["train_loss"], self._counts["train"] = progress["loss"].to(self.device), progress["count"]
         self._skipped, self._skipped_now = progress["skipped"]
-        self._random = progress["random"]
+        states = progress["random"] if isinstance(progress["random"], list) else [progress["random"]]
+        if len(states) == ranks.size():  # for another number of ranks there are none: they draw anew
+            self._random = states[ranks.rank()]
 
     def _restore_random(self) -> None:
         """Restore torch's random state, if a fit has just been resumed: what came before the step may have drawn."""
@@ -198,12 +215,24 @@ class FitModule(L.LightningModule):
     @property
     def validation_loss(self) -> float:
         """Mean over the validation batches so far."""
-        return float(self._sums["validation_loss"]) / self._counts["validation"]
+        return self._means()["validation_loss"]
+
+    def _means(self) -> dict[str, float]:
+        """The epoch's means over the batches so far, of all ranks."""
+        sums, counts = self._sums, self._counts
+        if ranks.size() > 1:
+            names, kinds = ("train_loss", "validation_loss", "validation_accuracy"), ("train", "validation")
+            own = [float(sums.get(name, 0)) for name in names] + [counts.get(kind, 0) for kind in kinds]
+            *of_all, training, validation = ranks.total(torch.tensor(own, dtype=torch.float64)).tolist()
+            sums, counts = dict(zip(names, of_all, strict=True)), {"train": training, "validation": validation}
+        of = {name: counts[name.split("_")[0]] for name in sums}
+        means = {name: float(value) / of[name] for name, value in sums.items() if of[name] > 0}
+        means.setdefault("train_loss", math.nan)  # where all steps were skipped
+        return means
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's means. Lightning validates at the end of each training epoch, so both parts are complete."""
-        means = {name: float(value) / self._counts[name.split("_")[0]] for name, value in self._sums.items()}
-        means.setdefault("train_loss", math.nan)  # where all steps were skipped
+        means = self._means()
         if self._skipped:  # over the whole fit; the losses of these steps are not in train_loss
             means["skipped_steps"] = self._skipped
         self._sums, self._counts, self._batch = {}, {}, 0

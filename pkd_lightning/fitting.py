@@ -18,9 +18,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from pkd_lightning import ranks
 from pkd_lightning.checkpoint import append_line
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import DataModule
@@ -30,6 +32,7 @@ from pkd_lightning.fit_module import FitModule
 from pkd_lightning.loggers import rank_zero
 from pkd_lightning.outputs import output_of
 from pkd_lightning.process import stop
+from pkd_lightning.processes import Joined
 from pkd_lightning.progress import progress_of
 from pkd_lightning.trainer import Interval, TrainerConfig
 
@@ -37,6 +40,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hardware notes before every one of many fits
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data lies in memory
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # once an epoch is intended
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the means are those of all ranks
 warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a fit is one process, srun or not
 warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")  # lightning 2.6.6 with torch 2.13
 
@@ -47,6 +51,11 @@ class FitTrainer(L.Trainer):
     Lightning fills what is not given from `PL_TRAINER_*` variables, named after the class. One of these, inherited from
     a shell, would change results under the same run directory.
     """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if ranks.size() > 1:  # Lightning's handler of SIGTERM broadcasts, in the middle of whatever else is exchanged
+            self._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -183,7 +192,8 @@ def fit(
     """
     settings = module.settings
     best = BestWeights()
-    watchers: list[L.Callback] = [best, EpochLines(stage.metrics, stage.name, stage.attempt), *callbacks]
+    lines = [EpochLines(stage.metrics, stage.name, stage.attempt)] if ranks.first() else []
+    watchers: list[L.Callback] = [best, *lines, *callbacks]
     if settings.patience is not None:
         watchers.append(EarlyStopping("validation_loss", patience=settings.patience, check_finite=True))
     loader = data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers)
@@ -192,10 +202,10 @@ def fit(
     watchers += [make() for make in settings.callbacks or ()]
     checkpoint = stage.checkpoint_of(settings, f"{data.fingerprint} {module.total_steps}")
     module.saving = saving = Saving(stage.name, checkpoint, watchers)
-    saved = None if checkpoint is None else checkpoint.read()
+    saved = None if checkpoint is None else ranks.agreed(checkpoint.read)
     if saved is not None and "ended" in saved:
         return _ended_before(stage, module, saving, saved)
-    if settings.progress:
+    if settings.progress and ranks.first():
         watchers.append(progress_of(stage.description or stage.name, module.total_steps))
     if settings.by_step:
         logger.info("%s: a training step a batch, with Lightning's hooks around it", stage.description or stage.name)
@@ -228,10 +238,7 @@ def _trainer(
     return FitTrainer(  # a fresh one every time: a used Trainer fits 0 steps
         max_epochs=settings.max_epochs,
         accelerator="gpu" if settings.device.type == "cuda" else "cpu",
-        devices=1,
-        # one process, whatever variables of a launcher are inherited. Under SLURM's, Lightning would checkpoint on
-        # SIGUSR1, and start every fit from an hpc_ckpt_*.ckpt in its root: that is a folder nobody makes
-        plugins=[LightningEnvironment()],
+        **_processes(settings),
         default_root_dir=stage.metrics.parent / "lightning",
         precision=settings.precision,
         logger=list(loggers) or False,
@@ -242,6 +249,25 @@ def _trainer(
         num_sanity_val_steps=0,
         **{"log_every_n_steps": 1_000_000, **(settings.lightning or {})},  # losses are logged once an epoch
     )
+
+
+def _processes(settings: TrainerConfig) -> dict[str, Any]:
+    """What a Trainer is told of the processes of the run.
+
+    They are there already, whatever variables of a launcher are inherited. Under SLURM's, Lightning would checkpoint on
+    SIGUSR1, and start every fit from an hpc_ckpt_*.ckpt in its root: that is a folder nobody makes.
+    """
+    if ranks.size() == 1:
+        return {"devices": 1, "plugins": [LightningEnvironment()]}
+    unused = settings.strategy == "ddp_find_unused_parameters_true"
+    strategy = DDPStrategy(
+        cluster_environment=Joined(), find_unused_parameters=unused,
+        forward_sync_buffers=False,  # of which ranks have different numbers; see FitModule
+    )  # fmt: skip
+    return {
+        "devices": settings.devices, "num_nodes": settings.num_nodes, "strategy": strategy,
+        "use_distributed_sampler": False,  # each rank has its rows
+    }  # fmt: skip
 
 
 def _ended_before(stage: Stage, module: FitModule, saving: Saving, saved: dict[str, Any]) -> FitResult:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from pkd_lightning import ranks
 from pkd_lightning.errors import ConfigError
 
 
@@ -62,12 +63,12 @@ def summary_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def rank_zero() -> Iterator[None]:
-    """Lightning's loggers write in the block, whatever rank a launcher's variables give this process.
+    """In the block, Lightning's loggers write by the rank within the run, whatever a launcher's variables say.
 
-    A run is one process. Several of them, of different seeds, may be the tasks of one allocation.
+    Several runs of one process, of different seeds, may be the tasks of one allocation.
     """
     before = rank_zero_only.rank  # type: ignore[attr-defined]
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    rank_zero_only.rank = ranks.rank()  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pkd_lightning import ranks
 from pkd_lightning.checkpoint import HASH, check_hash, content_hash
 
 CHUNK_BYTES = 2**21  # float32 worked on at a time: temporaries stay in the processor's cache
@@ -59,9 +60,9 @@ def chunks(shape: torch.Size) -> Iterator[slice]:
 
 
 def largest(matrix: Rows) -> float:
-    """The largest abs() of a matrix: NaN where there is a NaN, 0 where it is empty."""
+    """The largest abs() of a matrix, of the rows of all ranks: NaN where there is a NaN, 0 where it is empty."""
     parts = [matrix[rows].abs().max() for rows in chunks(matrix.shape)]
-    return float(torch.stack(parts).max()) if parts else 0.0
+    return ranks.highest(float(torch.stack(parts).max()) if parts else 0.0)
 
 
 def quantile(matrix: Rows, q: float) -> float:
@@ -69,10 +70,11 @@ def quantile(matrix: Rows, q: float) -> float:
 
     So q = 1 gives the `largest`. Any other q gives a value that the largest one has no part in, however large it is;
     interpolated between two ranks it could have. Exact at any size without a copy of the matrix: float32 of one sign
-    are in the order of their bits, of which one pass finds the upper 16 and a second the lower 16.
+    are in the order of their bits, of which one pass finds the upper 16 and a second the lower 16. The rows of all
+    ranks count.
     """
-    samples, columns = matrix.shape
-    if q == 1 or samples * columns == 0:
+    values = int(ranks.total(torch.tensor(matrix.shape.numel())))
+    if q == 1 or values == 0:
         return largest(matrix)
 
     def at(rank: int, digits: Callable[[Tensor], Tensor]) -> tuple[int, int]:
@@ -81,11 +83,12 @@ def quantile(matrix: Rows, q: float) -> float:
         for rows in chunks(matrix.shape):
             bits = matrix[rows].float().abs().contiguous().view(-1).view(torch.int32)
             counts += torch.bincount(digits(bits), minlength=2**16)
+        counts = ranks.total(counts)
         up_to = counts.cumsum(0)
         digit = int(torch.searchsorted(up_to, rank, right=True))
         return digit, rank - int(up_to[digit] - counts[digit])
 
-    upper, rank = at(math.floor(q * (samples * columns - 1)), lambda bits: bits >> 16)
+    upper, rank = at(math.floor(q * (values - 1)), lambda bits: bits >> 16)
     lower, _ = at(rank, lambda bits: bits[bits >> 16 == upper] & 0xFFFF)
     return float(torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32))
 

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pkd_lightning import ranks
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import atomic_write, remove_temporaries, unlocked, write_json
 from pkd_lightning.composition import complete, top_level_faults
@@ -47,6 +48,7 @@ VOLATILE = (
     "teacher.trainer.progress",
     "teacher.trainer.num_workers",
     "teacher.trainer.checkpoint_every",
+    *(f"{owner}.{key}" for owner in ("trainer", "teacher.trainer") for key in ("devices", "num_nodes", "strategy")),
 )
 
 
@@ -216,6 +218,9 @@ class RunDirectory:
         Raises:
             RunError: where another process holds the lock, or the disk is full, also within the block.
         """
+        if not ranks.first():  # the first rank of the run does it for all
+            yield self
+            return
         try:
             with full_disk(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pkd_lightning import ranks
 from pkd_lightning.checkpoint import (
     HASH,
     atomic_write,
@@ -27,7 +29,7 @@ from pkd_lightning.errors import RunError
 from pkd_lightning.fit_checkpoint import remove_all
 from pkd_lightning.fit_module import FitModule
 from pkd_lightning.fitting import EpochLines, Stage, fit, predict
-from pkd_lightning.locks import locked
+from pkd_lightning.locks import Lock, locked
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import largest, reserve
 from pkd_lightning.models.building import InputShape, build_classifier
@@ -197,8 +199,8 @@ def prepare_teacher(
     model.eval().requires_grad_(False)
     key = fingerprint(model, data)
     logits = directory / "logits.safetensors"  # of a run that was begun when each had its own
-    known = cached_logits(model, data, logits if logits.exists() else shared / logits.name, key, config.trainer.device)
-    return Teacher(model, known, key, seconds, config.online)
+    path = logits if ranks.agreed(logits.exists) else shared / logits.name
+    return Teacher(model, cached_logits(model, data, path, key, config.trainer.device), key, seconds, config.online)
 
 
 def find_or_train(
@@ -216,12 +218,12 @@ def find_or_train(
         RunError: where the run's own was trained on other data.
     """
     weights, done = directory / "teacher.safetensors", directory / "teacher.json"
-    if done.exists():
+    if ranks.agreed(done.exists):
         logger.info("teacher found, trained before")
     else:
         teacher = SharedTeacher(shared, data.fingerprint)
-        with teacher.lock() as lock:
-            if teacher.found():
+        with teacher.lock() if ranks.first() else nullcontext(Lock()) as lock:
+            if ranks.agreed(teacher.found):
                 logger.info(
                     "teacher found, trained before: %s; a tracker has its curves in the run that trained it", shared
                 )
@@ -229,11 +231,15 @@ def find_or_train(
                 if lock.waited or teacher.begun:
                     logger.info("the teacher's training was begun before and has not ended: this run takes it over")
                 # without locks another process may be training it, too: each in its run directory, then
-                place = teacher.begin(stage) if lock.held else stage
-                teacher.save(model, train(model, settings, data, place, stage, tracker), place)
-                if place.checkpoint is not None:
-                    remove_all(place.checkpoint.parent)
-            teacher.give(weights, done, stage)
+                place = ranks.agreed(lambda: teacher.begin(stage) if lock.held else stage)
+                record = train(model, settings, data, place, stage, tracker)
+                if ranks.first():
+                    teacher.save(model, record, place)
+                    if place.checkpoint is not None:
+                        remove_all(place.checkpoint.parent)
+            if ranks.first():
+                teacher.give(weights, done, stage)
+    ranks.wait()
     record = read_json(done)
     if record["data"] != data.fingerprint:
         raise RunError(f"{directory}: its teacher was trained on other data; change `name`, or delete the directory")
@@ -245,10 +251,11 @@ def train(
     model: nn.Module, settings: TrainerConfig, data: DataModule, place: Stage, stage: Stage, tracker: Tracker
 ) -> dict[str, float]:
     """Train the teacher, with its files at `place`; the run, whose stage it is, gets the epochs' lines as they come."""
-    logger.info("training the teacher on %s samples", f"{len(data.training):,}")
-    own = [EpochLines(stage.metrics, stage.name, stage.attempt)] if place.metrics != stage.metrics else []
+    logger.info("training the teacher on %s samples", f"{data.whole[0]:,}")
+    shown = place.metrics != stage.metrics and ranks.first()
+    own = [EpochLines(stage.metrics, stage.name, stage.attempt)] if shown else []
     module = TeacherModule(model, settings)
-    with seeded(stage.seed, stage.name, "fit"), tracker.stage(stage.name) as loggers:
+    with seeded(stage.seed, stage.name, "fit", *ranks.purpose()), tracker.stage(stage.name) as loggers:
         result = fit(module, data, place, loggers, own)
     logger.info("teacher trained: %d epochs, %.0f s", result.epochs, result.seconds)
     return {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": result.seconds}
@@ -257,27 +264,46 @@ def train(
 def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> Tensor:
     """Logits of `model` on the training and validation rows, computed once for the fingerprint `key`.
 
-    Where another process is computing them for the same file, it is waited for. A damaged file is made anew.
+    Where another run is computing them for the same file, it is waited for. A damaged file is made anew. Of several
+    ranks each computes those of its rows.
     """
     waiting = "waiting for the teacher's logits, which another run computes"
-    with locked(path.with_suffix(".lock"), waiting) as lock:
-        if lock.held:
-            remove_temporaries(path.parent, path.name)
-        stored: dict[str, Tensor] = {}
+
+    def found() -> bool:
         try:
-            stored = load_tensors(path) if path.exists() else {}
+            return path.exists() and key in load_tensors(path)
         except RunError as error:
             logger.warning("the teacher's logits are computed again. %s", error)
-        if key not in stored:
-            logger.info("computing the teacher's logits of %s samples", f"{data.validation.stop:,}")
-            atomic_write(path, lambda temporary: write_logits(model, data, temporary, key, device))
-            stored = load_tensors(path)
-    return stored[key]  # mapped from the file: it takes memory only where it is read
+            return False
+
+    with locked(path.with_suffix(".lock"), waiting) if ranks.first() else nullcontext(Lock(held=False)) as lock:
+        if lock.held and ranks.first():
+            remove_temporaries(path.parent, path.name)
+        if not ranks.agreed(found):
+            logger.info("computing the teacher's logits of %s samples", f"{sum(data.whole[:2]):,}")
+            if ranks.first():
+                atomic_write(path, lambda temporary: write_logits(model, data, temporary, key, device))
+            else:
+                fill(model, data, *ranks.agreed(_of_the_first), device)
+        ranks.wait()
+    logits = load_tensors(path)[key]  # mapped from the file: it takes memory only where it is read
+    return logits if ranks.size() == 1 else torch.cat([logits[rows.start : rows.stop] for rows in own_rows(data)])
+
+
+def _of_the_first() -> tuple[Path, int]:
+    raise AssertionError("the first rank says where the others write")
+
+
+def own_rows(data: DataModule) -> tuple[range, range]:
+    """The training rows and the validation rows that this rank owns, in the order of the whole data set."""
+    n, m = data.whole[:2]
+    of_validation = ranks.own(m)
+    return ranks.own(n), range(n + of_validation.start, n + of_validation.stop)
 
 
 def write_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> None:
     """Fill a safetensors file with the logits as they come, so that they need not fit into memory."""
-    shape = (data.validation.stop, data.num_classes)
+    shape = (sum(data.whole[:2]), data.num_classes)
     size = 4 * shape[0] * shape[1]
     entry = {"dtype": "F32", "shape": shape, "data_offsets": (0, size)}
 
@@ -289,12 +315,30 @@ def write_logits(model: nn.Module, data: DataModule, path: Path, key: str, devic
     header = header_with(content_hash({}))
     path.write_bytes(header)
     reserve(path, len(header) + size)
-    logits = torch.from_numpy(np.memmap(path, np.float32, "r+", len(header), shape))
-    predict(model, data, range(shape[0]), device, out=logits)
-    if not math.isfinite(largest(logits)):
-        raise RunError("the teacher's logits are not all finite; it cannot be distilled")
+    place = ranks.agreed(lambda: (path, len(header)))
+    logits = fill(model, data, *place, device)
     with path.open("rb+") as file:
         file.write(header_with(content_hash({key: logits})))  # as long as the first
+
+
+def fill(model: nn.Module, data: DataModule, path: Path, offset: int, device: torch.device) -> Tensor:
+    """Write the logits of the rows that are this rank's into a file of all, which is returned as it is then.
+
+    Raises:
+        RunError: where some of any rank are not finite.
+    """
+    shape = (sum(data.whole[:2]), data.num_classes)
+    mapped = np.memmap(path, np.float32, "r+", offset, shape)
+    logits = torch.from_numpy(mapped)
+    own = zip((data.training, data.validation), own_rows(data), strict=True)
+    whole = range(shape[0])
+    parts = [(rows, logits[there.start : there.stop]) for rows, there in own]
+    for rows, part in parts if ranks.size() > 1 else [(whole, logits)]:
+        predict(model, data, rows, device, out=part)
+    mapped.flush()
+    if not all([math.isfinite(largest(part)) for _, part in parts]):  # a list: every rank asks for both
+        raise RunError("the teacher's logits are not all finite; it cannot be distilled")
+    return logits
 
 
 def fingerprint(model: nn.Module, data: DataModule) -> str:

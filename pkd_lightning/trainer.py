@@ -20,6 +20,7 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 MatmulPrecision = Literal["highest", "high", "medium"]
 Mode = Literal["auto", "fast", "step"]
+Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,16 @@ class TrainerConfig:
         progress: show a bar for each fit, or lines where stdout is no terminal.
         mode: `step`: each batch is a training step of Lightning's. `fast`: an epoch is, which for small models takes a
             fraction of the time; callbacks are then called once an epoch. `auto`: `fast`, unless `callbacks` or
-            `lightning` have something in them.
+            `lightning` have something in them, or several processes train together.
         callbacks: each gives a Lightning callback, a new one for each fit (Hydra partials).
         lightning: more arguments of `lightning.Trainer`.
         checkpoint_every: when a fit under way is saved: `auto`, minutes, or `"3 epochs"`; None never saves it. `auto`
             takes at most 2% of the time, and loses at most five minutes of it.
+        devices: processes on each machine that train a run together, each on its GPU or on `threads` cores of the CPU.
+            `batch_size` is of all of them.
+        num_nodes: machines; with more than one, srun or torchrun starts the processes.
+        strategy: `ddp`, which is what `auto` means for several processes, or Lightning's
+            `ddp_find_unused_parameters_true` for a model some of whose parameters have no part in the loss.
     """
 
     optimizer: Callable[..., Any]
@@ -101,6 +107,9 @@ class TrainerConfig:
     callbacks: Sequence[Callable[[], Any]] | None = None
     lightning: Mapping[str, Any] | None = None
     checkpoint_every: str | float | None = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: Strategy = "auto"
 
     def __post_init__(self) -> None:
         import torch
@@ -117,6 +126,11 @@ class TrainerConfig:
         faults.flag("compile")
         faults.flag("progress")
         faults.choice("mode", get_args(Mode))
+        faults.whole("devices", 1)
+        faults.whole("num_nodes", 1)
+        faults.choice("strategy", get_args(Strategy))
+        if self.mode == "fast" and self.processes > 1:
+            faults.found.append("mode='fast': must be auto or step where several processes train together")
         faults.found += _callback_faults(self.callbacks) + _argument_faults(self.lightning)
         if self.mode == "fast" and (self.callbacks or self.lightning):
             faults.found.append("mode='fast': must be auto or step with callbacks, or arguments in lightning")
@@ -154,7 +168,15 @@ class TrainerConfig:
     @property
     def by_step(self) -> bool:
         """Whether a batch is a training step to Lightning."""
-        return self.mode == "step" or (self.mode == "auto" and bool(self.callbacks or self.lightning))
+        return self.mode == "step" or (
+            self.mode == "auto" and bool(self.callbacks or self.lightning or self.processes > 1)
+        )
+
+    @property
+    def processes(self) -> int:
+        """How many processes train a run together."""
+        whole = type(self.devices) is type(self.num_nodes) is int
+        return self.devices * self.num_nodes if whole else 1
 
     @property
     def device(self) -> "torch.device":
@@ -170,12 +192,14 @@ class TrainerConfig:
 # arguments of a Trainer that are an option of ours, or that a fit is built on
 OWN = {
     "accelerator": "accelerator", "precision": "precision", "max_epochs": "max_epochs", "callbacks": "callbacks",
-    "gradient_clip_val": "gradient_clip", "enable_progress_bar": "progress",
+    "gradient_clip_val": "gradient_clip", "enable_progress_bar": "progress", "devices": "devices",
+    "num_nodes": "num_nodes", "strategy": "strategy",
 }  # fmt: skip
 BUILT_ON = (
-    "devices", "num_nodes", "logger", "default_root_dir", "enable_checkpointing", "num_sanity_val_steps", "max_steps",
+    "logger", "default_root_dir", "enable_checkpointing", "num_sanity_val_steps", "max_steps",
     "min_steps", "min_epochs", "val_check_interval", "check_val_every_n_epoch", "reload_dataloaders_every_n_epochs",
     "gradient_clip_algorithm", "enable_model_summary", "fast_dev_run", "limit_val_batches", "overfit_batches",
+    "use_distributed_sampler",
 )  # fmt: skip
 
 

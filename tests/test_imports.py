@@ -15,7 +15,8 @@ def test_the_diagram_is_that_of_todays_imports() -> None:
 
 def test_imports_inside_functions_and_of_packages_count() -> None:
     graph = imports.imports()
-    assert "boosting.loop" in graph["run"]
+    assert "distil" in graph["run"]
+    assert "boosting.loop" in graph["distil"]
     assert "kernels.scan.cuda" in graph["trainer"]
     assert "kernels.scan.custom_op" in graph["kernels.scan"]
     assert "kernels.residuals" in graph["boosting.residuals"]

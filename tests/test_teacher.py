@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pkd_lightning import teacher
+from pkd_lightning import distil, teacher
 from pkd_lightning.boosting.student import StudentModule
 from pkd_lightning.cli import load_config
 from pkd_lightning.data.module import Batch, DataModule
@@ -158,7 +158,7 @@ def test_a_teacher_asked_in_the_step_sees_what_the_student_sees(
 
     whose: list[teacher.Teacher] = []
     prepare = teacher.prepare_teacher
-    monkeypatch.setattr(teacher, "prepare_teacher", lambda *given: whose.append(prepare(*given)) or whose[0])
+    monkeypatch.setattr(distil, "prepare_teacher", lambda *given: whose.append(prepare(*given)) or whose[0])
     monkeypatch.setattr(StudentModule, "losses", watched)
     tiny_run(tmp_path, SHIFTED, f"teacher.online={str(online).lower()}", "boosting.rounds=2", ACCEPT)
     assert set(seen) == {online}

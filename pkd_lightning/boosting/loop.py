@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import combination_of
 from pkd_lightning.boosting.objectives import objective_of
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.partial import partial_results
+from pkd_lightning.boosting.parts import PARTS, own_matrices, remove_parts, write_parts
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.round import Round
 from pkd_lightning.boosting.source import Source
@@ -72,8 +74,9 @@ class BoostingLoop:
         self.seed, self.tracker, self.source = seed, tracker, source
         self.objective, self.combination = objective_of(config), combination_of(config)
         self.state = BoostingState.fresh(
-            len(data.training), len(data.validation), data.num_classes, teacher.fingerprint, directory
-        )
+            len(data.training), len(data.validation), data.num_classes, teacher.fingerprint,
+            directory if ranks.size() == 1 else None,
+        )  # fmt: skip
 
     def run(self) -> ProgressiveEnsemble:
         """Add students until done; continues where a run before stopped."""
@@ -102,9 +105,10 @@ class BoostingLoop:
                 f"no weak learner for round {self.state.round + 1} on the last of {len(self.ladder)} rungs"
             )
         else:
-            self.accept(candidate, attempts, time.perf_counter() - start)
+            self.accept(candidate, attempts, ranks.agreed(lambda: time.perf_counter() - start))
         self.save()
-        remove_all(self.directory / "fits")
+        if ranks.first():
+            remove_all(self.directory / "fits")
         self.describe()
 
     def find(self) -> tuple[Candidate | None, int]:
@@ -140,7 +144,10 @@ class BoostingLoop:
         with seeded(self.seed, stage.key, state.rung, "init"):
             model = self.ladder.build(state.rung, data.task.input_shape, data.num_classes, self.students)
         training = self.round().attempt(model, self.trainer)
-        with seeded(self.seed, stage.key, state.rung, "fit"), self.tracker.stage(name, attempt) as loggers:
+        with (
+            seeded(self.seed, stage.key, state.rung, "fit", *ranks.purpose()),
+            self.tracker.stage(name, attempt) as loggers,
+        ):
             result = fit(training.module, data, stage, loggers, training.callbacks)
         return training.judged(result, description)
 
@@ -179,7 +186,8 @@ class BoostingLoop:
             candidate = Candidate(
                 model, a_c, logits, edges, whole, record["validation_loss"], fit_, record["accepted_by"]
             )
-            source.copy(round_, self.directory / "students")
+            if ranks.first():
+                source.copy(round_, self.directory / "students")
             self.join(candidate, record["attempts"], record["seconds"], None if source.same else record)
             kept = {name: record[name] for name in ("class_index", "config")}
             origin = {name: record[name] for name in ("from", "from_round") if name in record}
@@ -193,10 +201,11 @@ class BoostingLoop:
     def accept(self, candidate: Candidate, attempts: int, seconds: float) -> None:
         """Add a student that was trained here."""
         state = self.state
-        save_student(
-            candidate.model, self.directory / "students" / f"{state.round:02d}",
-            self.ladder.path, self.ladder.rungs[state.rung], self.data.task.input_shape, self.data.num_classes,
-        )  # fmt: skip
+        if ranks.first():
+            save_student(
+                candidate.model, self.directory / "students" / f"{state.round:02d}",
+                self.ladder.path, self.ladder.rungs[state.rung], self.data.task.input_shape, self.data.num_classes,
+            )  # fmt: skip
         self.join(candidate, attempts, seconds)
         logger.info("%s", self.line(state.records[-1]))
         if not self.ladder.repeat:
@@ -223,7 +232,7 @@ class BoostingLoop:
             residual, on_validation = (replace(part, bound=state.bound) for part in (residual, on_validation))
         eta = self.config.eta if before is None else float(before["eta"])
         if eta is None:
-            eta = theoretical_eta(n, self.config.rounds, max(state.bound, 1e-3))
+            eta = theoretical_eta(self.data.whole[0], self.config.rounds, max(state.bound, 1e-3))
         state.residuals.update(residual, eta)
         state.validation_residuals.update(on_validation, eta)
         state.add_logits(candidate.logits, candidate.scales)
@@ -247,6 +256,10 @@ class BoostingLoop:
         """What a round reports, all of it from training and validation rows."""
         state, rows = self.state, slice(self.data.validation.start, self.data.validation.stop)
         labels = self.data.labels[rows]
+
+        def accuracy(logits: torch.Tensor) -> float:
+            return ranks.mean(float((logits[rows].argmax(-1) == labels).float().mean()), len(labels))
+
         return {
             "round": state.round,
             "class_index": state.rung,  # the name it has had in results.json from the first version on
@@ -254,8 +267,8 @@ class BoostingLoop:
             "epochs": candidate.fit.epochs,
             "config": self.ladder.rungs[state.rung],
             "params": sum(p.numel() for p in candidate.model.parameters()),
-            "validation_accuracy": float((candidate.logits[rows].argmax(-1) == labels).float().mean()),
-            "prefix_validation_accuracy": float((state.ensemble_logits[rows].argmax(-1) == labels).float().mean()),
+            "validation_accuracy": accuracy(candidate.logits),
+            "prefix_validation_accuracy": accuracy(state.ensemble_logits),
             "validation_loss": candidate.validation_loss,
             "scales": list(candidate.scales),
             "bound": state.bound,
@@ -287,14 +300,16 @@ class BoostingLoop:
     def describe(self) -> None:
         """Write what loads and reports the students so far; after `boosting.ckpt`, so that it is never ahead of it."""
         students = self.directory / "students"
-        if self.state.round > 0:
-            save_description(students, self.state.scales, self.data.task, self.data.class_labels, self.done)
-        else:
-            (students / "ensemble.json").unlink(missing_ok=True)  # of rounds that are started anew
         experiment = self.directory.parent.name
         results = partial_results(
             experiment, self.seed, self.config, self.objective.name, self.data, self.teacher, self.state
         )
+        if not ranks.first():
+            return
+        if self.state.round > 0:
+            save_description(students, self.state.scales, self.data.task, self.data.class_labels, self.done)
+        else:
+            (students / "ensemble.json").unlink(missing_ok=True)  # of rounds that are started anew
         write_json(self.directory / PROGRESS, results)
 
     def state_dict(self, matrices: bool = True) -> dict[str, Any]:
@@ -307,12 +322,23 @@ class BoostingLoop:
 
     def close(self) -> None:
         """Leave in `boosting.ckpt` what evaluating a finished run again needs, without the matrices."""
-        self.save(matrices=False)
+        if ranks.first():
+            self._write(self.state_dict(matrices=False))
+            remove_parts(self.directory, [])
 
-    def save(self, matrices: bool = True) -> None:
-        """Write `boosting.ckpt`, whole or not at all."""
-        state = self.state_dict(matrices)
+    def save(self) -> None:
+        """Write `boosting.ckpt`, whole or not at all; of several ranks each writes its rows before."""
+        if ranks.size() == 1:
+            self._write(self.state_dict())
+            remove_parts(self.directory, [])
+            return
+        parts = write_parts(self.state, self.data.whole[:2], self.directory)
+        if ranks.first():
+            self._write({**self.state_dict(matrices=False), PARTS: parts})
+            remove_parts(self.directory, parts)
+        ranks.wait()
 
+    def _write(self, state: dict[str, Any]) -> None:
         def write(path: Path) -> None:
             with path.open("wb") as file:  # torch's own writing hides why it fails
                 torch.save({**state, HASH: content_hash(state)}, file)
@@ -331,6 +357,9 @@ class BoostingLoop:
         try:
             state = torch.load(path, weights_only=True)
             check_hash(path, state, state.pop(HASH, None))
+            if PARTS in state or (ranks.size() > 1 and "S" in state):
+                own = own_matrices(state, self.data.whole[:2], self.data.num_classes, self.directory)
+                state = {**state, **own}
             self.load_state_dict(state)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunError(f"{path}: cannot be resumed from ({error}); delete it to start the rounds anew") from error

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pkd_lightning import ranks
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.data.module import DataModule
@@ -32,7 +33,8 @@ def partial_results(
         state: of the loop.
     """
     rows = slice(data.validation.start, data.validation.stop)
-    accuracy = float((teacher.logits[rows].argmax(-1) == data.labels[rows]).float().mean())
+    right = (teacher.logits[rows].argmax(-1) == data.labels[rows]).float()
+    accuracy = ranks.mean(float(right.mean()), len(right))
     rounds = [
         {
             **record,
@@ -52,7 +54,7 @@ def partial_results(
         "seed": seed,
         "objective": objective,
         "combine": config.combine,
-        "sizes": dict(zip(("train", "validation", "test"), data.sizes, strict=True)),
+        "sizes": dict(zip(("train", "validation", "test"), data.whole, strict=True)),
         "wall_seconds": {"teacher": teacher.seconds, "rounds": [record["seconds"] for record in state.records]},
         "planned_rounds": config.rounds,
         "teacher": {"accuracy": accuracy, "params": params, **UNKNOWN},

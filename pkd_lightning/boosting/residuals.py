@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pkd_lightning import ranks
 from pkd_lightning.kernels import residuals as kernels
 from pkd_lightning.matrix import Rows, SampleMatrix, chunks, largest
 
@@ -47,7 +48,7 @@ class ResidualMatrices:
         for rows in chunks(following.shape):
             parts = (part.float().contiguous().view(-1).numpy() for part in (self.S[rows], residual[rows]))
             kernels.add_residual(*parts, eta, following[rows].view(-1).numpy(), extremes.numpy())
-        size = float(extremes.max())
+        size = ranks.highest(float(extremes.max()))
         if not math.isfinite(size):
             raise ValueError("the residuals of an accepted student must be finite, and their sum within float32")
         self._matrix.replace(following)
@@ -61,7 +62,8 @@ class ResidualMatrices:
         for rows in chunks(self.S.shape):
             S = self.S[rows].double()
             parts.append(torch.logaddexp(S, -S).logsumexp(0))
-        self._log_normaliser = torch.stack(parts).logsumexp(0)
+        own = torch.stack(parts).logsumexp(0)
+        self._log_normaliser = own if ranks.size() == 1 else torch.stack(ranks.gathered(own)).logsumexp(0)
         return self._log_normaliser
 
     def k_plus(self, rows: slice = slice(None)) -> Tensor:
@@ -89,7 +91,7 @@ class ResidualMatrices:
         for rows in chunks(self.S.shape):
             size = self.S[rows].double().abs()
             weights[rows] = -(torch.exp(size - log_z) * torch.expm1(-2 * size)).sum(1)
-        mean = weights.mean()
+        mean = ranks.mean(float(weights.mean()), len(weights))
         return (weights / mean).float() if mean > 0 else torch.ones(len(self.S))
 
     def edges(self, residual: Rows) -> Tensor:
@@ -112,8 +114,9 @@ class ResidualMatrices:
         for rows in chunks(self.S.shape):
             parts = (part.float().contiguous().numpy() for part in (self.S[rows], residual[rows]))
             kernels.add_edges(*parts, total.numpy(), normaliser.numpy())
+        total = ranks.total(total)
         if known is None:
-            self._log_normaliser = known = normaliser.log()
+            self._log_normaliser = known = ranks.total(normaliser).log()
         return total * torch.exp(-known)
 
     def edges_reference(self, residual: Rows) -> Tensor:
@@ -123,7 +126,7 @@ class ResidualMatrices:
         for rows in chunks(self.S.shape):
             S = self.S[rows].double()
             total += ((torch.exp(-S - log_z) - torch.exp(S - log_z)) * residual[rows].double()).sum(0)
-        return total
+        return ranks.total(total)
 
     def _check(self, residual: Rows) -> None:
         if residual.shape != self.S.shape:

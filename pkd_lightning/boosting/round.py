@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 from torch import Tensor, nn
 
+from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import Combination
 from pkd_lightning.boosting.objectives import Objective
 from pkd_lightning.boosting.options import BoostingConfig
@@ -98,7 +99,8 @@ class Round:
         rows = slice(self.data.validation.start, self.data.validation.stop)
         mixed = mix(self.state.ensemble_logits[rows], logits[rows], scales)
         teacher, labels = self.teacher.logits[rows], self.data.labels[rows]
-        return float(distillation_loss(mixed, teacher, labels, self.config.alpha, self.config.temperature))
+        loss = distillation_loss(mixed, teacher, labels, self.config.alpha, self.config.temperature)
+        return ranks.mean(float(loss), len(labels))
 
     def scales(self, logits: Tensor, learned: Scales) -> Scales:
         """(a, c) of a student with these logits: fitted on the training rows, or as they were in its training."""

@@ -42,12 +42,14 @@ class BoostingState:
     teacher: str = ""
 
     @classmethod
-    def fresh(cls, training: int, validation: int, classes: int, teacher: str, directory: Path) -> "BoostingState":
-        """The state before the first round; matrices too large for memory are kept in files of `directory`."""
+    def fresh(
+        cls, training: int, validation: int, classes: int, teacher: str, directory: Path | None
+    ) -> "BoostingState":
+        """The state before the first round; a `directory` keeps, in files, matrices that are too large for memory."""
         return cls(
-            ResidualMatrices(training, classes, directory / "residuals"),
-            ResidualMatrices(validation, classes, directory / "validation_residuals"),
-            SampleMatrix(training + validation, classes, directory / "ensemble_logits"),
+            ResidualMatrices(training, classes, directory and directory / "residuals"),
+            ResidualMatrices(validation, classes, directory and directory / "validation_residuals"),
+            SampleMatrix(training + validation, classes, directory and directory / "ensemble_logits"),
             teacher=teacher,
         )
 

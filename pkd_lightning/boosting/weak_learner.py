@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from pkd_lightning import ranks
 from pkd_lightning.boosting.objectives import Objective
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.boosting.residuals import condition_holds
@@ -182,7 +183,7 @@ def fit_scales(ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tenso
     stands still there, or overflows.
 
     Args:
-        ensemble: (rows, L) F_{t-1}.
+        ensemble: (rows, L) F_{t-1}, of the rows that this rank owns, as all that follow.
         student: (rows, L) f_t.
         teacher: (rows, L) g.
         target: (rows,) labels.
@@ -190,6 +191,7 @@ def fit_scales(ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tenso
     """
     # each in units of its own logits: on one scale a student of far larger logits would make the problem stiff
     units = [quantile(logits, 0.5) or 1.0 for logits in (ensemble, student)]
+    samples = int(ranks.total(torch.tensor(len(student))))
 
     def loss_and_gradient(values: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         scales = torch.from_numpy(values / units).requires_grad_()
@@ -197,10 +199,11 @@ def fit_scales(ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tenso
         for rows in chunks(student.shape):
             mixed = mix(ensemble[rows].double(), student[rows].double(), scales)
             loss = distillation_loss(mixed, teacher[rows].double(), target[rows], config.alpha, config.temperature)
-            loss = loss * (len(mixed) / len(student))
+            loss = loss * (len(mixed) / samples)
             gradient += torch.autograd.grad(loss, scales)[0]
             total += float(loss.detach())
-        return total, gradient.numpy() / units
+        found = ranks.total(torch.cat([torch.tensor([total], dtype=torch.float64), gradient])).numpy()
+        return float(found[0]), found[1:] / units
 
     fitted = minimize(
         loss_and_gradient, (1.0, 1.0), jac=True, method="L-BFGS-B", bounds=[(LEAST_SCALE, None)] * 2,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from pkd_lightning import ranks
 from pkd_lightning.checks import Faults
 from pkd_lightning.data.classes import EmptyClasses, warn_of_unlearned, without_empty
 from pkd_lightning.data.sets import LabelledSet
@@ -33,20 +34,61 @@ class Batch(NamedTuple):
     inputs: Tensor
     labels: Tensor
 
+    @property
+    def share(self) -> float:
+        """1: all of the batch is here. See `PartOfBatch`."""
+        return 1.0
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that count."""
+        return len(self.labels) if self.share > 0 else 0
+
+
+class PartOfBatch(Batch):
+    """The samples of a batch that this rank owns, of several.
+
+    `share` is their part of the whole, times the number of ranks: gradients of losses that are multiplied by it have
+    that of the whole batch as their mean. It is 0 where the rank owns none; one sample then stands in their place.
+    """
+
+    _share: float
+
+    def __new__(cls, index: Tensor, inputs: Tensor, labels: Tensor, share: float) -> "PartOfBatch":
+        """As a batch."""
+        made = super().__new__(cls, index, inputs, labels)
+        made._share = share
+        return made
+
+    @property
+    def share(self) -> float:
+        """Its part of the whole, times the number of ranks."""
+        return self._share
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """For copies, and what loader processes send."""
+        return (*self, self._share)
+
+    def to(self, device: Any, **options: Any) -> "PartOfBatch":
+        """The same on a device; Lightning moves it so."""
+        index, inputs, labels = (part.to(device, **options) for part in self)
+        return PartOfBatch(index, inputs, labels, self._share)
+
 
 class BatchKey(NamedTuple):
-    """What a sampler asks a dataset for: row numbers (batch,), and the seed of their augmentation, if any."""
+    """What a sampler asks a dataset for: row numbers (batch,), the seed of their augmentation, if any, the share."""
 
     rows: Tensor
     augmentation_seed: int | None
+    share: float | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """To a worker as bytes: in shared memory, a key that finds no room would be lost, and the training wait."""
-        return _unpickled, (self.rows.numpy(), self.augmentation_seed)
+        return _unpickled, (self.rows.numpy(), self.augmentation_seed, self.share)
 
 
-def _unpickled(rows: Any, augmentation_seed: int | None) -> BatchKey:
-    return BatchKey(torch.from_numpy(rows), augmentation_seed)
+def _unpickled(rows: Any, augmentation_seed: int | None, share: float | None) -> BatchKey:
+    return BatchKey(torch.from_numpy(rows), augmentation_seed, share)
 
 
 @dataclass(frozen=True)
@@ -111,7 +153,9 @@ class DataModule:
         labels: (N,) int64 in [0, num_classes).
         class_labels: the label of each class in the source, where classes without samples were left out; else None.
         originals: number of training samples without their copies.
-        sizes: (training, validation, test) number of rows, copies included.
+        sizes: (training, validation, test) number of rows, copies included. Of several ranks each has those it owns,
+            and the first all test rows.
+        whole: the same of the whole data set.
         task: what is known of the inputs, with statistics of the original training samples.
 
     Raises:
@@ -132,9 +176,25 @@ class DataModule:
         self.originals = len(train)
         warn_of_unlearned(self.labels[: self.originals], self.num_classes, self.class_labels)
         self.sizes = (len(order) - len(validation) - len(test), len(validation), len(test))
+        self.whole = self.sizes
         self._augment_copies()
         self.task = data.task.fitted(self.inputs[: self.originals], self.num_classes)
         trusted(type(self.task))
+        if ranks.size() > 1:
+            self._keep_own()
+
+    def _keep_own(self) -> None:
+        """Keep the rows that this rank owns, and the test rows where it is the first."""
+        of_training, of_validation = (ranks.own(count) for count in self.whole[:2])
+        if not (of_training and of_validation):
+            raise ConfigError([f"data: {self.whole[:2]} training and validation samples are too few for the processes"])
+        _ = self.fingerprint  # of the whole
+        n, m = self.whole[0], sum(self.whole[:2])
+        test = range(m, m + self.whole[2] * ranks.first())
+        own = [*of_training, *(n + row for row in of_validation), *test]
+        kept = torch.tensor(own)
+        self.inputs, self.labels = self.inputs.index_select(0, kept), self.labels.index_select(0, kept)
+        self.sizes = (len(of_training), len(of_validation), len(test))
 
     def _augment_copies(self) -> None:
         """Augment, in place, the copies, which are plain so far. What the k-th are does not depend on their number."""
@@ -178,7 +238,8 @@ class DataModule:
     def training_loader(self, batch_size: int, seed: int, stage: str, num_workers: int = 0) -> DataLoader[Batch]:
         """Shuffled training batches, augmented where no copies are; the order is a function of (seed, stage, epoch)."""
         augment = self.config.augment is not None and self.config.copies == 0
-        sampler = EpochSampler(self.training, batch_size, seed, stage, shuffle=True, augment=augment)
+        rows = range(self.whole[0])
+        sampler = EpochSampler(rows, batch_size, seed, stage, shuffle=True, augment=augment, own=ranks.own(len(rows)))
         return self._loader(sampler, num_workers)
 
     def loader(self, rows: range, batch_size: int) -> DataLoader[Batch]:
@@ -206,12 +267,13 @@ class BatchDataset(Dataset[Batch]):
 
     def __getitem__(self, key: BatchKey) -> Batch:
         """The batch of `key`."""
-        rows, augmentation_seed = key
+        rows, augmentation_seed, share = key
         inputs = self.data.inputs.index_select(0, rows)
         if augmentation_seed is not None:
             assert self.data.config.augment is not None
             inputs = self.data.config.augment(inputs, torch.Generator().manual_seed(augmentation_seed))
-        return Batch(rows, self.data.task.prepare(inputs), self.data.labels.index_select(0, rows))
+        parts = rows, self.data.task.prepare(inputs), self.data.labels.index_select(0, rows)
+        return Batch(*parts) if share is None else PartOfBatch(*parts, share)
 
     def __getitems__(self, keys: Sequence[BatchKey]) -> list[Batch]:
         """The batches of `keys`, equal to those fetched one by one.
@@ -220,7 +282,7 @@ class BatchDataset(Dataset[Batch]):
         time. Each batch is its own part of the group's memory and may be written to. Groups whose images take more than
         a few megabytes leave the processor's cache and gain nothing.
         """
-        if any(key.augmentation_seed is not None for key in keys):
+        if any(key.augmentation_seed is not None or key.share is not None for key in keys):
             return [self[key] for key in keys]
         sizes = [len(key.rows) for key in keys]
         group = self[BatchKey(torch.cat([key.rows for key in keys]), None)]
@@ -244,13 +306,16 @@ class EpochSampler(Sampler[BatchKey]):
 
     Where the last of the shuffled batches would hold one sample, it joins the batch before it. Batch norm cannot train
     on one value per channel, and to drop the sample would leave another one out in each epoch.
+
+    Several ranks follow the same order; of each batch a rank gets those `rows` that it owns, numbered from its first.
     """
 
     def __init__(
-        self, rows: range, batch_size: int, seed: int = 0, stage: str = "", shuffle: bool = False, augment: bool = False
-    ) -> None:
+        self, rows: range, batch_size: int, seed: int = 0, stage: str = "", shuffle: bool = False,
+        augment: bool = False, own: range | None = None,
+    ) -> None:  # fmt: skip
         self.rows, self.batch_size, self.seed, self.stage = rows, batch_size, seed, stage
-        self.shuffle, self.augment = shuffle, augment
+        self.shuffle, self.augment, self.own = shuffle, augment, own or rows
         self.epoch = 0
         self.left_out = (0, 0)  # an epoch, and how many of its first batches it leaves out: they were trained on before
 
@@ -276,8 +341,18 @@ class EpochSampler(Sampler[BatchKey]):
         for step, batch in enumerate(rows.split(self.sizes())):
             if step < done and self.epoch == epoch:
                 continue
-            seed = derive(self.seed, self.stage, "augment", self.epoch, step) if self.augment else None
-            yield BatchKey(batch, seed)
+            seed = derive(self.seed, self.stage, "augment", self.epoch, step, *self._part) if self.augment else None
+            yield BatchKey(batch, seed) if self.own == self.rows else self._of_own(batch, seed)
+
+    @property
+    def _part(self) -> tuple[int, ...]:
+        """What tells the draws of a rank from those of the others."""
+        return () if self.own == self.rows else (self.own.start,)
+
+    def _of_own(self, batch: Tensor, seed: int | None) -> BatchKey:
+        own = batch[(batch >= self.own.start) & (batch < self.own.stop)] - self.own.start
+        share = len(own) * ranks.size() / len(batch)
+        return BatchKey(own if len(own) else torch.zeros(1, dtype=torch.int64), seed, share)
 
 
 def load_source(config: DataConfig) -> LabelledSet:

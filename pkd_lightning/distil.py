@@ -1,0 +1,51 @@
+"""The work of a run: data -> teacher -> rounds -> ensemble -> evaluation -> report."""
+
+import time
+
+import torch
+from omegaconf import DictConfig
+
+from pkd_lightning import ranks
+from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.data.module import DataModule
+from pkd_lightning.evaluate import collect_results
+from pkd_lightning.experiment import TORCH_THREADS, assemble, open_tracker
+from pkd_lightning.fitting import Stage
+from pkd_lightning.growth import source_of
+from pkd_lightning.naming import Naming
+from pkd_lightning.processes import together
+from pkd_lightning.report import write_report
+from pkd_lightning.rundir import RunDirectory
+from pkd_lightning.teacher import prepare_teacher
+
+
+def distil(config: DictConfig) -> RunDirectory | None:
+    """Run or resume an experiment of one process or several; its directory, or None in all ranks but the first."""
+    experiment = assemble(config)
+    directory = RunDirectory(config)
+    torch.set_num_threads(config.threads or TORCH_THREADS)
+    start = time.perf_counter()
+    with together(config, experiment.trainer) as leave:
+        data = DataModule(experiment.data)
+        ranks.agreed(lambda: experiment.check(data))
+        with directory.open(config):
+            with open_tracker(config, directory.path, Naming(config, data.name)) as tracker:
+                checkpoint = directory.path / "fits" / "teacher.ckpt"
+                stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl", checkpoint=checkpoint)
+                shared = directory.shared_teacher(data.fingerprint)
+                teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", shared, stage, tracker)
+                source = ranks.agreed(lambda: source_of(config, experiment.boosting, directory))
+                loop = BoostingLoop(
+                    experiment.boosting, experiment.student, experiment.trainer, data, teacher,
+                    directory.path, config.seed, tracker, source,
+                )  # fmt: skip
+                ensemble = loop.run()
+                if not leave():  # the first evaluates alone
+                    return None
+                results = collect_results(config, data, teacher, ensemble, loop, time.perf_counter() - start)
+                directory.save_results(results)
+                write_report(directory.path)
+                tracker.summarise(results)
+            loop.close()
+            directory.finish()
+    return directory
