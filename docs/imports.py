@@ -13,7 +13,10 @@ PACKAGE = "pkd_lightning"
 PAGE = Path(__file__).parent / "imports.md"
 # from the top, each with what it is for; a package stands for all of its modules
 FLOORS = (
-    ("what a user calls", ("child", "run", "distil", "sweeps", "cli", "dashboard", "naming", "report", "pretrained")),
+    (
+        "what a user calls",
+        ("child", "run", "finish", "distil", "sweeps", "cli", "dashboard", "naming", "report", "pretrained"),
+    ),
     ("from a configuration to checked parts", ("experiment", "trial")),
     ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),

@@ -110,6 +110,8 @@ def explain_end() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except (SystemExit, KeyboardInterrupt) as stop:
         print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        if not in_multirun():
+            print("`pkd finish RUN` ends the run with the students there are", file=sys.stderr)
         sys.exit(stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT)
 
 

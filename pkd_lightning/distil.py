@@ -19,8 +19,16 @@ from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.teacher import prepare_teacher
 
 
-def distil(config: DictConfig) -> RunDirectory | None:
-    """Run or resume an experiment of one process or several; its directory, or None in all ranks but the first."""
+def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory | None:
+    """Run or resume an experiment of one process or several; its directory, or None in all ranks but the first.
+
+    Args:
+        config: the whole configuration.
+        ended_early: by what no further round is begun: the run ends with the students there are.
+
+    Raises:
+        RunError: where there is none.
+    """
     experiment = assemble(config)
     directory = RunDirectory(config)
     torch.set_num_threads(config.threads or TORCH_THREADS)
@@ -39,7 +47,7 @@ def distil(config: DictConfig) -> RunDirectory | None:
                     experiment.boosting, experiment.student, experiment.trainer, data, teacher,
                     directory.path, config.seed, tracker, source,
                 )  # fmt: skip
-                ensemble = loop.run()
+                ensemble = loop.run(ended_early)
                 if not leave():  # the first evaluates alone
                     return None
                 results = collect_results(config, data, teacher, ensemble, loop, time.perf_counter() - start)

@@ -19,7 +19,9 @@ from pkd_lightning.reporting.table import print_table
 from pkd_lightning.rundir import find_finished
 from pkd_lightning.sweeps.records import this_job
 
-COMMANDS = {"list": "pkd_lightning.sweeps.listing", "report": "pkd_lightning.report"}
+COMMANDS = {
+    "finish": "pkd_lightning.finish", "list": "pkd_lightning.sweeps.listing", "report": "pkd_lightning.report",
+}  # fmt: skip
 
 
 def run(config: DictConfig) -> dict[str, object]:

@@ -78,9 +78,19 @@ class BoostingLoop:
             directory if ranks.size() == 1 else None,
         )  # fmt: skip
 
-    def run(self) -> ProgressiveEnsemble:
-        """Add students until done; continues where a run before stopped."""
+    def run(self, ended_early: str | None = None) -> ProgressiveEnsemble:
+        """Add students until done; continues where a run before stopped.
+
+        Args:
+            ended_early: by what no more are added.
+
+        Raises:
+            RunError: where there is no student at all.
+        """
         self.restore()
+        if ended_early is not None and not self.done:
+            self.state.stop_reason = f"ended early, by {ended_early}"
+            self.save()
         if self.state.round == 0 and self.source is not None:
             self.grow(self.source)
         self.describe()
