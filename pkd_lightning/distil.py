@@ -16,6 +16,7 @@ from pkd_lightning.naming import Naming
 from pkd_lightning.processes import together
 from pkd_lightning.report import write_report
 from pkd_lightning.rundir import RunDirectory
+from pkd_lightning.sweeps.pruning import this_trial
 from pkd_lightning.teacher import prepare_teacher
 
 
@@ -45,7 +46,7 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
                 source = ranks.agreed(lambda: source_of(config, experiment.boosting, directory))
                 loop = BoostingLoop(
                     experiment.boosting, experiment.student, experiment.trainer, data, teacher,
-                    directory.path, config.seed, tracker, source,
+                    directory.path, config.seed, tracker, source, this_trial(),
                 )  # fmt: skip
                 ensemble = loop.run(ended_early)
                 if not leave():  # the first evaluates alone

@@ -35,6 +35,10 @@ class RunError(PKDError):
     """A run that cannot start or continue, for example because another process holds its directory."""
 
 
+class Pruned(PKDError):
+    """A run that a sweep has ended between two rounds, because others are better. The same command goes on with it."""
+
+
 @contextmanager
 def full_disk(path: Path) -> Iterator[None]:
     """Turn what a full disk, or a used-up quota, makes of the block into one error.

@@ -26,7 +26,7 @@ from pkd_lightning.checks import build, collect, under, unknown_keys
 from pkd_lightning.composition import complete, mapping, top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
-from pkd_lightning.errors import ConfigError
+from pkd_lightning.errors import ConfigError, Pruned
 from pkd_lightning.loggers import About, NoTracker, Tracker
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
@@ -336,5 +336,8 @@ def open_tracker(config: DictConfig, directory: Path, about: About) -> Iterator[
     try:
         yield tracker
         failed = False
+    except Pruned:
+        failed = False
+        raise
     finally:
         tracker.close(failed)

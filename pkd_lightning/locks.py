@@ -76,6 +76,18 @@ def _opened(path: Path) -> FileIO:
         ) from error
 
 
+def taken(path: Path) -> bool:
+    """Whether a process holds the lock on a file, on whatever host."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no lock file, or no locks on this file system
+    return False
+
+
 def holder(path: Path) -> str:
     """`: process 12 on host`, who holds the lock on a file, where that is known, else nothing."""
     try:

@@ -1,4 +1,8 @@
 """The form of a run's results: its version, and where they are before they are whole."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 SCHEMA = 1  # of results.json and progress.json
 PROGRESS = "progress.json"  # of a run without results.json: the rounds so far, in the same form
+Observer = Callable[[Mapping[str, Any]], None]  # is given what PROGRESS holds, whenever a round is done

@@ -24,7 +24,7 @@ from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import atomic_write, remove_temporaries, unlocked, write_json
 from pkd_lightning.composition import complete, top_level_faults
 from pkd_lightning.errors import RunError, full_disk
-from pkd_lightning.locks import holder, sign, unsign
+from pkd_lightning.locks import holder, sign, taken, unsign
 from pkd_lightning.process import in_multirun, task
 from pkd_lightning.results import PROGRESS
 from pkd_lightning.trainer import TrainerConfig, device_of
@@ -266,14 +266,7 @@ class RunDirectory:
 
 def held(run: Path) -> bool:
     """Whether a process runs the experiment of a run directory: it holds its lock, on whatever host."""
-    try:
-        with (run / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # no lock file, or no locks on this file system
-    return False
+    return taken(run / ".lock")
 
 
 def point_latest(run_root: Path, target: Path) -> None:

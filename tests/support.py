@@ -73,13 +73,16 @@ def stopped_by(
     environment: Mapping[str, str] | None = None,
 ) -> tuple[int, str, str]:
     """Run the command line in `root`, with a signal once its epochs' lines are such; exit code, stdout, stderr."""
-    inherited = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and so would the run
+    handled = number != signal.SIGKILL
+    if handled:  # a shell's background jobs ignore Ctrl-C, and so would the run
+        inherited = signal.signal(number, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, "-m", "pkd_lightning.run", *flags], cwd=root,
         env={**os.environ, **(environment or {}), "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    signal.signal(number, inherited)
+    if handled:
+        signal.signal(number, inherited)
     try:
         for _ in range(600):
             time.sleep(0.1)

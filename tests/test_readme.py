@@ -12,6 +12,7 @@ from experiments.figures import FIGURES, digest
 from experiments.readme import documents, fill
 from pkd_lightning.cli import load_config
 from pkd_lightning.experiment import assemble
+from pkd_lightning.sweeps.space import Space
 from tests.support import tiny_run
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,8 @@ def test_every_command_composes_to_a_valid_experiment(
     (tmp_path / "student" / "mine.yaml").write_text(ladder)
     # launchers are extras
     plain = [word for word in arguments if not word.startswith(("--", "hydra")) and word != "DIR"]
-    overrides = [word.split(",")[0] for word in plain]
+    searched = "hydra/sweeper=optuna" in arguments
+    overrides = next(iter(Space.of(plain).examples())) if searched else [word.split(",")[0] for word in plain]
     searchpath = [f"hydra.searchpath=[file://{tmp_path}]"] if "--config-dir" in arguments else []
     monkeypatch.setattr(Path, "is_file", lambda self: True)  # HASH and the like stand for the user's files
     experiment = assemble(load_config(*searchpath, *overrides))

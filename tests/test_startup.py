@@ -13,7 +13,7 @@ from pkd_lightning.cli import log_to_terminal
 from tests.support import TINY, tiny_run
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {"torch", "lightning", "numba", "matplotlib", "torchvision", "sklearn", "scipy", "wandb"}
+HEAVY = {"torch", "lightning", "numba", "matplotlib", "torchvision", "sklearn", "scipy", "wandb", "optuna"}
 MAIN = """
 import atexit, sys
 atexit.register(lambda: print("IMPORTED", *sys.modules, file=sys.stderr))

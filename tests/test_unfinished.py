@@ -1,16 +1,18 @@
 """An unfinished run: its students so far can be loaded and reported, and both say that it is not finished."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pkd_lightning import run as run_module
 from pkd_lightning.boosting import loop as loop_module
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.ensemble import ProgressiveEnsemble
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import Pruned, RunError
 from pkd_lightning.report import compare, main, write_report
 from pkd_lightning.reporting import single
 from tests.support import ACCEPT, patterns, tiny_run
@@ -131,3 +133,23 @@ def test_a_run_from_before_descriptions_gets_one_when_it_goes_on(
     stopped_after(2, tmp_path, monkeypatch)
     assert len(ProgressiveEnsemble.load(run)) == 2
     assert (run / "progress.json").exists()
+
+
+def test_an_observer_sees_each_round_and_may_end_the_run_which_then_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def observe(results: Mapping[str, Any]) -> None:
+        (run,) = tmp_path.glob("digits/*")
+        state = torch.load(run / "boosting.ckpt", weights_only=True) if seen else {"round": 0}
+        assert len(results["rounds"]) == state["round"]  # it is saved: nothing is lost by ending it
+        seen.append((len(results["rounds"]), results["stop_reason"] is not None))
+        if seen == [(0, False), (1, False), (2, False)]:
+            raise Pruned("others are better")
+
+    monkeypatch.setattr(run_module, "this_trial", lambda: observe)
+    with pytest.raises(Pruned):
+        tiny_run(tmp_path, ACCEPT)
+    assert len(tiny_run(tmp_path, ACCEPT)["rounds"]) == 3
+    assert seen == [(0, False), (1, False), (2, False), (2, False), (3, True)]

@@ -32,7 +32,7 @@ from pkd_lightning.fitting import FitResult, Stage, fit, predict
 from pkd_lightning.loggers import Tracker
 from pkd_lightning.matrix import Difference, largest, scratch
 from pkd_lightning.models.ladder import Ladder
-from pkd_lightning.results import PROGRESS
+from pkd_lightning.results import PROGRESS, Observer
 from pkd_lightning.seeding import seeded
 from pkd_lightning.teacher import Teacher
 from pkd_lightning.trainer import TrainerConfig
@@ -55,6 +55,8 @@ class BoostingLoop:
         seed: the run's seed.
         tracker: where the fits' curves go.
         source: a run whose first rounds are taken over, where this one has none yet.
+        observer: is given what progress.json holds, before the first round and after each. What it raises ends the run
+            between two rounds.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class BoostingLoop:
         seed: int,
         tracker: Tracker,
         source: Source | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
         self.teacher, self.directory = teacher, directory
-        self.seed, self.tracker, self.source = seed, tracker, source
+        self.seed, self.tracker, self.source, self.observer = seed, tracker, source, observer
         self.objective, self.combination = objective_of(config), combination_of(config)
         self.state = BoostingState.fresh(
             len(data.training), len(data.validation), data.num_classes, teacher.fingerprint,
@@ -309,13 +312,16 @@ class BoostingLoop:
 
     def describe(self) -> None:
         """Write what loads and reports the students so far; after `boosting.ckpt`, so that it is never ahead of it."""
-        students = self.directory / "students"
         experiment = self.directory.parent.name
         results = partial_results(
             experiment, self.seed, self.config, self.objective.name, self.data, self.teacher, self.state
         )
-        if not ranks.first():
-            return
+        if ranks.first():
+            self._write_description(results)
+        ranks.agreed(lambda: None if self.observer is None else self.observer(results))
+
+    def _write_description(self, results: dict[str, Any]) -> None:
+        students = self.directory / "students"
         if self.state.round > 0:
             save_description(students, self.state.scales, self.data.task, self.data.class_labels, self.done)
         else:

@@ -20,7 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import spare_terminal
-from pkd_lightning.errors import PKDError, RunError
+from pkd_lightning.errors import PKDError, Pruned, RunError
+from pkd_lightning.reporting.load import results_so_far
+from pkd_lightning.reporting.values import percent, validation_of
 from pkd_lightning.rundir import RunDirectory, point_latest
 from pkd_lightning.sweeps.records import SWEEP, Job, Sweep, common, one_line, plan
 from pkd_lightning.sweeps.summary import accuracy_words, summarise
@@ -52,7 +54,8 @@ class JobRecords(Callback):
         if is_basic(config):
             with suppress(HydraException):  # where only the sweeper knows the jobs, as with `glob`
                 jobs = plan(overrides, config.hydra.sweeper.get("params") or {})
-        sweep = Sweep(path, tuple(common(overrides)), len(jobs) or None)
+        total = len(jobs) or config.hydra.sweeper.get("n_trials")
+        sweep = Sweep(path, tuple(common(overrides)), total)
         sweep.save(overrides)
         for number, own in enumerate(jobs):
             if sweep.find(own) is None:
@@ -70,9 +73,11 @@ class JobRecords(Callback):
             return
         self.job = None
         sweep, run = sweep_of(config), run_of(config)
+        overrides = tuple(map(str, config.hydra.overrides.task))
+        earlier = sweep.find(overrides)
         job = Job(
-            config.hydra.job.num,
-            tuple(map(str, config.hydra.overrides.task)),
+            config.hydra.job.num if earlier is None or is_basic(config) else earlier.number,
+            overrides,
             "running",
             None if run is None else os.path.relpath(run.path, sweep.path),
             host=socket.gethostname(),
@@ -80,13 +85,12 @@ class JobRecords(Callback):
             started=time.time(),
             found=run is not None and run.finished,
         )
-        earlier = sweep.find(job.overrides)
-        if earlier is not None and sweep.alive(earlier) and (earlier.host, earlier.pid) != (job.host, job.pid):
+        if earlier is not None and sweep.elsewhere(earlier):
             say(f"{sweep.title(job)} is running already: process {earlier.pid} on {earlier.host}")
             return
         sweep.write(job)
         self.job = job
-        share_threads(config, sweep.total)
+        share_threads(config, config.hydra.sweeper.get("n_jobs", sweep.total))
         if not job.found:
             say(line_of(sweep, job))
 
@@ -96,8 +100,10 @@ class JobRecords(Callback):
         if self.job is None:
             return
         sweep = sweep_of(config)
-        if job_return.status == JobStatus.FAILED:
-            error = job_return._return_value
+        error = job_return._return_value
+        if isinstance(error, Pruned):
+            job = replace(self.job, state="pruned", ended=time.time())
+        elif job_return.status == JobStatus.FAILED:
             job = replace(self.job, state="failed", error=one_line(error), ended=time.time())
             if not isinstance(error, PKDError):
                 traceback.print_exception(error)
@@ -171,6 +177,10 @@ def line_of(sweep: Sweep, job: Job) -> str:
     if job.state == "finished" and run is not None:
         figures = accuracy_words(read_json(run / "results.json"))
         return f"{sweep.title(job)} {'found' if job.found else 'finished'}: {figures}"
+    if job.state == "pruned" and run is not None:
+        results = results_so_far(run)
+        rounds = f"{len(results['rounds'])} of {results.get('planned_rounds', '?')} rounds"
+        return f"{sweep.title(job)} pruned after {rounds}: validation {percent(validation_of(results))}"
     said = {"running": "started", "failed": f"failed: {job.error}"}
     return f"{sweep.title(job)} {said.get(job.state, job.state)}"
 

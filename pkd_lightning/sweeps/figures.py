@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.grouping import short_keys
 from pkd_lightning.reporting.values import engineering
+from pkd_lightning.sweeps.records import brief
 from pkd_lightning.sweeps.summary import SEED, JobRow, Summary
 
 MOST_LABELS = 12  # of words along an axis
@@ -89,6 +90,7 @@ def _swept(rows: list[JobRow], key: str, label: str) -> Figure:
 
 
 def _short(value: str) -> str:
+    value = brief(value)
     return value if len(value) <= LONG else value[: LONG - 1] + "…"
 
 

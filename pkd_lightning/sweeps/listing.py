@@ -89,24 +89,29 @@ def list_runs(run_root: Path) -> list[Listed]:
     if not run_root.is_dir():
         raise RunError(f"{run_root}: is no directory; name the run_root of your runs, as in `pkd list runs`")
     failed: dict[Path, Job] = {}
+    pruned: set[Path] = set()
     for sweep in find_sweeps(run_root):
         for job in sweep.jobs()[0]:
             run = sweep.run_of(job)
             if job.state == "failed" and run is not None:
                 failed[run] = job
+            if job.state == "pruned" and run is not None:
+                pruned.add(run)
     runs = {run: changed(run) for run in find_run_directories(run_root)}
     runs = {run: job.ended or 0.0 for run, job in failed.items()} | runs
     if not runs:
         raise RunError(f"{run_root}: holds no runs")
     defaults: dict[str, dict[str, str]] = {}
     return [
-        _listed(run, os.path.relpath(run, run_root), runs[run], failed.get(run), defaults)
+        _listed(run, os.path.relpath(run, run_root), runs[run], failed.get(run), run in pruned, defaults)
         for run in sorted(runs, key=lambda run: -runs[run])
     ]
 
 
-def _listed(run: Path, name: str, then: float, failed: Job | None, defaults: dict[str, dict[str, str]]) -> Listed:
-    state, validation = "running" if held(run) else "stopped", ""
+def _listed(
+    run: Path, name: str, then: float, failed: Job | None, pruned: bool, defaults: dict[str, dict[str, str]]
+) -> Listed:
+    state, validation = "running" if held(run) else "pruned" if pruned else "stopped", ""
     if failed is not None and state != "running":
         state = f"failed: {shorten(failed.error or '', MOST_WORDS)}"
     try:

@@ -18,7 +18,7 @@ from pkd_lightning.reporting.grouping import short_keys, within
 from pkd_lightning.reporting.values import MISSING, count, duration, engineering, number, percent
 from pkd_lightning.rundir import VOLATILE
 from pkd_lightning.sweeps.figures import front_figure, swept_figures
-from pkd_lightning.sweeps.records import pair
+from pkd_lightning.sweeps.records import brief, pair
 from pkd_lightning.sweeps.summary import SEED, JobRow, Setting, Summary
 
 PAGE = "report.html"
@@ -102,13 +102,13 @@ def tables(summary: Summary) -> list[tuple[str, list[str], list[list[str]], list
     if SEED in summary.keys:
         head = [short[key] for key in keys] or ["setting"]
         rows = [
-            [*([setting.values.get(key, "") for key in keys] or ["all"]), *_figures_of(setting)]
+            [*([brief(setting.values.get(key, "")) for key in keys] or ["all"]), *_figures_of(setting)]
             for setting in summary.settings
         ]
         head += ["seeds finished", "validation", TEST, "total MACs", "time a run"]
         made.append((SETTINGS, head, rows, list(range(len(keys) or 1))))
     front = [
-        [str(place), *(point.setting.values.get(key, "") for key in keys),
+        [str(place), *(brief(point.setting.values.get(key, "")) for key in keys),
          f"all {point.students}" if point.whole else f"first {point.students}", count(point.macs),
          percent(point.validation, 2), percent(point.test, 2)]
         for place, point in enumerate(summary.front, start=1)
@@ -129,7 +129,7 @@ def _cells(summary: Summary, row: JobRow) -> list[str]:
     time = "" if row.job.state == "waiting" else duration(row.seconds)
     return [
         str(row.job.number + 1),
-        *(row.values.get(key, "") for key in summary.keys),
+        *(brief(row.values.get(key, "")) for key in summary.keys),
         row.state,
         *(_known(percent(value, 2)) for value in (row.validation, row.test)),
         _known(count(row.macs)),
@@ -167,13 +167,15 @@ def best_sentence(summary: Summary) -> str:
         return "No finished job, so nothing is chosen." if summary.comparable else ""
     others = [setting for setting in summary.settings if setting.finished]
     seeds = f", mean of {len(best.finished)} seeds" if len(best.finished) > 1 else ""
-    open_jobs = [row for row in summary.rows if not row.finished]
+    pruned = len(summary.in_state("pruned"))
+    open_jobs = sum(not row.finished for row in summary.rows) - pruned
     among = f"{len(others)} settings" if len(others) > 1 else "the one setting"
     text = (
         f"Best by validation among {among} with a finished job: {best.label}, "
         f"validation {best.validation.percent()}{seeds}. Its test accuracy, which chose nothing: {best.test.percent()}."
     )
-    return text + (f" {len(open_jobs)} jobs are not finished." if open_jobs else "")
+    text += f" {pruned} jobs were pruned." if pruned else ""
+    return text + (f" {open_jobs} jobs are not finished." if open_jobs else "")
 
 
 def _failures(summary: Summary) -> list[str]:

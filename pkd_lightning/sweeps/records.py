@@ -17,7 +17,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pkd_lightning.checkpoint import read_json, write_json
 from pkd_lightning.errors import ConfigError, PKDError, RunError
@@ -29,6 +29,7 @@ SWEEP = "sweep.json"
 JOBS = "jobs"
 SWEEPS = ".sweeps"  # below run_root
 SCHEMA = 1
+LONG_NUMBER = 12  # characters, of which a reader needs fewer
 LONGEST = 40  # characters of a sweep's name, besides its hash
 YOUNG = 120.0  # seconds that a job may take until it holds its run directory
 
@@ -40,8 +41,9 @@ class Job:
     Attributes:
         number: Hydra's, from 0.
         overrides: all of the job's, as Hydra names them.
-        state: `waiting`, `running`, `finished` or `failed`; as read by `Sweep.jobs` also `stopped`, where the process
-            that ran it is gone, and `removed`, where its results are.
+        state: `waiting`, `running`, `finished`, `failed`, or `pruned`, where the sweeper has ended it between two
+            rounds; as read by `Sweep.jobs` also `stopped`, where the process that ran it is gone, and `removed`, where
+            its results are.
         run: the run directory, relative to the sweep's; None where the configuration has none.
         error: of a failed job, on one line.
         host: where it ran last.
@@ -115,7 +117,7 @@ class Sweep:
         found, notes = [], []
         for file in sorted((self.path / JOBS).glob("*.json")):
             try:
-                found.append(self._as_it_stands(_job(file)))
+                found.append(self.as_it_stands(_job(file)))
             except RunError as error:
                 notes.append(f"{error}: the job is left out; the same command writes it again")
         return sorted(found, key=lambda job: (job.number, job.overrides)), notes
@@ -149,13 +151,18 @@ class Sweep:
             pass  # another user's
         return True
 
-    def _as_it_stands(self, job: Job) -> Job:
+    def elsewhere(self, job: Job) -> bool:
+        """Whether a process other than this one runs a job."""
+        return self.alive(job) and (job.host, job.pid) != (socket.gethostname(), os.getpid())
+
+    def as_it_stands(self, job: Job) -> Job:
+        """A job as its file has it, in the state that its process and its run directory say."""
         if job.state == "running" and not self.alive(job):
             job = replace(job, state="stopped")
         run = self.run_of(job)
         if job.state == "finished" and not (run is not None and (run / "results.json").is_file()):
             return replace(job, state="removed")
-        if job.state in ("failed", "stopped") and run is not None and (run / "DONE").is_file():
+        if job.state in ("failed", "stopped", "pruned") and run is not None and (run / "DONE").is_file():
             return replace(job, state="finished", error=None)  # by another command, or just before its process ended
         return job
 
@@ -163,7 +170,15 @@ class Sweep:
 def words(values: Mapping[str, str]) -> str:
     """`boosting=paper lr=0.1`."""
     short = short_keys(values)
-    return " ".join(f"{short[key]}={value}" for key, value in values.items())
+    return " ".join(f"{short[key]}={brief(value)}" for key, value in values.items())
+
+
+def brief(value: str) -> str:
+    """A value as it is shown: of a number that was drawn four digits."""
+    try:
+        return f"{float(value):.4g}" if len(value) > LONG_NUMBER and "." in value else value
+    except ValueError:
+        return value
 
 
 def _job(file: Path) -> Job:
@@ -181,7 +196,8 @@ def this_job() -> str | None:
     hydra = HydraConfig.get()
     path = Path(hydra.sweep.dir)
     sweep = Sweep.read(path) if (path / SWEEP).is_file() else Sweep(path)
-    return sweep.title(Job(hydra.job.num, tuple(map(str, hydra.overrides.task))))
+    overrides = tuple(map(str, hydra.overrides.task))
+    return sweep.title(sweep.find(overrides) or Job(hydra.job.num, overrides))
 
 
 def find_sweeps(path: Path) -> list[Sweep]:
@@ -216,6 +232,11 @@ def plan(overrides: Sequence[str], params: Mapping[str, object]) -> list[list[st
     return jobs
 
 
+def params_of(sweeper: DictConfig) -> list[str]:
+    """The overrides that a sweeper's configuration has."""
+    return [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+
+
 def parsed(overrides: Sequence[str]) -> list[Override]:
     """Overrides as Hydra's grammar reads them."""
     return OverridesParser.create().parse_overrides(list(overrides))
@@ -246,12 +267,21 @@ def overrides_hash(overrides: Iterable[str]) -> str:
     return hashlib.blake2b("\0".join(counted).encode(), digest_size=4).hexdigest()
 
 
-def sweep_name(overrides: ListConfig) -> str:
-    """The name of a sweep's directory: the keys of what is swept, and a hash of all."""
+def sweep_name(overrides: ListConfig, sweeper: DictConfig | None = None) -> str:
+    """The name of a sweep's directory: the keys of what is swept, and a hash of all.
+
+    Args:
+        overrides: of the command.
+        sweeper: its configuration. Where it has goals, these count, and so does what its `params` search.
+    """
     words: list[str] = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
+    goals = None if sweeper is None else sweeper.get("goals")
+    if sweeper is not None and goals is not None:
+        words = [*params_of(sweeper), *words]
     swept = [override.key_or_group or "" for override in parsed(words) if override.is_sweep_override()]
     short = "-".join(re.sub(r"\W+", "_", key.rpartition(".")[2]) for key in swept)[:LONGEST]
-    return f"{short}-{overrides_hash(words)}".lstrip("-")
+    counted = words if goals is None else [*words, f"hydra.sweeper.goals={goals}"]
+    return f"{short}-{overrides_hash(counted)}".lstrip("-")
 
 
 def one_line(error: BaseException) -> str:

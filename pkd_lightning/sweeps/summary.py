@@ -213,8 +213,8 @@ class Summary:
 
     @property
     def counts(self) -> str:
-        """`7 finished, 1 failed, 1 running of 9 jobs`."""
-        states = ("finished", "failed", "running", "stopped", "removed", "waiting")
+        """`7 finished, 1 failed, 1 running of 9 jobs`, those that were pruned as such."""
+        states = ("finished", "pruned", "failed", "running", "stopped", "removed", "waiting")
         parts = [f"{len(self.in_state(state))} {state}" for state in states if self.in_state(state)]
         return f"{', '.join(parts) or 'none started'} of {self.sweep.total or len(self.rows)} jobs"
 
