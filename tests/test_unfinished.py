@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pkd_lightning import run as run_module
+from pkd_lightning import distil
 from pkd_lightning.boosting import loop as loop_module
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.ensemble import ProgressiveEnsemble
@@ -148,7 +148,7 @@ def test_an_observer_sees_each_round_and_may_end_the_run_which_then_goes_on(
         if seen == [(0, False), (1, False), (2, False)]:
             raise Pruned("others are better")
 
-    monkeypatch.setattr(run_module, "this_trial", lambda: observe)
+    monkeypatch.setattr(distil, "this_trial", lambda: observe)
     with pytest.raises(Pruned):
         tiny_run(tmp_path, ACCEPT)
     assert len(tiny_run(tmp_path, ACCEPT)["rounds"]) == 3
