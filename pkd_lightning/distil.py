@@ -1,23 +1,33 @@
 """The work of a run: data -> teacher -> rounds -> ensemble -> evaluation -> report."""
 
+import logging
 import time
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
 from pkd_lightning import ranks
 from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.boosting.objectives import objective_of
+from pkd_lightning.boosting.partial import partial_results
+from pkd_lightning.checkpoint import write_json
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.evaluate import collect_results
-from pkd_lightning.experiment import TORCH_THREADS, assemble, open_tracker
+from pkd_lightning.experiment import TORCH_THREADS, Experiment, assemble, open_tracker
 from pkd_lightning.fitting import Stage
 from pkd_lightning.growth import source_of
+from pkd_lightning.live import LivePage
+from pkd_lightning.loggers import Tracker
 from pkd_lightning.naming import Naming
 from pkd_lightning.processes import together
 from pkd_lightning.report import write_report
+from pkd_lightning.results import PROGRESS
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.sweeps.pruning import this_trial
 from pkd_lightning.teacher import prepare_teacher
+
+logger = logging.getLogger(__name__)
 
 
 def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory | None:
@@ -38,7 +48,11 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
         data = DataModule(experiment.data)
         ranks.agreed(lambda: experiment.check(data))
         with directory.open(config):
-            with open_tracker(config, directory.path, Naming(config, data.name)) as tracker:
+            with open_tracker(config, directory.path, Naming(config, data.name)) as given:
+                tracker: Tracker = given
+                if ranks.first():
+                    begin(config, experiment, data, directory.path)
+                    tracker = LivePage(given, lambda figures: write_report(directory.path, figures=figures))
                 checkpoint = directory.path / "fits" / "teacher.ckpt"
                 stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl", checkpoint=checkpoint)
                 shared = directory.shared_teacher(data.fingerprint)
@@ -53,8 +67,16 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
                     return None
                 results = collect_results(config, data, teacher, ensemble, loop, time.perf_counter() - start)
                 directory.save_results(results)
+                logger.info("writing the report")
                 write_report(directory.path)
                 tracker.summarise(results)
             loop.close()
             directory.finish()
     return directory
+
+
+def begin(config: DictConfig, experiment: Experiment, data: DataModule, run: Path) -> None:
+    """Write what is known of a run before its teacher, for whoever looks at it from then on."""
+    if not (run / PROGRESS).exists():
+        objective = objective_of(experiment.boosting).name
+        write_json(run / PROGRESS, partial_results(str(config.name), config.seed, experiment.boosting, objective, data))

@@ -38,6 +38,9 @@ class Tracker(Protocol):
     def stage(self, name: str, attempt: int = 0) -> AbstractContextManager[Sequence[Logger]]:
         """Open the loggers of one fit, and close them whatever happens in it."""
 
+    def progress(self, results: Mapping[str, Any]) -> None:
+        """Log the rounds so far, of an unfinished run's results, whose accuracies are of the validation part."""
+
     def summarise(self, results: Mapping[str, Any]) -> None:
         """Log the final results, round by round."""
 
@@ -86,6 +89,9 @@ class NoTracker:
         """No loggers."""
         yield ()
 
+    def progress(self, results: Mapping[str, Any]) -> None:
+        """Nothing."""
+
     def summarise(self, results: Mapping[str, Any]) -> None:
         """Nothing."""
 
@@ -115,6 +121,9 @@ class TensorBoardTracker:
                 yield (logger,)
             finally:
                 logger.experiment.close()
+
+    def progress(self, results: Mapping[str, Any]) -> None:
+        """Nothing: the summary has each round."""
 
     def summarise(self, results: Mapping[str, Any]) -> None:
         """The rounds' figures, a step a student."""

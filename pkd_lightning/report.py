@@ -7,7 +7,6 @@ models or data, so a report can be rebuilt on any machine.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +22,16 @@ from pkd_lightning.sweeps.page import print_summary, write_summary
 from pkd_lightning.sweeps.records import Sweep, find_sweeps
 from pkd_lightning.sweeps.summary import summarise
 
-logger = logging.getLogger(__name__)
 __all__ = ["compare", "main", "print_table", "write_report"]
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
+def write_report(run: Path, out: Path | None = None, figures: bool = True) -> Path:
     """Write a run's `report.html`, and its figures as `figures/*.png`.
 
     Args:
         run: the run directory.
         out: the page's file; `report.html` in the run directory by default.
+        figures: without them, which take seconds, the page takes milliseconds.
 
     Returns:
         The file written: self-contained HTML that makes no request.
@@ -41,8 +40,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         RunError: the results are missing, damaged or of another schema, or nothing can be written.
     """
     out = out or run / "report.html"
-    logger.info("writing the report")
-    page.write(out, run_page(load_run(run), run / "figures"))
+    page.write(out, run_page(load_run(run), run / "figures" if figures else None))
     return out
 
 

@@ -19,6 +19,7 @@ from pkd_lightning.loggers import About, summary_of
 logger = logging.getLogger(__name__)
 logging.getLogger("wandb").setLevel(logging.ERROR)
 MODES = ("offline", "online")
+KNOWN = ("validation_accuracy", "prefix_validation_accuracy", "params", "attempts", "seconds")  # when a round is done
 # Seconds that a server may take to answer at the start, and to take the rest at the end; W&B's own 90 and no limit hold
 # up a run that needs neither. What is not uploaded then is still on the disk.
 START, END = 15.0, 60.0
@@ -143,6 +144,12 @@ class WandbTracker:
     def stage(self, name: str, attempt: int = 0) -> Iterator[Sequence[Logger]]:
         """A logger whose curves carry the stage's name."""
         yield () if self.run is None else (StageLogger(self, stage_name(name, attempt)),)
+
+    def progress(self, results: Mapping[str, Any]) -> None:
+        """A step a round, as they come: what is known before the test part is read."""
+        for row in results["rounds"]:
+            known = {name: row[name] for name in KNOWN} | {"edges_satisfied": row["edges"]["satisfied"]}
+            self.log({f"rounds/{name}": value for name, value in known.items()}, "students", row["round"] + 1)
 
     def summarise(self, results: Mapping[str, Any]) -> None:
         """A step a round, the table and the figures; the final figures in the run's summary; online the students."""

@@ -12,7 +12,7 @@ import pkd_lightning  # noqa: F401  # before any test imports lightning, which n
 def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no report, which takes longer than the rest of a tiny run, except in tests marked `report`."""
     if "report" not in request.keywords:
-        monkeypatch.setattr("pkd_lightning.distil.write_report", lambda run: Path(run) / "report.html")
+        monkeypatch.setattr("pkd_lightning.distil.write_report", lambda run, **_: Path(run) / "report.html")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -318,6 +318,7 @@ class BoostingLoop:
         )
         if ranks.first():
             self._write_description(results)
+            self.tracker.progress(results)
         ranks.agreed(lambda: None if self.observer is None else self.observer(results))
 
     def _write_description(self, results: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ def partial_results(
     config: BoostingConfig,
     objective: str,
     data: DataModule,
-    teacher: Teacher,
-    state: BoostingState,
+    teacher: Teacher | None = None,
+    state: BoostingState | None = None,
 ) -> dict[str, Any]:
     """The rounds so far. Accuracies are of the validation part, as `part` says: the test part is read once, at the end.
 
@@ -29,12 +29,9 @@ def partial_results(
         config: the boosting options.
         objective: its name.
         data: its validation labels and sizes are read.
-        teacher: its logits of the validation rows are read.
-        state: of the loop.
+        teacher: its logits of the validation rows are read; None: it is not there yet.
+        state: of the loop; None: it has not begun.
     """
-    rows = slice(data.validation.start, data.validation.stop)
-    right = (teacher.logits[rows].argmax(-1) == data.labels[rows]).float()
-    accuracy = ranks.mean(float(right.mean()), len(right))
     rounds = [
         {
             **record,
@@ -42,9 +39,8 @@ def partial_results(
             "prefix_accuracy": record["prefix_validation_accuracy"],
             **UNKNOWN,
         }
-        for record in state.records
+        for record in ([] if state is None else state.records)
     ]
-    params = sum(parameter.numel() for parameter in teacher.model.parameters())
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "part": "validation",
@@ -55,14 +51,23 @@ def partial_results(
         "objective": objective,
         "combine": config.combine,
         "sizes": dict(zip(("train", "validation", "test"), data.whole, strict=True)),
-        "wall_seconds": {"teacher": teacher.seconds, "rounds": [record["seconds"] for record in state.records]},
+        "wall_seconds": {"teacher": teacher and teacher.seconds, "rounds": [row["seconds"] for row in rounds]},
         "planned_rounds": config.rounds,
-        "teacher": {"accuracy": accuracy, "params": params, **UNKNOWN},
+        "teacher": {**_teacher(teacher, data), **UNKNOWN},
         "rounds": rounds,
-        "stop_reason": state.stop_reason,
+        "stop_reason": state and state.stop_reason,
     }
     if rounds:
         total = sum(row["params"] for row in rounds)
         accuracy = rounds[-1]["prefix_accuracy"]
         results["ensemble"] = {"members": len(rounds), "accuracy": accuracy, "params": total, **UNKNOWN}
     return results
+
+
+def _teacher(teacher: Teacher | None, data: DataModule) -> dict[str, Any]:
+    if teacher is None:
+        return {"accuracy": None, "params": None}
+    rows = slice(data.validation.start, data.validation.stop)
+    right = (teacher.logits[rows].argmax(-1) == data.labels[rows]).float()
+    params = sum(parameter.numel() for parameter in teacher.model.parameters())
+    return {"accuracy": ranks.mean(float(right.mean()), len(right)), "params": params}

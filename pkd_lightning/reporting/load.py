@@ -88,10 +88,10 @@ def load_run(path: Path) -> RunRecord:
     unfinished, results = _results_file(path).name == PROGRESS, results_so_far(path)
     notes = [f"results.json has no number for {where}: shown as n/a" for where in _gaps(results)]
     if unfinished:
+        done = f"{len(results['rounds'])} of {results.get('planned_rounds', '?')} rounds are done."
         notes = [
-            f"This run is not finished: {len(results['rounds'])} of {results.get('planned_rounds', '?')} rounds are"
-            " done. Accuracies are those of the validation part, by which students are chosen: the test part is read"
-            " once, at the end. Costs are counted then, too."
+            f"This run is not finished: {done}{_doing(path / 'metrics.jsonl')} Accuracies are those of the validation"
+            " part, by which students are chosen: the test part is read once, at the end. Costs are counted then, too."
         ]
     metrics, metric_notes = read_metrics(path / "metrics.jsonl")
     config: str | None = None
@@ -100,6 +100,17 @@ def load_run(path: Path) -> RunRecord:
     except OSError as error:
         metric_notes.append(f"config.yaml {_why(error)}: the resolved configuration is not shown")
     return RunRecord(path, results, metrics, config, notes + metric_notes)
+
+
+def _doing(metrics: Path) -> str:
+    """In a sentence, at what a run is by the last line of its metrics."""
+    try:
+        row = parse_json(read_plain(metrics).decode("utf-8", errors="replace").strip().splitlines()[-1])
+        stage, epoch, attempt = str(row["stage"]), int(row["epoch"]) + 1, int(row.get("attempt") or 0)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError):
+        return ""
+    name = "the teacher" if stage == "teacher" else f"round {int(stage[-2:]) + 1}" if stage[-2:].isdecimal() else stage
+    return f" Its last epoch was epoch {epoch} of {name}{f', attempt {attempt + 1}' if attempt else ''}."
 
 
 def results_so_far(path: Path) -> Row:

@@ -72,13 +72,20 @@ dd { margin: 0; }
 """
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A complete HTML document around finished pieces of markup. The policy forbids every request."""
+def page(title: str, body: Iterable[str], refresh: int | None = None) -> str:
+    """A complete HTML document around finished pieces of markup. The policy forbids every request.
+
+    Args:
+        title: of the document.
+        body: the pieces.
+        refresh: seconds after which a browser loads the file again.
+    """
+    again = "" if refresh is None else f'\n<meta http-equiv="refresh" content="{refresh}">'
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1">{again}
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
 <style>{CSS}</style>

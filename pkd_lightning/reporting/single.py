@@ -32,29 +32,20 @@ from pkd_lightning.reporting.values import (
     share,
 )
 
+REFRESH = 20  # seconds after which a browser loads the page of an unfinished run again
 
-def run_page(run: RunRecord, figures: Path) -> str:
-    """The page of a run; its figures are also saved as PNG files in `figures`.
+
+def run_page(run: RunRecord, figures: Path | None) -> str:
+    """The page of a run; its figures are also saved as PNG files in `figures`. None: it has no figures yet.
 
     Raises:
         RunError: they cannot be saved, or `figures` is a link, which would lead them elsewhere.
     """
-    if figures.is_symlink():
+    if figures is not None and figures.is_symlink():
         raise RunError(f"{figures} is a link: figures are written only into the run's own directory; remove it")
     results = run.results
     words = [f"{key} {results.get(key, MISSING)}" for key in ("dataset", "split", "objective", "combine", "seed")]
-    graphics = []
-    with style.styled():
-        for card in cards(run):
-            parts = [
-                style.svg(part, f"{card.name}{index}", card.title) for index, part in enumerate(card.figures, start=1)
-            ]
-            graphics.append(page.figure(card.title, card.caption, parts, beside=card.name == "edges"))
-            try:
-                with full_disk(figures / f"{card.name}.png"):
-                    style.save_png(card.draw(), figures / f"{card.name}.png", card.title)
-            except OSError as error:
-                raise RunError(f"cannot write the figures to {figures}: {error.strerror}") from error
+    graphics = [] if figures is None else _graphics(run, figures)
     body = [
         page.heading(str(results["experiment"]), " · ".join(words)),
         page.tiles(_tiles(results)),
@@ -68,7 +59,24 @@ def run_page(run: RunRecord, figures: Path) -> str:
         page.section_heading("Setting"),
         *_setting(run),
     ]
-    return page.page(f"{results['experiment']}: progressive knowledge distillation", body)
+    title = f"{results['experiment']}: progressive knowledge distillation"
+    return page.page(title, body, None if run.finished else REFRESH)
+
+
+def _graphics(run: RunRecord, figures: Path) -> list[str]:
+    graphics = []
+    with style.styled():
+        for card in cards(run):
+            parts = [
+                style.svg(part, f"{card.name}{index}", card.title) for index, part in enumerate(card.figures, start=1)
+            ]
+            graphics.append(page.figure(card.title, card.caption, parts, beside=card.name == "edges"))
+            try:
+                with full_disk(figures / f"{card.name}.png"):
+                    style.save_png(card.draw(), figures / f"{card.name}.png", card.title)
+            except OSError as error:
+                raise RunError(f"cannot write the figures to {figures}: {error.strerror}") from error
+    return graphics
 
 
 def _tiles(results: Row) -> list[tuple[str, str, str]]:
