@@ -43,8 +43,8 @@ WIRING = (
 )  # fmt: skip
 TESTS = tuple(
     f"tests/test_{name}.py" for name in (
-        "configs", "earlier", "ensemble", "evaluate", "fit_resume", "fitting", "full_disk", "growth", "identity",
-        "left_behind", "locks", "loop", "losses", "modes", "outside", "pretrained", "promises", "published",
+        "configs", "earlier", "ensemble", "evaluate", "fit_resume", "fit_wiring", "fitting", "full_disk", "growth",
+        "identity", "left_behind", "locks", "loop", "losses", "modes", "outside", "pretrained", "promises", "published",
         "residuals", "resume", "run", "shared_teachers", "teacher", "teachers_trainer", "trial", "trust",
         "unfinished", "wiring",
     )
