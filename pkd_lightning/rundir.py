@@ -32,6 +32,7 @@ from pkd_lightning.trainer import TrainerConfig, device_of
 OBJECTIVES = "pkd_lightning.boosting.objectives."
 OVERRIDES = "overrides.json"  # of a run directory: what the command set, for `pkd list`
 LATEST = "latest"  # in run_root, a link to what the last command made
+FOLDERS = ("teacher", "students", "fits", "parts", "figures", "wandb", "tensorboard")  # of a run directory
 WANDB_HEADER = 7  # bytes of an offline W&B file that holds nothing yet
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,17 @@ class RunDirectory:
             if link.is_symlink() and not link.exists():
                 link.unlink()
 
+    def _check_folders(self) -> None:
+        """Check that nothing else is where the run's folders will be.
+
+        Raises:
+            RunError: naming it.
+        """
+        for name in FOLDERS:
+            path = self.path / name
+            if path.exists() and not path.is_dir():
+                raise RunError(f"{path}: is no directory, and the run needs one there; move it away")
+
     @contextmanager
     def open(self, config: DictConfig) -> Iterator["RunDirectory"]:
         """Create the directory, take its lock, write config.yaml and log to run.log, for the length of the block.
@@ -242,6 +254,7 @@ class RunDirectory:
             except OSError as error:
                 unlocked(self.path, error)
             else:  # without a lock another process may be writing what would be removed
+                self._check_folders()
                 self.tidy()
                 sign(lock)
             text = OmegaConf.to_yaml(complete(config), resolve=True)

@@ -120,7 +120,7 @@ def make_loop(directory: Path, seed: int = 0, trainer: TrainerConfig | None = No
     logits = torch.randn(rows, 3, generator=torch.Generator().manual_seed(5)) + 2 * F.one_hot(data.labels[:rows], 3)
     teacher = Teacher(nn.Identity(), logits, "made up", 0.0)
     ladder = Ladder(f"{__name__}.Linear", rungs=[{"width": 4}, {"width": 5}, {"width": 6}])
-    tracker = SimpleNamespace(stage=lambda name, attempt=0: nullcontext([]))
+    tracker = SimpleNamespace(stage=lambda name, attempt=0: nullcontext([]), progress=lambda results: None)
     config = BoostingConfig(**{"rounds": 3, **options})
     directory.mkdir(parents=True, exist_ok=True)
     return BoostingLoop(

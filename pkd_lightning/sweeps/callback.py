@@ -54,6 +54,10 @@ class JobRecords(Callback):
         if is_basic(config):
             with suppress(HydraException):  # where only the sweeper knows the jobs, as with `glob`
                 jobs = plan(overrides, config.hydra.sweeper.get("params") or {})
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"error: {path}: cannot be made ({error.strerror}); choose another run_root")
         total = len(jobs) or config.hydra.sweeper.get("n_trials")
         sweep = Sweep(path, tuple(common(overrides)), total)
         sweep.save(overrides)
