@@ -2,6 +2,7 @@
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from pkd_lightning.experiment import TORCH_THREADS, Experiment, assemble, open_t
 from pkd_lightning.fitting import Stage
 from pkd_lightning.growth import source_of
 from pkd_lightning.live import LivePage
-from pkd_lightning.loggers import Tracker
 from pkd_lightning.naming import Naming
 from pkd_lightning.processes import together
 from pkd_lightning.report import write_report
@@ -49,10 +49,9 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
         ranks.agreed(lambda: experiment.check(data))
         with directory.open(config):
             with open_tracker(config, directory.path, Naming(config, data.name)) as given:
-                tracker: Tracker = given
                 if ranks.first():
                     begin(config, experiment, data, directory.path)
-                    tracker = LivePage(given, lambda figures: write_report(directory.path, figures=figures))
+                tracker = LivePage(given, partial(write_page, directory.path))  # in other ranks it writes nothing
                 checkpoint = directory.path / "fits" / "teacher.ckpt"
                 stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl", checkpoint=checkpoint)
                 shared = directory.shared_teacher(data.fingerprint)
@@ -80,3 +79,9 @@ def begin(config: DictConfig, experiment: Experiment, data: DataModule, run: Pat
     if not (run / PROGRESS).exists():
         objective = objective_of(experiment.boosting).name
         write_json(run / PROGRESS, partial_results(str(config.name), config.seed, experiment.boosting, objective, data))
+
+
+def write_page(run: Path, figures: bool) -> None:
+    """Write the page of a run that goes on, with figures or without, in the first rank."""
+    if ranks.first():
+        write_report(run, figures=figures)
