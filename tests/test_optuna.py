@@ -830,6 +830,7 @@ def test_what_is_at_fault_is_said_before_anything_runs(
     assert not list(tmp_path.rglob(JOURNAL))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_in_the_same_run_directories(
     multirun: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -852,6 +853,7 @@ def test_a_sweep_that_was_killed_goes_on_in_the_same_run_directories(
     "launcher",
     [sides("joblib", "hydra_joblib_launcher"), sides("submitit_local", "hydra_submitit_launcher")],
 )
+@pytest.mark.slow
 def test_trials_run_side_by_side_and_are_pruned_in_the_processes_of_a_launcher(launcher: str, tmp_path: Path) -> None:
     flags = ("-m", *COMMAND, f"hydra/launcher={launcher}", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2",
              "hydra.sweeper.pruner={_target_: optuna.pruners.ThresholdPruner, lower: 2}")  # fmt: skip

@@ -249,7 +249,9 @@ def test_online_the_students_are_an_artifact(tmp_path: Path, server: Server, mon
     assert artifact.metadata["ensemble/accuracy"] == results["ensemble"]["accuracy"]
 
 
-@pytest.mark.parametrize("answers", [True, False], ids=["no answer", "refused"])
+@pytest.mark.parametrize(
+    "answers", [pytest.param(True, id="no answer", marks=pytest.mark.slow), pytest.param(False, id="refused")]
+)
 def test_without_a_server_it_is_written_offline_after_one_line(
     answers: bool, tmp_path: Path, silent: socket.socket, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
