@@ -27,7 +27,7 @@ from pkd_lightning.composition import complete, mapping, top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError, Pruned
-from pkd_lightning.loggers import About, NoTracker, Tracker
+from pkd_lightning.loggers import About, NoTracker, SilentTracker, Tracker
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
 from pkd_lightning.teacher import TeacherConfig, is_trained
@@ -330,7 +330,9 @@ def open_tracker(config: DictConfig, directory: Path, about: About) -> Iterator[
     Raises:
         ConfigError: where the tracker refuses the options of `config.logger`.
     """
-    make: Callable[..., Tracker] = _tracker(config.logger) if ranks.first() else NoTracker
+    make: Callable[..., Tracker] = _tracker(config.logger)
+    if not ranks.first() and getattr(make, "func", make) is not NoTracker:
+        make = SilentTracker
     tracker = make(directory, about=about, config=OmegaConf.to_container(complete(config), resolve=True))
     failed = True
     try:

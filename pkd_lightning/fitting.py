@@ -179,7 +179,7 @@ def fit(
     module: FitModule,
     data: DataModule,
     stage: Stage,
-    loggers: Sequence[Logger] = (),
+    loggers: Sequence[Logger | L.Callback] = (),
     callbacks: Sequence[L.Callback] = (),
 ) -> FitResult:
     """Train `module` on the training rows and leave it with the weights of its best epoch on the validation rows.
@@ -193,6 +193,7 @@ def fit(
     settings = module.settings
     best = BestWeights()
     lines = [EpochLines(stage.metrics, stage.name, stage.attempt)] if ranks.first() else []
+    looking = [one for one in loggers if isinstance(one, L.Callback)]
     watchers: list[L.Callback] = [best, *lines, *callbacks]
     if settings.patience is not None:
         watchers.append(EarlyStopping("validation_loss", patience=settings.patience, check_finite=True))
@@ -210,7 +211,8 @@ def fit(
     if settings.by_step:
         logger.info("%s: a training step a batch, with Lightning's hooks around it", stage.description or stage.name)
     try:
-        trainer = _trainer(settings, stage, loggers, [*watchers, saving])
+        kept = [one for one in loggers if isinstance(one, Logger)]
+        trainer = _trainer(settings, stage, kept, [*watchers, *looking, saving])
     except (MisconfigurationException, ValueError, TypeError) as error:  # of its arguments, which users may give
         raise ConfigError([f"trainer: Lightning refuses it: {error}"]) from error
     if saved is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.loggers import Logger
 
 from pkd_lightning.errors import RunError
@@ -35,10 +36,10 @@ class LivePage:
         self.cost = 1.0  # seconds, until it is measured
 
     @contextmanager
-    def stage(self, name: str, attempt: int = 0) -> Iterator[Sequence[Logger]]:
-        """The loggers of one fit, and one that looks after the page."""
+    def stage(self, name: str, attempt: int = 0) -> Iterator[Sequence[Logger | L.Callback]]:
+        """The loggers of one fit, and a callback that looks after the page."""
         with self.tracker.stage(name, attempt) as loggers:
-            yield (*loggers, PageLogger(self))
+            yield (*loggers, Looks(self))
         self.look()
 
     def progress(self, results: Mapping[str, Any]) -> None:
@@ -68,25 +69,16 @@ class LivePage:
             self.cost = self.last - now
 
 
-class PageLogger(Logger):
-    """Lightning's logger of one stage, called once an epoch."""
+class Looks(L.Callback):
+    """Looks after the page at the start of a fit and at the end of each of its epochs."""
 
     def __init__(self, page: LivePage) -> None:
         self.page = page
 
-    @property
-    def name(self) -> str:
-        """Of the logger."""
-        return "page"
-
-    @property
-    def version(self) -> str:
-        """There is one."""
-        return ""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Look whether it is time."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look, for the first page to be there."""
         self.page.look()
 
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the page has the whole configuration."""
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look, now that the epoch's line is written."""
+        self.page.look()

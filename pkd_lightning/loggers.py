@@ -5,7 +5,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import lightning as L
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pkd_lightning import ranks
@@ -35,8 +37,8 @@ class About(Protocol):
 class Tracker(Protocol):
     """Where the curves of a run go."""
 
-    def stage(self, name: str, attempt: int = 0) -> AbstractContextManager[Sequence[Logger]]:
-        """Open the loggers of one fit, and close them whatever happens in it."""
+    def stage(self, name: str, attempt: int = 0) -> AbstractContextManager[Sequence[Logger | L.Callback]]:
+        """Open the loggers of one fit, and callbacks that look on; close them whatever happens in it."""
 
     def progress(self, results: Mapping[str, Any]) -> None:
         """Log the rounds so far, of an unfinished run's results, whose accuracies are of the validation part."""
@@ -97,6 +99,15 @@ class NoTracker:
 
     def close(self, failed: bool) -> None:
         """Nothing."""
+
+
+class SilentTracker(NoTracker):
+    """Of a rank that is not the first: its fits have a logger, which callbacks may need, and it keeps nothing."""
+
+    @contextmanager
+    def stage(self, name: str, attempt: int = 0) -> Iterator[Sequence[Logger]]:
+        """A logger that keeps nothing."""
+        yield (DummyLogger(),)
 
 
 class TensorBoardTracker:

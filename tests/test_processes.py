@@ -280,7 +280,7 @@ def assert_alike(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]"],
+        ["trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]", "logger=tensorboard"],
         ["boosting=paper", "boosting.weak_learner.on_failure=accept", "boosting.bound_quantile=0.9"],
         ["boosting.weights=samples", "boosting.objective=additive", "boosting.combine=sum"],
         ["teacher.online=true", "+trainer.lightning.accumulate_grad_batches=2"],
