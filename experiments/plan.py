@@ -197,6 +197,10 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> tuple[
     except ConfigError as error:
         faults += error.faults
     except COMPOSITION as error:
-        short = re.split("To append|Config search path|See https", str(error))[0].split()
-        faults.append(" ".join([*short, *suggestions(job.overrides)]))
+        faults.append(" ".join([shortened(error), *suggestions(job.overrides)]))
     return path, faults
+
+
+def shortened(error: Exception) -> str:
+    """What is wrong with an override, of all that Hydra says."""
+    return " ".join(re.split("To append|Config search path|See https", str(error))[0].split())

@@ -2,6 +2,7 @@
 
     python -m experiments.study NAME             # start it, or go on with it
     python -m experiments.study NAME --list      # what is collected, unfinished, missing
+    python -m experiments.study NAME hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
 
 `experiments/NAME/study.yaml`; overrides are those of `pkd_lightning.run`, and `{seed}` in one is the run's seed:
 
@@ -20,38 +21,36 @@ done, on whatever machine, until its overrides change. Relative paths are those 
 
 import argparse
 import os
-import re
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.launching import Launcher
 from experiments.plan import COMPOSITION, KEEP, Job, Study, option_faults, read_study
 from pkd_lightning.checkpoint import read_json, write_json
 from pkd_lightning.checks import suggest
 from pkd_lightning.cli import spare_terminal
 from pkd_lightning.errors import ConfigError, PKDError, RunError
+from pkd_lightning.process import stopped_by_signals
 from pkd_lightning.reporting.values import duration, number, percent
+from pkd_lightning.run import _job
 from pkd_lightning.rundir import RunDirectory
 
 STUDIES = Path(__file__).parent
 LIMIT = 1_000_000  # bytes of a kept file: it goes into the repository
-FORWARDED = re.compile(r"round \d+/\d+: |teacher (trained|loaded|found)|resumed after |finished before: ")
-POLL = 0.2  # seconds between two looks at the processes
 
 
 def collected(job: Job) -> dict[str, Any] | None:
@@ -112,112 +111,47 @@ def keep_files(job: Job, directory: Path) -> None:
         fresh.rename(job.kept)
 
 
-class Child:
-    """A job in its own process, whose output is appended to a log file."""
-
-    def __init__(self, job: Job, runs: Path) -> None:
-        self.job, self.directory, self.shown = job, job.directory(runs), 0
-        self.log = runs / job.folder.name / f"{job.name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pkd_lightning.run", *job.arguments(runs)]
-        with self.log.open("ab") as log:
-            log.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(command)}\n".encode())
-            log.flush()
-            self.begin, self.started = log.tell(), time.monotonic()
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-
-    def lines(self) -> list[str]:
-        """The output of this process so far."""
-        with self.log.open("rb") as log:
-            log.seek(self.begin)
-            return log.read().decode(errors="replace").splitlines(keepends=True)
-
-    def forward(self) -> None:
-        """Print the lines that came since the last call and say how far the run is."""
-        lines = [line for line in self.lines() if line.endswith("\n")]
-        for line in filter(FORWARDED.match, lines[self.shown :]):
-            say(f"  {self.job.name}: {line.rstrip()}")
-        self.shown = len(lines)
+def run_and_collect(job: Job, config: DictConfig) -> None:
+    """Run a job, in whatever process, and collect it."""
+    _job(config)
+    collect(job, RunDirectory(config))
 
 
 @dataclass
 class Progress:
-    """Where a study stands: names of collected jobs, jobs to run, why others are not collected, processes."""
+    """Where a study stands: names of collected jobs, jobs to run, why others are not collected."""
 
     study: Study
     runs: Path
     done: set[str] = field(default_factory=set)
     waiting: list[Job] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    running: list[Child] = field(default_factory=list)
 
-    def work(self, processes: int, stops: Sequence[int]) -> None:
-        """Run what waits, until nothing more can start or a signal is noted in `stops`; then no process is left."""
-        try:
-            while not stops:
-                for job in [job for job in self.waiting if not self.missing(job)]:
-                    if len(self.running) < processes and not stops:
-                        self.start(job)
-                if not self.running:
-                    break
-                time.sleep(POLL)
-                for child in self.running.copy():
-                    code = child.process.poll()  # before the last look at its output
-                    child.forward()
-                    if code is not None and not stops:  # Ctrl-C in a terminal also ends the children
-                        self.finish(child, code)
-        finally:
-            self.terminate()
+    def work(self, options: Sequence[str]) -> None:
+        """Launch what waits for nothing, then what waited for that, and so on, until nothing more can start."""
+        launcher = Launcher(self.study, self.runs, options)
+        first = len(self.study.jobs) - len(self.waiting)
+        launcher.announce(self.waiting, first)
+        while wave := [job for job in self.waiting if not self.missing(job)]:
+            self.waiting = [job for job in self.waiting if job not in wave]
+            failed = launcher.launch(run_and_collect, wave, first)
+            self.failed |= failed
+            self.done |= {job.name for job in wave} - failed.keys()
+            first += len(wave)
+        launcher.records.unfollow()
 
     def missing(self, job: Job) -> list[str]:
         """What `job` waits for."""
         return [other.name for other in self.study.before(job.run) if other.name not in self.done]
-
-    def start(self, job: Job) -> None:
-        """Start a process."""
-        self.waiting.remove(job)
-        try:
-            self.running.append(Child(job, self.runs))
-            say(f"{job.name}: started")
-        except (OSError, *COMPOSITION) as error:
-            self.failed[job.name] = f"cannot start: {error}"
-            say(f"{job.name}: {self.failed[job.name]}")
-
-    def finish(self, child: Child, code: int) -> None:
-        """Collect what a process left, or note why it failed."""
-        self.running.remove(child)
-        name, minutes = child.job.name, f"{(time.monotonic() - child.started) / 60:.1f} min"
-        try:
-            if code != 0:
-                raise RunError("".join([line for line in child.lines() if line.strip()][-8:]).strip() or "no output")
-            results = collect(child.job, child.directory)
-        except (PKDError, OSError) as error:
-            self.failed[name] = f"failed with exit code {code}\n{error}\nlog: {child.log}"
-            say(f"{name}: failed after {minutes}, log: {child.log}")
-            return
-        self.done.add(name)
-        teacher, ensemble = (percent(number(results, part, "accuracy")) for part in ("teacher", "ensemble"))
-        count = f"{len(self.done)} of {len(self.study.jobs)} collected"
-        say(f"{name}: {minutes}, teacher {teacher}, ensemble {ensemble}; {count}")
-
-    def terminate(self) -> None:
-        """End the processes that run, and wait for them."""
-        for child in self.running:
-            child.process.terminate()
-        for child in self.running:
-            child.process.wait()
 
     def complain(self) -> None:
         """Say why jobs are not collected."""
         for name, why in self.failed.items():
             say(f"{name}: {why}".replace("\n", "\n    "), error=True)
 
-    def report(self, stops: Sequence[int]) -> int:
+    def report(self) -> int:
         """Say how it ended; the exit code."""
         self.complain()
-        if stops:
-            say("stopped; the same command goes on with what is not collected", error=True)
-            return 128 + stops[0]
         for job in self.waiting:
             say(f"{job.name}: not started, it waits for {', '.join(self.missing(job))}", error=True)
         if len(self.done) == len(self.study.jobs):
@@ -293,16 +227,19 @@ def prepare(options: argparse.Namespace) -> Progress:
     return progress
 
 
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Within the block, Ctrl-C and SIGTERM only add their numbers to the list."""
-    numbers: list[int] = []
-    before = {n: signal.signal(n, lambda n, _: numbers.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield numbers
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
+def launcher_options(jobs: int | None, given: Sequence[str]) -> list[str]:
+    """Hydra's overrides for the launcher that is `given`, or for `jobs` side by side."""
+    if any(one.startswith("hydra/launcher=") for one in given):
+        return [*given]
+    jobs = jobs or os.cpu_count() or 1
+    Plugins.instance()  # finds the launchers that are installed
+    if jobs > 1 and "joblib.yaml" not in ConfigStore.instance().list("hydra/launcher"):
+        say("one job at a time: joblib's launcher is not installed (pip install 'pkd-lightning[launchers]')")
+        jobs = 1
+    if jobs == 1:
+        return ["hydra/launcher=basic", *given]
+    # a batch of joblib's is several jobs for one process, one after the other
+    return ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}", "hydra.launcher.batch_size=1", *given]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -311,17 +248,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", metavar="NAME", help="a study in experiments/, or the path of a folder with study.yaml")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes side by side")
+    parser.add_argument("launcher", nargs="*", metavar="hydra/launcher=NAME", help="and hydra.launcher.KEY=VALUE, as in"
+                        " a multirun; default: joblib, or basic for one job at a time")  # fmt: skip
+    parser.add_argument("--jobs", type=int, metavar="N", help="side by side, of the default launcher; default: cores")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="these of <run>-seed<S>")
     parser.add_argument("--list", action="store_true", help="only show the state of every run")
     parser.add_argument("--again", action="store_true", help="as if those chosen were not collected; a finished run"
                         " directory is still found: delete it to train anew")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"), metavar="DIR", help="of the run directories")
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
+    options = parser.parse_intermixed_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: must be at least 1")
+    for given in options.launcher:
+        if not given.startswith(("hydra/launcher=", "hydra.launcher.", "hydra.searchpath=")):
+            parser.error(f"{given}: only options of the launcher; those of the runs are in study.yaml")
+        if given.startswith("hydra/launcher=") and options.jobs is not None:
+            parser.error(f"--jobs {options.jobs}: {given} has its own options, hydra.launcher.KEY=VALUE")
     spare_terminal()
-    with noted_signals() as stops:
+    with stopped_by_signals():
         try:
             progress = prepare(options)
             if options.list:
@@ -329,12 +273,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             if progress.waiting and progress.failed:  # said now as well, not only after hours
                 progress.complain()
-            progress.work(options.jobs, stops)
-            return progress.report(stops)
+            if progress.waiting:
+                progress.work(launcher_options(options.jobs, options.launcher))
+            return progress.report()
         except PKDError as error:
             say(f"error: {error}", error=True)
             return 1
+        except SystemExit as stopped:
+            say("stopped; the same command goes on with what is not collected", error=True)
+            return int(stopped.code or 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from experiments import study  # launchers send its functions to other processes by the name of their module
+
+    sys.exit(study.main())

@@ -71,13 +71,14 @@ def stopped_by(
     flags: Sequence[str],
     when: Callable[[list[str]], bool],
     environment: Mapping[str, str] | None = None,
+    module: str = "pkd_lightning.run",
 ) -> tuple[int, str, str]:
-    """Run the command line in `root`, with a signal once its epochs' lines are such; exit code, stdout, stderr."""
+    """Run a command line in `root`, with a signal once its epochs' lines are such; exit code, stdout, stderr."""
     handled = number != signal.SIGKILL
     if handled:  # a shell's background jobs ignore Ctrl-C, and so would the run
         inherited = signal.signal(number, signal.SIG_DFL)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pkd_lightning.run", *flags], cwd=root,
+        [sys.executable, "-m", module, *flags], cwd=root,
         env={**os.environ, **(environment or {}), "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

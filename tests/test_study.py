@@ -5,17 +5,20 @@ import functools
 import io
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from experiments import plan, study
@@ -24,62 +27,52 @@ from experiments.study import collected
 from pkd_lightning.cli import load_config
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.run import run
 from pkd_lightning.rundir import RunDirectory
+from pkd_lightning.sweeps.records import find_sweeps
+from tests.support import TINY, stopped_by
 
-ROOT = Path(__file__).parent.parent
 
-# stands for `pkd_lightning.run`: leaves what it leaves, in a fraction of a second; `max_epochs` says what else it does
-FAKE = """
-import json, os, pathlib, signal, sys, time
-directory, epochs, seed = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-stopped = directory / "stopped"
-if epochs == 13:
-    print("all is well")
-    sys.exit("error: no luck")
-if epochs >= 100 and not stopped.exists():  # the signal comes in the middle of it
-    directory.mkdir(parents=True)
-    stopped.touch()
-    os.kill(os.getppid(), epochs - 100)
-    time.sleep(100)
-if epochs == 16:
-    time.sleep(0.6)
-print(f"round 1/1: rung {seed}")
-print("noise")
-accuracy = {"accuracy": 0.5 + seed / 10}
-results = {"teacher": accuracy, "ensemble": accuracy, "wall_seconds": {"total": 60.0}, "epochs": epochs}
-for name, text in {
-    "results.json": json.dumps(results), "teacher/teacher.safetensors": f"teacher {seed}", "teacher/teacher.json": "{}",
-    "teacher/logits.safetensors": "x" * 2_000_000, "students/ensemble.json": "{}", "students/00.json": "{}",
-    "students/00.safetensors": "x" * (2_000_000 if epochs == 14 else 10), "metrics.jsonl": "{}", "figures/cost.png": "",
-}.items():
-    (directory / name).parent.mkdir(parents=True, exist_ok=True)
-    (directory / name).write_text(text)
-if epochs != 15:
-    (directory / "DONE").touch()
-"""
+def fake(config: DictConfig, unlucky: int = 13) -> None:
+    """Stands for a run: leaves what it leaves, in an instant; `max_epochs` says what else it does."""
+    directory, epochs, seed = RunDirectory(config).path, config.trainer.max_epochs, config.seed
+    if epochs == unlucky:
+        raise RunError("no\nluck")
+    if epochs >= 100 and not directory.exists():  # the signal comes in the middle of it
+        directory.mkdir(parents=True)
+        os.kill(os.getpid(), epochs - 100)
+    accuracy = {"accuracy": 0.5 + seed / 10}
+    results = {"teacher": accuracy, "ensemble": accuracy, "wall_seconds": {"total": 60.0}, "rounds": []}
+    for name, text in {
+        "results.json": json.dumps(results), "teacher/teacher.safetensors": f"teacher {seed}",
+        "teacher/teacher.json": "{}", "teacher/logits.safetensors": "x" * 2_000_000, "students/ensemble.json": "{}",
+        "students/00.json": "{}", "students/00.safetensors": "x" * (2_000_000 if epochs == 14 else 10),
+        "metrics.jsonl": "{}", "figures/cost.png": "",
+    }.items():  # fmt: skip
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    if epochs != 15:
+        (directory / "DONE").touch()
 
 
 @dataclass
 class Bench:
-    """A study in a temporary folder; `started` are the names of the children in order, with what was collected then."""
+    """A study in a temporary folder; `started` are the names of the jobs in order, with what was collected then."""
 
     folder: Path
     runs: Path
     started: list[str] = field(default_factory=list)
     arguments: dict[str, list[str]] = field(default_factory=dict)
     there: dict[str, set[str]] = field(default_factory=dict)
-    processes: list[subprocess.Popen[Any]] = field(default_factory=list)
-    most: int = 0
 
     def write(self, text: str) -> None:
         self.folder.mkdir(exist_ok=True)
         (self.folder / "study.yaml").write_text(text.replace("FOLDER", str(self.folder)))
 
     def run(self, *options: str) -> int:
-        """The command, with a fresh list of what it starts."""
+        """The command, in this process where no option says otherwise, with a fresh list of what it starts."""
         self.started.clear()
-        return study.main([str(self.folder), "--runs", str(self.runs), *options])
+        aside = any(option.startswith(("--jobs", "hydra/launcher")) for option in options)
+        return study.main([str(self.folder), "--runs", str(self.runs), *options, *([] if aside else ["--jobs", "1"])])
 
     def collected(self) -> set[str]:
         return {path.stem for path in (self.folder / "results").glob("*.json")}
@@ -88,13 +81,13 @@ class Bench:
         found: dict[str, Any] = json.loads((self.folder / "results" / f"{name}.json").read_text())
         return found
 
+    def records(self) -> dict[str, str]:
+        """The state of each job's record, by what its overrides set `name` to."""
+        (sweep,) = find_sweeps(self.runs / self.folder.name)
+        return {job.overrides[-1].removeprefix("name="): job.state for job in sweep.jobs()[0]}
 
-def processes(start: Callable[..., Any]) -> SimpleNamespace:
-    """The module `subprocess` with another Popen, for the runner alone."""
-    return SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
 
-
-composed = functools.cache(load_config)  # for the runner and its fakes, which compose the same many times
+composed = functools.cache(load_config)  # the same is composed many times
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -103,23 +96,17 @@ def compose(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Children are fakes, in the run directory that `pkd_lightning.run` would use with their arguments."""
+    """Jobs are fakes, in the run directories of real ones."""
     made = Bench(tmp_path / "some study", tmp_path / "it's here")
-    fake = tmp_path / "fake.py"
-    fake.write_text(FAKE)
+    real = study.run_and_collect
 
-    def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
-        assert command[:3] == [sys.executable, "-m", "pkd_lightning.run"]
-        config = compose(*command[3:])
-        name = Path(options["stdout"].name).stem
-        made.started.append(name)
-        made.arguments[name], made.there[name] = command[3:], made.collected()
-        told = (RunDirectory(config).path, config.trainer.max_epochs, config.seed)
-        made.processes.append(subprocess.Popen([sys.executable, str(fake), *map(str, told)], **options))
-        made.most = max(made.most, sum(process.poll() is None for process in made.processes))
-        return made.processes[-1]
+    def start(job: plan.Job, config: DictConfig) -> None:
+        made.started.append(job.name)
+        made.arguments[job.name], made.there[job.name] = job.arguments(made.runs), made.collected()
+        real(job, config)
 
-    monkeypatch.setattr(study, "subprocess", processes(start))
+    monkeypatch.setattr(study, "run_and_collect", start)
+    monkeypatch.setattr(study, "_job", fake)
     monkeypatch.setattr(plan, "load_config", compose)
     return made
 
@@ -133,9 +120,9 @@ def test_what_is_collected_is_not_run_again_on_any_machine(bench: Bench, capsys:
     assert sorted(bench.started) == ["one-seed0", "one-seed1", "other-seed3"]
     assert bench.collected() == set(bench.started)
     said = capsys.readouterr().out
-    assert "one-seed1: round 1/1: rung 1" in said
-    assert "noise" not in said
-    assert "teacher 60.0%, ensemble 60.0%" in said
+    assert "job 2 of 3 (seed=1 rounds=2) started" in said
+    assert "job 2 of 3 (seed=1 rounds=2) finished: " in said
+    assert re.search(r"one-seed1 +done .* 60\.0% +60\.0%", said)
     assert "180 seconds" in said
 
     elsewhere = Bench(bench.folder, bench.runs.with_name("elsewhere"))
@@ -210,7 +197,7 @@ runs:
 def test_a_run_starts_after_all_seeds_of_those_it_needs(bench: Bench) -> None:
     bench.folder = bench.folder.with_name("plain")  # Hydra's unquoted overrides allow no space in a path
     bench.write(AFTER.replace("FIRST", "boosting.rounds=2"))
-    assert bench.run("--jobs", "3") == 0
+    assert bench.run() == 0
     assert bench.started[:3] == ["first-seed0", "first-seed1", "third-seed0"]  # the third waits for nothing
     assert len(bench.started) == 5
     for name in ("second-seed0", "second-seed1"):
@@ -222,30 +209,134 @@ def test_a_run_starts_after_all_seeds_of_those_it_needs(bench: Bench) -> None:
     assert bench.started == ["second-seed1"]
 
 
-def test_as_many_processes_as_told_run_side_by_side(bench: Bench) -> None:
-    bench.write("seeds: [0, 1, 2, 3, 4]\nruns: {one: {overrides: [trainer.max_epochs=16]}}")
-    assert bench.run("--jobs", "3") == 0
-    assert bench.most == 3
+def installed(plugin: str) -> pytest.MarkDecorator:
+    absent = find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{plugin}") is None
+    return pytest.mark.skipif(absent, reason=f"{plugin} is not installed: pip install 'pkd-lightning[launchers]'")
 
 
-def test_a_failure_stops_only_what_needs_it(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+JOBLIB, SUBMITIT = installed("hydra_joblib_launcher"), installed("hydra_submitit_launcher")
+
+
+def meet(job: plan.Job, config: DictConfig) -> None:
+    """A job that ends when two have begun, or the process of one has been killed."""
+    begun = Path(config.run_root) / "begun"
+    begun.mkdir(parents=True, exist_ok=True)
+    (begun / f"{os.getpid()}").touch()
+    until = time.monotonic() + 60
+    while len(list(begun.iterdir())) < 2:
+        assert time.monotonic() < until, "alone"
+        time.sleep(0.05)
+    fake(config)
+    study.collect(job, RunDirectory(config))
+
+
+@JOBLIB
+def test_jobs_run_side_by_side_and_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path / "study", tmp_path / "runs")
+    monkeypatch.setattr(study, "run_and_collect", meet)
+    bench.write("seeds: [0]\ncommon: [experiment=digits]\nruns: {a: {overrides: [name=a]}, b: {overrides: [name=b]}}")
+    assert bench.run("--jobs", "2") == 0
+    assert bench.collected() == {"a-seed0", "b-seed0"}
+    assert bench.records() == {"a": "finished", "b": "finished"}
+    assert f"{os.getpid()}" not in os.listdir(bench.runs / "study" / "begun")
+
+
+def test_a_job_that_another_process_runs_is_left_to_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.write("seeds: [0]\ncommon: [experiment=digits]\nruns: {a: {overrides: [name=a]}}")
+    assert bench.run() == 0
+    (sweep,) = find_sweeps(bench.runs / bench.folder.name)
+    (job,) = sweep.jobs()[0]
+    sweep.write(replace(job, state="running", pid=os.getppid()))
+
+    def refuse(config: DictConfig) -> None:
+        raise RunError("another process is running this experiment")
+
+    monkeypatch.setattr(study, "_job", refuse)
+    assert bench.run("--again") == 1
+    assert "a-seed0: failed: another process runs it" in capsys.readouterr().err
+    assert bench.records() == {"a": "running"}
+
+
+def test_without_joblibs_launcher_one_job_runs_at_a_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ConfigStore.instance(), "list", lambda path: ["basic.yaml"])
+    bench.write(TWO)
+    assert bench.run("--jobs", "2") == 0
+    assert len(bench.started) == 3
+    assert "one job at a time: joblib's launcher is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "fault"),
+    [
+        (["hydra/launcher=joblip"], 1, "hydra/launcher/joblip"),
+        (["hydra.launcher.size=2"], 1, "hydra.launcher.size"),
+        (["seed=3"], 2, "seed=3: only options of the launcher"),
+        (["--jobs", "2", "hydra/launcher=basic"], 2, "--jobs 2: hydra/launcher=basic has its own options"),
+    ],
+)
+def test_what_is_no_option_of_a_launcher_is_refused(
+    options: list[str], code: int, fault: str, bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.write(TWO)
+    if code == 2:
+        with pytest.raises(SystemExit, match="2"):
+            bench.run(*options)
+    else:
+        assert bench.run(*options) == code
+    assert bench.started == []
+    assert fault in capsys.readouterr().err
+    assert not bench.runs.exists()
+
+
+def test_where_a_launcher_fails_the_same_command_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As joblib does where the system kills the process of a job."""
+    bench.write("seeds: [0]\ncommon: [experiment=digits]\nruns: {a: {overrides: [name=a]}, b: {overrides: [name=b]}}")
+    instantiate = Plugins.instantiate_launcher
+
+    def breaking(*arguments: Any) -> Launcher:
+        launcher = instantiate(*arguments)
+        launch = launcher.launch
+
+        def first_only(jobs: Sequence[Sequence[str]], number: int) -> None:
+            launch(jobs[:1], number)
+            raise OSError("killed")
+
+        launcher.launch = first_only
+        return launcher
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Plugins, "instantiate_launcher", breaking)
+        assert bench.run() == 1
+    assert "b-seed0: failed: the launcher failed: OSError: killed" in capsys.readouterr().err
+    assert bench.collected() == {"a-seed0"}
+    assert bench.records() == {"a": "finished", "b": "waiting"}
+    assert bench.run() == 0
+    assert bench.started == ["b-seed0"]
+
+
+def test_a_failure_stops_only_what_needs_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bench.folder = bench.folder.with_name("plain")
     bench.write(AFTER.replace("FIRST", "'trainer.max_epochs=1{seed}', boosting.rounds=1").replace("[0, 1]", "[0, 3]"))
-    assert bench.run("--jobs", "1") == 1
+    assert bench.run() == 1
     assert bench.started == ["first-seed0", "first-seed3", "third-seed0"]
     assert bench.collected() == {"first-seed0", "third-seed0"}
     said = capsys.readouterr()
-    log = bench.runs / "plain" / "first-seed3.log"
-    assert "error: no luck" in said.err
-    assert str(log) in said.err
-    assert "all is well" in log.read_text()
+    assert "first-seed3: failed: no luck\n" in said.err
+    assert ") failed: no luck\n" in said.out
     for seed in (0, 3):
         assert f"second-seed{seed}: not started, it waits for first-seed3" in said.err
 
-    (bench.runs.parent / "fake.py").write_text(FAKE.replace("epochs == 13", "False"))  # what failed is repaired
+    monkeypatch.setattr(study, "_job", functools.partial(fake, unlucky=0))  # what failed is repaired
     assert bench.run() == 0
     assert sorted(bench.started) == ["first-seed3", "second-seed0", "second-seed3"]
-    assert log.read_text().count("pkd_lightning.run") == 2  # appended
 
 
 def test_only_waits_for_what_is_not_chosen(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,26 +363,22 @@ def test_a_run_that_ends_well_but_unfinished_is_not_collected(bench: Bench, caps
 def test_an_interrupted_study_goes_on_with_the_same_command(
     number: int, code: int, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # the children of `then` send the signal when they are first started
+    # the jobs of `then` send the signal when they are first started
     bench.write(f"seeds: [0]\nruns: {{first: {{}}, then: {{overrides: [trainer.max_epochs={100 + number}], "
                 f"seeds: [1, 2], after: [first]}}, last: {{seeds: [3], after: [then]}}}}")  # fmt: skip
 
-    def unhandled(*_: object) -> None:
-        raise AssertionError("the runner does not handle the signal")
-
-    before = signal.signal(number, unhandled)
+    before = signal.signal(number, signal.SIG_DFL)
     try:
-        assert bench.run("--jobs", "3") == code
-        assert signal.getsignal(number) is unhandled  # given back
+        assert bench.run() == code
+        assert signal.getsignal(number) is signal.SIG_DFL  # given back
+        assert "the same command goes on" in capsys.readouterr().err
+        assert bench.collected() == {"first-seed0"}
+        assert bench.run() == code  # of the second seed
+        assert bench.started == ["then-seed1", "then-seed2"]
     finally:
         signal.signal(number, before)
-    assert "the same command goes on" in capsys.readouterr().err
-    assert all(process.poll() is not None for process in bench.processes)
-    assert bench.collected() == {"first-seed0"}
-
-    while bench.run("--jobs", "3") == code:  # where the signal came before the second child had noted its own
-        pass
-    assert "first-seed0" not in bench.started
+    assert bench.run() == 0
+    assert bench.started == ["then-seed2", "last-seed3"]
     assert bench.collected() == {"first-seed0", "then-seed1", "then-seed2", "last-seed3"}
 
 
@@ -415,69 +502,66 @@ def test_the_list_tells_done_from_unfinished_and_missing_and_starts_nothing(
     assert "unfinished" in lines["half-seed0"]
 
 
-REAL = """
+REAL = f"""
 seeds: [0]
-common: [experiment=digits, data.limit=200, trainer.max_epochs=1]
+common: {json.dumps(TINY)}
 runs:
-  first: {overrides: [boosting.rounds=2], keep: [teacher, students, metrics, figures]}
+  first: {{overrides: [boosting.rounds=2], keep: [teacher, students, metrics, figures]}}
   second:
-    overrides: [boosting.rounds=1, "teacher.checkpoint=FOLDER/kept/first-seed{seed}/teacher.safetensors"]
+    overrides: [boosting.rounds=1, "teacher.checkpoint=FOLDER/kept/first-seed{{seed}}/teacher.safetensors"]
     after: [first]
 """
 
 
-def test_a_teacher_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With real runs, in this process."""
-
-    class Here:
-        def __init__(self, command: list[str], **_: Any) -> None:
-            run(load_config(*command[3:]))
-
-        def poll(self) -> int:
-            return 0
-
+@pytest.mark.report
+def test_real_runs_hand_a_teacher_on_and_are_found(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "study", tmp_path / "runs")
-    bench.write(REAL.replace(", figures]", "]"))
-    monkeypatch.setattr(study, "subprocess", processes(Here))
+    bench.write(REAL)
     assert bench.run() == 0
     first, second = bench.results("first-seed0"), bench.results("second-seed0")
     assert (len(first["rounds"]), len(second["rounds"])) == (2, 1)
     assert first["teacher"]["nll"] == second["teacher"]["nll"]
     assert second["wall_seconds"]["teacher"] == 0  # not trained again
-    assert len(ProgressiveEnsemble.load(bench.folder / "kept" / "first-seed0")) == 2
+    kept = bench.folder / "kept" / "first-seed0"
+    assert len(ProgressiveEnsemble.load(kept)) == 2
+    assert (kept / "figures" / "cost.png").stat().st_size > 1000
+    for job in load_study(bench.folder).jobs:
+        assert job.directory(bench.runs).finished
+    assert bench.run("--again") == 0  # finds them
+    assert bench.results("first-seed0") == first
 
 
-def test_the_directory_of_a_real_run_is_found(tmp_path: Path) -> None:
+@SUBMITIT
+@pytest.mark.slow
+def test_a_study_goes_through_submitit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench(tmp_path / "study", tmp_path / "runs")
-    bench.write(REAL.replace("rounds=2", "rounds=1"))
-    assert bench.run("--only", "first-*") == 0
-    assert bench.results("first-seed0")["sizes"]["train"] > 0
-    assert (bench.folder / "kept" / "first-seed0" / "figures" / "cost.png").stat().st_size > 1000
+    bench.write(REAL.replace(", figures]", "]"))
+    assert bench.run("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5") == 0
+    assert bench.collected() == {"first-seed0", "second-seed0"}
+    assert len(re.findall(r"^job [12] of 2 \(.*\) finished: ", capsys.readouterr().out, re.MULTILINE)) == 2
 
 
 @pytest.mark.slow
-def test_the_real_command_killed_in_the_middle_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--jobs=1", pytest.param("--jobs=2", marks=JOBLIB)])
+def test_the_real_command_stopped_in_the_middle_saves_and_goes_on(option: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path / "study", tmp_path / "runs")
-    bench.write(REAL.replace("max_epochs=1", "max_epochs=40"))
-    command = [sys.executable, "-m", "experiments.study", str(bench.folder), "--runs", str(bench.runs)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    seeds = int(option[-1])
+    bench.write(REAL.replace("max_epochs=1", "max_epochs=200").replace("[0]", str([*range(seeds)]))
+                .replace(", figures]", "]"))  # fmt: skip
+    command = [str(bench.folder), "--runs", str(bench.runs), option]
 
-    def until(process: subprocess.Popen[str], seen: Callable[[str], bool]) -> None:
-        assert process.stdout is not None
-        while not seen(line := process.stdout.readline()):
-            assert line, "ended too early"
+    def far_enough(_: list[str]) -> bool:
+        return len([path for path in bench.runs.rglob("metrics.jsonl") if path.stat().st_size]) == seeds
 
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(process, lambda line: "first-seed0: round 1/2" in line)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143
+    code, _, said = stopped_by(signal.SIGTERM, tmp_path, command, far_enough, module="experiments.study")
+    assert code == 143
     assert "the same command goes on" in said
     assert not bench.collected()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "resumed after 1 of 2 rounds" in again.stdout
-    assert bench.collected() == {"first-seed0", "second-seed0"}
+    assert len(list(bench.runs.rglob("fits/*.ckpt"))) == seeds  # by the signal: it took less than half a minute
+    assert bench.run(option) == 0
+    logs = [path.read_text() for path in bench.runs.rglob("run.log")]
+    assert sum("goes on in epoch" in log for log in logs) == seeds
+    assert len(bench.collected()) == 2 * seeds
 
 
 def test_a_study_in_another_encoding_than_the_terminals(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

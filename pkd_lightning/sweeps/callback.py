@@ -66,6 +66,10 @@ class JobRecords(Callback):
                 sweep.write(Job(number, tuple(own)))
         point_latest(Path(config.run_root).expanduser(), path)
         say(f"sweep: {path}")
+        self.follow(config, sweep)
+
+    def follow(self, config: DictConfig, sweep: Sweep) -> None:
+        """Say how jobs start and end where their launcher does not print what they say."""
         if "submitit" in str(config.hydra.launcher.get("_target_")):  # its jobs write into files of their own
             self.follower = Follower(sweep, self.since)
             self.follower.start()
@@ -123,8 +127,7 @@ class JobRecords(Callback):
         del kwargs
         from pkd_lightning.sweeps.page import print_summary, write_summary  # matplotlib, needed here only
 
-        if self.follower is not None:
-            self.follower.end()
+        self.unfollow()
         summary = summarise(sweep_of(config))
         # of another sweeper's jobs those count that failed now: it may go on with earlier ones, or leave some to others
         bad = [row.job for row in summary.rows if row.job.state != "finished"]
@@ -139,6 +142,11 @@ class JobRecords(Callback):
         finally:  # whatever prevents the report, which Hydra makes a warning of
             if fails:
                 sys.exit(1)
+
+    def unfollow(self) -> None:
+        """Say what `follow` has not said yet."""
+        if self.follower is not None:
+            self.follower.end()
 
 
 class Follower(threading.Thread):
