@@ -1,14 +1,8 @@
 """The jobs of a study through one of Hydra's launchers, recorded like those of a multirun."""
 
-import os
-import signal
-import socket
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
@@ -21,8 +15,6 @@ from omegaconf import DictConfig
 from experiments.plan import COMPOSITION, Job, Study, shortened
 from pkd_lightning.cli import CONF, for_hydra
 from pkd_lightning.errors import RunError
-from pkd_lightning.process import STOPS, stop
-from pkd_lightning.rundir import held
 from pkd_lightning.sweeps.callback import JobRecords
 from pkd_lightning.sweeps.records import Job as Record
 from pkd_lightning.sweeps.records import Sweep, one_line
@@ -62,8 +54,6 @@ class Launcher:
             if known is None or not self.sweep.alive(known):
                 self.sweep.write(Record(number, self.recorded(job)))
         self.records.follow(self.config, self.sweep)
-        if self.records.follower is None:  # what submitit has started goes on by itself, and ignores SIGTERM
-            stop_jobs_first(self.sweep)
 
     def launch(self, task: Callable[[Job, DictConfig], None], jobs: Sequence[Job], first: int) -> dict[str, str]:
         """Call `task` for each of some jobs, in whatever process; by name, why those failed that did."""
@@ -81,27 +71,3 @@ class Launcher:
 def call(task: Callable[[Job, DictConfig], None], jobs: dict[int, Job], config: DictConfig) -> None:
     """What a launcher calls; it tells the number of the job."""
     task(jobs[HydraConfig.get().job.num], config)
-
-
-def stop_jobs_first(sweep: Sweep) -> None:
-    """From now on send a signal to the jobs in other processes here, and stop when they have saved their fits.
-
-    Launchers kill them. A second signal does not wait.
-    """
-    numbers = [number for number in STOPS if signal.getsignal(number) == stop.handle]
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        for each in numbers:
-            signal.signal(each, stop.handle)
-        running = [job for job in sweep.jobs()[0] if job.state == "running" and job.host == socket.gethostname()]
-        others = {job.pid: sweep.run_of(job) for job in running if job.pid and job.pid != os.getpid()}
-        for pid in others:
-            if number != signal.SIGINT or not os.isatty(0):  # a terminal's Ctrl-C has reached them already
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGTERM)
-        while any(run is not None and held(run) for run in others.values()):
-            time.sleep(0.1)
-        stop.handle(number, frame)
-
-    for number in numbers:
-        signal.signal(number, handle)

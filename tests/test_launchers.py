@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from pkd_lightning.sweeps.records import find_sweeps
-from tests.support import TINY
+from tests.support import TINY, stopped_by
 from tests.test_run import pkd
 
 COMMAND = ("--multirun", *TINY, "boosting.rounds=1", "run_root=here", "threads=null", "data.split=half,paper",
@@ -50,3 +51,23 @@ def test_jobs_side_by_side_are_recorded_and_share_the_cores(launcher: str, tmp_p
         assert json.loads(file.read_text())["hardware"]["threads"] <= max(1, cores // 2)
     again = pkd(*COMMAND, f"hydra/launcher={launcher}", *side_by_side, cwd=tmp_path)
     assert len(re.findall(r"job [34] of 4 \(.*\) found: validation", again.stdout)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [sides("joblib", "hydra_joblib_launcher"), "basic"])
+def test_a_signal_saves_the_jobs_under_way_and_the_same_command_goes_on(launcher: str, tmp_path: Path) -> None:
+    side_by_side = {"joblib": ("hydra.launcher.n_jobs=2",)}.get(launcher, ())
+    flags = ["--multirun", *TINY, "run_root=here", "seed=0,1", f"hydra/launcher={launcher}", *side_by_side,
+             "boosting.rounds=1", "trainer.max_epochs=200", "trainer.patience=null"]  # fmt: skip
+    count = 2 if side_by_side else 1
+
+    def far_enough(_: list[str]) -> bool:
+        return len([path for path in tmp_path.rglob("metrics.jsonl") if path.stat().st_size]) == count
+
+    code, _, said = stopped_by(signal.SIGTERM, tmp_path, flags, far_enough)
+    assert code == 143, said
+    assert len(list(tmp_path.rglob("fits/*.ckpt"))) == count  # by the signal: it took less than half a minute
+    done = pkd(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    logs = [path.read_text() for path in tmp_path.rglob("run.log")]
+    assert sum("goes on in epoch" in log for log in logs) == count

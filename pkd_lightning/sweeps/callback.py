@@ -25,6 +25,7 @@ from pkd_lightning.reporting.load import results_so_far
 from pkd_lightning.reporting.values import percent, validation_of
 from pkd_lightning.rundir import RunDirectory, point_latest
 from pkd_lightning.sweeps.records import SWEEP, Job, Sweep, common, one_line, plan
+from pkd_lightning.sweeps.stopping import stop_jobs_first
 from pkd_lightning.sweeps.summary import accuracy_words, summarise
 
 LOOK = 2.0  # seconds between two looks at jobs that run elsewhere
@@ -69,10 +70,12 @@ class JobRecords(Callback):
         self.follow(config, sweep)
 
     def follow(self, config: DictConfig, sweep: Sweep) -> None:
-        """Say how jobs start and end where their launcher does not print what they say."""
+        """Say how jobs start and end where their launcher does not print what they say, and be ready for signals."""
         if "submitit" in str(config.hydra.launcher.get("_target_")):  # its jobs write into files of their own
             self.follower = Follower(sweep, self.since)
             self.follower.start()
+        else:  # what submitit has started goes on by itself, and ignores SIGTERM
+            stop_jobs_first(sweep)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Record that the job runs, unless another process already runs it: then the run refuses to start."""
