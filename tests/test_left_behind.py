@@ -60,7 +60,7 @@ def test_a_run_that_starts_removes_what_kills_left_before_it_does_anything(
         assert remains(files["kept"]) == [True] * 4
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pkd_lightning.teacher.prepare_teacher", check)
+    monkeypatch.setattr("pkd_lightning.distil.prepare_teacher", check)
     with pytest.raises(ZeroDivisionError):
         tiny_run(tmp_path)
 

@@ -62,7 +62,7 @@ def test_stopped_between_rounds_resumes_to_the_uninterrupted_result(
 
 
 def test_stopped_after_the_teacher_does_not_train_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: BoostingLoop) -> None:
+    def stop(self: BoostingLoop, *given: object) -> None:
         raise Stopped
 
     with monkeypatch.context() as patch:
@@ -80,8 +80,8 @@ def test_a_finished_run_is_shown_and_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tiny_run(tmp_path)
-    monkeypatch.setattr("pkd_lightning.teacher.prepare_teacher", None)  # anything that trains would fail
-    monkeypatch.setattr("pkd_lightning.data.module.DataModule", None)
+    monkeypatch.setattr("pkd_lightning.distil.prepare_teacher", None)  # anything that trains would fail
+    monkeypatch.setattr("pkd_lightning.distil.DataModule", None)
     capsys.readouterr()
     assert tiny_run(tmp_path) == first
     shown = capsys.readouterr().out
@@ -122,7 +122,7 @@ def test_started_twice_the_second_process_stops_with_a_clear_error(tmp_path: Pat
 
 def test_another_teacher_under_the_same_students_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pkd_lightning.evaluate.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
+        patch.setattr("pkd_lightning.distil.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
         with pytest.raises(Stopped):
             tiny_run(tmp_path)
     (weights,) = tmp_path.rglob("teacher.safetensors")
@@ -136,7 +136,7 @@ def test_other_data_under_the_same_teacher_is_refused(tmp_path: Path, monkeypatc
     from tests import support
 
     with monkeypatch.context() as patch:
-        patch.setattr(BoostingLoop, "run", lambda self: (_ for _ in ()).throw(Stopped()))
+        patch.setattr(BoostingLoop, "run", lambda self, *given: (_ for _ in ()).throw(Stopped()))
         with pytest.raises(Stopped):
             tiny_run(tmp_path)
     original = support.patterns
@@ -156,7 +156,7 @@ def test_two_data_sets_do_not_share_a_run(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pkd_lightning.evaluate.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
+        patch.setattr("pkd_lightning.distil.collect_results", lambda *args: (_ for _ in ()).throw(Stopped()))
         with pytest.raises(Stopped):
             tiny_run(tmp_path)
     (checkpoint,) = tmp_path.rglob("boosting.ckpt")

@@ -118,7 +118,7 @@ def test_other_files_under_the_same_names_have_another_teacher(
 def test_a_run_keeps_a_teacher_of_its_own(tmp_path: Path, trained: list[Path]) -> None:
     """Where links fail, it is a copy; and the run goes on without the directory beside it."""
 
-    def stopped(self: BoostingLoop) -> None:
+    def stopped(self: BoostingLoop, *given: object) -> None:
         raise Killed
 
     first = tiny_run(tmp_path, *ONE, "teacher.trainer.max_epochs=2")
@@ -265,7 +265,7 @@ def test_an_old_run_has_its_teacher_in_its_directory_and_goes_on_with_it(
     tmp_path: Path, trained: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(BoostingLoop, "run", lambda self: (_ for _ in ()).throw(Killed()))
+        patch.setattr(BoostingLoop, "run", lambda self, *given: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             tiny_run(tmp_path, *ONE)
     run, files = directory(tmp_path, *ONE), shared_files(tmp_path)
