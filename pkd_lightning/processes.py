@@ -28,7 +28,6 @@ from pkd_lightning.trainer import TrainerConfig
 
 PATIENCE = timedelta(days=30)  # one process may wait for a teacher that another run trains; a dead one is noticed
 MEETING = timedelta(minutes=10)  # until all processes have started
-CHILD = "PKD_RANK"  # set for a process that another one of the same run started
 GRACE = 30.0  # seconds for the others to end once the first has
 
 logger = logging.getLogger(__name__)
@@ -203,7 +202,7 @@ class Child:
         self.rank = rank
         self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         own = {"RANK": rank, "WORLD_SIZE": place.size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": place.size,
-               "MASTER_ADDR": place.address, "MASTER_PORT": place.port, CHILD: rank}  # fmt: skip
+               "MASTER_ADDR": place.address, "MASTER_PORT": place.port}  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pkd_lightning.child", str(config)],
             env={**os.environ, **{name: str(value) for name, value in own.items()}, "PYTHONPATH": search_path()},
@@ -242,11 +241,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def is_child() -> bool:
-    """Whether another process of the same run started this one."""
-    return CHILD in os.environ
 
 
 def leave_signals_to_the_first() -> None:

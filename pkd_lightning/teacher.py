@@ -287,18 +287,11 @@ def cached_logits(model: nn.Module, data: DataModule, path: Path, key: str, devi
                 fill(model, data, *ranks.agreed(_of_the_first), device)
         ranks.wait()
     logits = load_tensors(path)[key]  # mapped from the file: it takes memory only where it is read
-    return logits if ranks.size() == 1 else torch.cat([logits[rows.start : rows.stop] for rows in own_rows(data)])
+    return logits if ranks.size() == 1 else torch.cat([logits[rows.start : rows.stop] for rows in data.own_rows])
 
 
 def _of_the_first() -> tuple[Path, int]:
     raise AssertionError("the first rank says where the others write")
-
-
-def own_rows(data: DataModule) -> tuple[range, range]:
-    """The training rows and the validation rows that this rank owns, in the order of the whole data set."""
-    n, m = data.whole[:2]
-    of_validation = ranks.own(m)
-    return ranks.own(n), range(n + of_validation.start, n + of_validation.stop)
 
 
 def write_logits(model: nn.Module, data: DataModule, path: Path, key: str, device: torch.device) -> None:
@@ -330,7 +323,7 @@ def fill(model: nn.Module, data: DataModule, path: Path, offset: int, device: to
     shape = (sum(data.whole[:2]), data.num_classes)
     mapped = np.memmap(path, np.float32, "r+", offset, shape)
     logits = torch.from_numpy(mapped)
-    own = zip((data.training, data.validation), own_rows(data), strict=True)
+    own = zip((data.training, data.validation), data.own_rows, strict=True)
     whole = range(shape[0])
     parts = [(rows, logits[there.start : there.stop]) for rows, there in own]
     for rows, part in parts if ranks.size() > 1 else [(whole, logits)]:

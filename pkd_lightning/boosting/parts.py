@@ -4,6 +4,7 @@ They are read by any number of ranks, and those of one by several: which rows a 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,16 @@ Read = Callable[[str, range], Tensor]
 
 
 def _from_parts(parts: list[dict[str, Any]], directory: Path) -> Read:
+    @cache
+    def content(file: str, hash_: str) -> dict[str, Tensor]:
+        return _whole(directory / PARTS / file, hash_)
+
     def pieces(name: str, rows: range) -> Iterator[Tensor]:
         for part in parts:
             start, stop = part["rows"][name.startswith("validation")]
             first, last = max(start, rows.start), min(stop, rows.stop)
             if first < last:
-                yield _whole(directory / PARTS / part["file"], part["hash"])[name][first - start : last - start]
+                yield content(part["file"], part["hash"])[name][first - start : last - start]
 
     def read(name: str, rows: range) -> Tensor:
         found = torch.cat(list(pieces(name, rows)))
@@ -111,12 +116,16 @@ def _from_whole(state: Mapping[str, Any], n: int, m: int, classes: int, director
         "ensemble_logits": (n + m, "ensemble_logits"),
     }
 
-    def read(name: str, rows: range) -> Tensor:
-        stored = "ensemble_logits" if "ensemble" in name else name
-        samples, file = names[stored]
+    @cache
+    def whole(name: str) -> Tensor:
+        samples, file = names[name]
         matrix = SampleMatrix(samples, classes, directory / file)
-        matrix.load(state[stored])
+        matrix.load(state[name])
+        return matrix.values
+
+    def read(name: str, rows: range) -> Tensor:
         before = n if name == "validation_ensemble" else 0
-        return matrix.values[before + rows.start : before + rows.stop].clone()
+        values = whole("ensemble_logits" if "ensemble" in name else name)
+        return values[before + rows.start : before + rows.stop].clone()
 
     return read

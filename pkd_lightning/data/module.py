@@ -185,16 +185,22 @@ class DataModule:
 
     def _keep_own(self) -> None:
         """Keep the rows that this rank owns, and the test rows where it is the first."""
-        of_training, of_validation = (ranks.own(count) for count in self.whole[:2])
+        of_training, of_validation = self.own_rows
         if not (of_training and of_validation):
             raise ConfigError([f"data: {self.whole[:2]} training and validation samples are too few for the processes"])
         _ = self.fingerprint  # of the whole
-        n, m = self.whole[0], sum(self.whole[:2])
-        test = range(m, m + self.whole[2] * ranks.first())
-        own = [*of_training, *(n + row for row in of_validation), *test]
-        kept = torch.tensor(own)
+        before = sum(self.whole[:2])
+        test = range(before, before + self.whole[2] * ranks.first())
+        kept = torch.tensor([*of_training, *of_validation, *test])
         self.inputs, self.labels = self.inputs.index_select(0, kept), self.labels.index_select(0, kept)
         self.sizes = (len(of_training), len(of_validation), len(test))
+
+    @property
+    def own_rows(self) -> tuple[range, range]:
+        """The training and the validation rows that this rank owns, by their numbers in the whole data set."""
+        n, m = self.whole[:2]
+        of_validation = ranks.own(m)
+        return ranks.own(n), range(n + of_validation.start, n + of_validation.stop)
 
     def _augment_copies(self) -> None:
         """Augment, in place, the copies, which are plain so far. What the k-th are does not depend on their number."""
