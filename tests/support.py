@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import DictConfig
 
+from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.cli import load_config
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.signals import SignalSet
@@ -94,3 +96,24 @@ def stopped_by(
     finally:
         process.kill()
     return process.returncode, out, said
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process between two rounds."""
+
+
+def stopped_after(rounds: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a run of three rounds that ended after `rounds`."""
+    advance = BoostingLoop.advance
+
+    def stop(self: BoostingLoop) -> None:
+        if self.state.round == rounds:
+            raise Stopped
+        advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BoostingLoop, "advance", stop)
+        with pytest.raises(Stopped):
+            tiny_run(root, ACCEPT)
+    (directory,) = root.glob("digits/*")
+    return directory

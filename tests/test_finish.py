@@ -7,28 +7,15 @@ from pathlib import Path
 import pytest
 
 from pkd_lightning import finish
-from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.run import main as command
-from tests.support import ACCEPT, tiny_run
+from tests.support import ACCEPT, stopped_after, tiny_run
 
 
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of a run of three rounds that was stopped after two."""
-    with monkeypatch.context() as patch:
-        advance = BoostingLoop.advance
-
-        def two(self: BoostingLoop) -> None:
-            if self.state.round == 2:
-                raise KeyboardInterrupt
-            advance(self)
-
-        patch.setattr(BoostingLoop, "advance", two)
-        with pytest.raises(KeyboardInterrupt):
-            tiny_run(tmp_path / "runs", ACCEPT)
-    (path,) = tmp_path.rglob("boosting.ckpt")
-    return path.parent
+    return stopped_after(2, tmp_path / "runs", monkeypatch)
 
 
 @pytest.mark.report

@@ -10,33 +10,11 @@ import torch
 
 from pkd_lightning import distil
 from pkd_lightning.boosting import loop as loop_module
-from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import Pruned, RunError
 from pkd_lightning.report import compare, main, write_report
 from pkd_lightning.reporting import single
-from tests.support import ACCEPT, patterns, tiny_run
-
-
-class Stopped(Exception):
-    """Stands for whatever ends a process between two rounds."""
-
-
-def stopped_after(rounds: int, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory of a run of three rounds that ended after `rounds`."""
-    advance = BoostingLoop.advance
-
-    def stop(self: BoostingLoop) -> None:
-        if self.state.round == rounds:
-            raise Stopped
-        advance(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BoostingLoop, "advance", stop)
-        with pytest.raises(Stopped):
-            tiny_run(root, ACCEPT)
-    (directory,) = root.glob("digits/*")
-    return directory
+from tests.support import ACCEPT, patterns, stopped_after, tiny_run
 
 
 def test_the_students_so_far_are_the_prefix_of_the_finished_ensemble(
