@@ -20,7 +20,7 @@ FLOORS = (
     ("from a configuration to checked parts", ("experiment", "trial")),
     ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),
-    ("a teacher, an ensemble", ("teacher", "shared_teacher", "ensemble")),
+    ("a teacher, an ensemble", ("teacher", "shared_teacher", "ensemble", "compiled")),
     (
         "one fit, its weights and costs",
         ("fitting", "fit_checkpoint", "fit_module", "processes", "weights", "cost", "trainer"),

@@ -1,10 +1,10 @@
 """The progressive ensemble: every prefix of it is a usable model."""
 
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class ProgressiveEnsemble(nn.Module):
         self.scales = [(float(a), float(c)) for a, c in scales]
         self.labels = None if labels is None else [int(label) for label in labels]
         self.task = task
+        self._together: Any = None  # of the first students, what asks them all at once, see `compiled`
 
     def __len__(self) -> int:
         return len(self.members)
@@ -61,6 +62,8 @@ class ProgressiveEnsemble(nn.Module):
         each other, and one image takes longer than without. Students that read earlier ones run in turn all the same.
         """
         count = self._count(members)
+        if self._together is not None and count <= len(self._together):
+            return self._together(images, count)  # type: ignore[no-any-return]
         chosen = list(self.members)[:count]
         if parallel and not any(map(reads, chosen)):
             grad = torch.is_grad_enabled()  # a thread starts with gradients on
@@ -79,6 +82,21 @@ class ProgressiveEnsemble(nn.Module):
             prefix = mix(prefix, student, scales)
         assert prefix is not None
         return prefix
+
+    def compiled(self) -> "ProgressiveEnsemble":
+        """The same ensemble for inference on the CPU: students packed for kernels, without gradients.
+
+        The weights are copies: what changes in this ensemble later is not seen. A student for which there is no kernel
+        is called as it is, and the log says so. Images of a batch are shared out to torch's number of threads.
+        """
+        from pkd_lightning.compiled import CompiledPrefixes, CompiledStudent, compile_students
+
+        members = compile_students(list(self.members), self.task.input_shape)
+        ensemble = ProgressiveEnsemble(members, self.scales, self.task, self.labels).eval()
+        first = list(itertools.takewhile(lambda member: isinstance(member, CompiledStudent), members))
+        if first:
+            ensemble._together = CompiledPrefixes(first, self.scales[: len(first)])  # type: ignore[arg-type]
+        return ensemble
 
     def predicted(self, logits: Tensor) -> Tensor:
         """The label, as the data set has it, of the largest of the logits (batch, L) of each image: (batch,)."""
@@ -131,7 +149,7 @@ class ProgressiveEnsemble(nn.Module):
         """
         if len(costs) != len(self):
             raise ValueError(f"{len(costs)} costs for {len(self)} students")
-        count = sum(total <= budget for total in accumulate(costs))
+        count = sum(total <= budget for total in itertools.accumulate(costs))
         if count == 0:
             raise ValueError(f"a budget of {budget:g} does not pay for the first student, which costs {costs[0]:g}")
         return count
