@@ -4,9 +4,8 @@ import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, writ
 from pkd_lightning.earlier import InTurn, reads
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.models.building import InputShape, Trust, build_classifier, import_model, path_of, trusting
-from pkd_lightning.outputs import output_of
+from pkd_lightning.parallel import Parallel, packed
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.tasks import ImageClassification, Task
 
@@ -46,6 +45,7 @@ class ProgressiveEnsemble(nn.Module):
         self.scales = [(float(a), float(c)) for a, c in scales]
         self.labels = None if labels is None else [int(label) for label in labels]
         self.task = task
+        self._parallel = Parallel()
         self._together: Any = None  # of the first students, what asks them all at once, see `compiled`
 
     def __len__(self) -> int:
@@ -55,28 +55,29 @@ class ProgressiveEnsemble(nn.Module):
         """Raw inputs, such as uint8 images (batch, C, H, W), to what the students read, as in training."""
         return self.task.prepare(inputs)
 
-    def forward(self, images: Tensor, members: int | None = None, parallel: bool = False) -> Tensor:
+    def forward(self, images: Tensor, members: int | None = None, parallel: bool | Literal["auto"] = False) -> Tensor:
         """Logits (batch, L) of the prefix of the first `members` students (None: all) on preprocessed images.
 
-        With `parallel` the members run in threads at the same time. Only large students gain by it: small ones wait for
-        each other, and one image takes longer than without. Students that read earlier ones run in turn all the same.
+        Args:
+            images: (batch, *input_shape).
+            members: students of the prefix.
+            parallel: True: each student in a thread of its own, or on a CUDA stream. "auto": what `parallel.Parallel`
+                finds fastest, at the first call with such a batch. Students that read earlier ones run in turn all the
+                same.
         """
+        if parallel not in (True, False, "auto"):
+            raise ValueError(f"parallel={parallel!r}: must be True, False or 'auto'")
         count = self._count(members)
         if self._together is not None and count <= len(self._together):
             return self._together(images, count)  # type: ignore[no-any-return]
         chosen = list(self.members)[:count]
-        if parallel and not any(map(reads, chosen)):
-            grad = torch.is_grad_enabled()  # a thread starts with gradients on
-
-            def call(member: nn.Module) -> Tensor:
-                with torch.set_grad_enabled(grad):
-                    return output_of(member(images)).logits
-
-            with ThreadPoolExecutor(count) as pool:
-                logits = list(pool.map(call, chosen))
-        else:
+        if not parallel or any(map(reads, chosen)):
             turn = InTurn(chosen)
             logits = [turn.ask(images).logits for _ in chosen]
+        elif parallel == "auto" or images.is_cuda:
+            logits = self._parallel(chosen, images)
+        else:
+            logits = packed(chosen, images, [[t] for t in range(count)])
         prefix = None
         for student, scales in zip(logits, self.scales, strict=False):  # of the prefix's members
             prefix = mix(prefix, student, scales)
