@@ -9,10 +9,10 @@ unexport PYTHONPATH
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow bench bench-gpu sweep study readme-tables docs lint types check clean
+.PHONY: help install run test test-slow bench bench-inference bench-gpu sweep study readme-tables docs lint types check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(READY) ## make .venv with the pinned dependencies
 
@@ -44,6 +44,9 @@ readme-tables: $(READY) ## the tables and figures of the READMEs, from the colle
 
 bench: $(READY) ## timings of the scan, training and the data path on this machine, against their targets
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+bench-inference: $(READY) ## latencies of ensembles in use, into docs/inference.md
+	$(BIN)/python -m benchmarks.inference --write $(ARGS)
 
 bench-gpu: $(READY) ## timings of the scan and training steps on a CUDA device
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
