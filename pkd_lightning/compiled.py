@@ -13,7 +13,7 @@ from pkd_lightning.kernels.lanes import LOG2E, WIDTH
 from pkd_lightning.kernels.threads import share, threads_for
 from pkd_lightning.models.building import ImageShape, InputShape
 from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier, as_image
-from pkd_lightning.models.mamba import Mamba, as_built, own_weights
+from pkd_lightning.models.mamba import Mamba, only_forward, own_weights
 from pkd_lightning.models.tokens import ConvolutionTokens, PatchTokens, PixelTokens
 from pkd_lightning.prefixes import Scales
 
@@ -170,8 +170,9 @@ class _Unfit(Exception):
 
 def _plan(student: nn.Module, shape: ImageShape, weights: _Weights) -> tuple[list[int], int]:
     """What the kernel is told of a student, its weights being appended to `weights`, and the room it needs."""
-    if type(student) is not MambaClassifier or not as_built(student):
+    if not only_forward(student, MambaClassifier):
         raise _Unfit(f"a {type(student).__name__} that is no plain MambaClassifier")
+    assert isinstance(student, MambaClassifier)
     config, tokens, plan = student.config, student.tokens, [0] * k.PLAN
     plan[k.CHANNELS], plan[k.HEIGHT], plan[k.WIDTH_] = shape
     plan[k.ROWS], plan[k.COLUMNS] = tokens.grid
@@ -212,7 +213,7 @@ def _convolution(layer: nn.Module, weights: _Weights) -> tuple[int, int]:
 
 def _norm(norm: nn.Module, weights: _Weights) -> tuple[int, int]:
     """Where the weight of a norm, then its bias, and its epsilon begin."""
-    if type(norm) is nn.Identity and as_built(norm):
+    if only_forward(norm, nn.Identity):
         return 0, 0
     weight, bias = _layer(norm, nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm)
     begin = weights.add(weight)
@@ -223,7 +224,7 @@ def _norm(norm: nn.Module, weights: _Weights) -> tuple[int, int]:
 
 def _plan_tokens(plan: list[int], tokens: nn.Module, weights: _Weights) -> int:
     """The tokeniser; returns the room that it needs."""
-    if not as_built(tokens):
+    if not only_forward(tokens, type(tokens)):
         raise _Unfit("a tokeniser with hooks")
     channels, height, width = plan[k.CHANNELS], plan[k.HEIGHT], plan[k.WIDTH_]
     if isinstance(tokens, PixelTokens):
@@ -279,10 +280,10 @@ def _widest(block: nn.Module) -> int:
 def _plan_block(plan: list[int], block: Block, zeros: int, weights: _Weights) -> tuple[list[int], int]:
     """What the kernel is told of a block, and the room that it needs."""
     mixer = block.mixer
-    given = mixer.plain_weights() if type(mixer) is Mamba and as_built(mixer) and as_built(block) else None
+    assert isinstance(mixer, Mamba)
+    given = mixer.plain_weights() if only_forward(mixer, Mamba) and only_forward(block, Block) else None
     if given is None:
         raise _Unfit(f"the mixer {type(mixer).__name__}, which is not as it was built")
-    assert isinstance(mixer, Mamba)
     in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D, out_proj = given
     inner, states, rank, width = mixer.d_inner, mixer.d_state, mixer.dt_rank, mixer.d_conv
     own = [0] * k.BLOCK

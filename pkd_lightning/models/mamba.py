@@ -15,27 +15,27 @@ LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj")
 PLAIN = (Tensor, nn.Parameter)  # others, as those of quantisation libraries, compute in their own way
 
 
-def as_built(layer: nn.Module) -> bool:
-    """Whether a call of a module does what its class says: it has no hooks and no `forward` of its own."""
-    if "forward" in layer.__dict__ or _has_any_global_hook():
+def only_forward(layer: Any, kind: type[nn.Module]) -> bool:
+    """Whether a call of `layer` is the `forward` of `kind` and nothing else, such as a hook or a compiled call."""
+    if type(layer) is not kind or "forward" in layer.__dict__ or _has_any_global_hook():
         return False
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not hooks
+    return not hooks and layer._compiled_call_impl is None
 
 
 def own_weights(layer: Any, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear or convolutional layer, or None where a call of it does more than apply them.
+    """Weight and bias of a linear, convolutional or norm layer, or None where a call of it does more than apply them.
 
     It does where the layer was replaced, wrapped, parametrised or quantised, which all change its class or that of its
     weight, where it has hooks (so does pruning), or a `forward` of its own.
     """
-    if type(layer) is not kind or not as_built(layer):
+    if not only_forward(layer, kind):
         return None
     parameters = layer._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
         return None
-    return weight, bias  # type: ignore[return-value]
+    return weight, bias
 
 
 class MambaState(NamedTuple):
