@@ -7,10 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
+from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
-
-from hydra.utils import get_object
 
 from pkd_lightning.errors import ConfigError
 
@@ -154,6 +153,40 @@ class Faults:
             raise ConfigError(self.found)
 
 
+def located(path: str) -> Any:
+    """What lies at an import path: an attribute of a module, or of a class in it; modules are imported on the way.
+
+    Raises:
+        ValueError: where it is no import path.
+        ImportError: where there is nothing, or the import of a module on the way fails, saying of which and why.
+    """
+    first, *rest = path.split(".")
+    if not all((first, *rest)):
+        raise ValueError(f"{path!r} is no import path; relative ones are not supported")
+    found, at = _imported(first, path), first
+    for part in rest:
+        inner = f"{at}.{part}"
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            if not isinstance(found, ModuleType):
+                raise ImportError(f"Error loading {path!r}: {error!r}; is {part!r} an attribute of {at!r}?") from error
+            found = _imported(inner, path)
+        at = inner
+    return found
+
+
+def _imported(module: str, path: str) -> ModuleType:
+    """The module of a name on the way to an import path."""
+    try:
+        return import_module(module)
+    except Exception as error:  # whatever the code of the module raises
+        above, _, last = module.rpartition(".")
+        advice = f"is {last!r} to be imported from {above!r}" if above else f"is {module!r} installed"
+        advice = f"; {advice}?" if isinstance(error, ModuleNotFoundError) else ""
+        raise ImportError(f"Error loading {path!r}: {error!r}{advice}") from error
+
+
 def resolve(name: str, module: ModuleType, fits: Callable[[object], bool], kind: str) -> Any:
     """What is called `name` in `module`, or at the import path `name`, where it fits.
 
@@ -173,7 +206,7 @@ def resolve(name: str, module: ModuleType, fits: Callable[[object], bool], kind:
         options = ", ".join(offered)
         raise ConfigError([f"{name!r}: must be one of {options}, or an import path.{suggest(str(name), offered)}"])
     try:
-        found = get_object(name)
+        found = located(name)
     except Exception as error:
         raise ConfigError([f"{name!r}: cannot be imported ({error})"]) from error
     if not fits(found):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
@@ -66,6 +68,15 @@ def spare_terminal() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+class Terminal(logging.StreamHandler[IO[str]]):
+    """Messages on a stream. Where nobody reads it any more they are lost, without a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Report any other error of writing a record."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+
+
 def log_to_terminal(job: str | None = None) -> None:
     """Messages from INFO on as bare lines on stdout; DEBUG of this package only reaches a run's run.log.
 
@@ -73,11 +84,34 @@ def log_to_terminal(job: str | None = None) -> None:
         job: title of a job of a multirun, whose terminal shows its warnings only, under this title.
     """
     spare_terminal()
-    terminal = logging.StreamHandler(sys.stdout)
+    terminal = Terminal(sys.stdout)
     terminal.setLevel(logging.WARNING if job else logging.INFO)
     form = "%(message)s" if job is None else f"{job.replace('%', '%%')}: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, handlers=[terminal], force=True)
     logging.getLogger("pkd_lightning").setLevel(logging.DEBUG)
+
+
+@contextmanager
+def end_with_reader() -> Iterator[None]:
+    """End this process without a word where whoever reads its stdout, such as `head`, has ended."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread(sys.stdout.fileno()):  # it is another pipe that broke
+            raise
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())  # for what is flushed at exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _unread(descriptor: int) -> bool:
+    """Whether a descriptor is that of a pipe or socket that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return bool(poll.poll(0))  # no event is asked for, and those of errors come all the same
 
 
 @contextmanager

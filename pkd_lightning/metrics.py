@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from pkd_lightning.matrix import chunks
 
@@ -13,6 +12,8 @@ def quality(logits: Tensor, labels: Tensor, teacher: Tensor | None = None) -> di
 
     By chunks of rows: what is taken in between does not grow with L.
     """
+    from torchmetrics.classification import MulticlassAccuracy  # a second and a half, which no prediction needs
+
     accuracy, nll, agreeing = MulticlassAccuracy(logits.shape[-1], average="micro"), 0.0, 0
     confidence, correct = torch.empty(len(logits)), torch.empty(len(logits), dtype=torch.bool)
     for rows in chunks(logits.shape):

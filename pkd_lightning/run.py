@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pkd_lightning.checkpoint import read_json
-from pkd_lightning.cli import CONF, explain_end, explain_overrides, log_to_terminal, spare_terminal
+from pkd_lightning.cli import CONF, end_with_reader, explain_end, explain_overrides, log_to_terminal, spare_terminal
 from pkd_lightning.composition import without_bars
 from pkd_lightning.naming import tell_agent
 from pkd_lightning.process import in_multirun, stopped_by_signals
@@ -51,17 +51,18 @@ def run(config: DictConfig) -> dict[str, object]:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _job(config: DictConfig) -> float | None:
     log_to_terminal(this_job())
-    with explain_end(), stopped_by_signals():  # in a launcher's process, too
+    with end_with_reader(), explain_end(), stopped_by_signals():  # in a launcher's process, too
         rounds = run(without_bars(config) if in_multirun() else config)["rounds"]
     return max(0.0, rounds[-1]["prefix_validation_accuracy"]) if rounds else None  # type: ignore[index]
 
 
 def main() -> None:
     """Console entry point; Hydra reads the command line, except for the commands of our own."""
-    if COMMANDS.keys() & sys.argv[1:2]:
-        sys.exit(import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
-    with explain_overrides(), stopped_by_signals():
-        _job()
+    with end_with_reader():
+        if COMMANDS.keys() & sys.argv[1:2]:
+            sys.exit(import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
+        with explain_overrides(), stopped_by_signals():
+            _job()
 
 
 if __name__ == "__main__":

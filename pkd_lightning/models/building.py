@@ -8,10 +8,10 @@ from itertools import chain
 from typing import Any
 
 import torch
-from hydra.utils import get_object
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pkd_lightning.checks import located
 from pkd_lightning.earlier import following, reads
 from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.outputs import output_of
@@ -83,9 +83,9 @@ def import_model(path: str, trust: Trust, key: str = "model", kind: type = nn.Mo
     if path not in configured and not inside:
         raise ConfigError([f"{key}={path!r}: is not of {PACKAGE}; {advice}"])
     try:
-        model: Callable[..., Any] = get_object(path)
+        model: Callable[..., Any] = located(path)
         made = model if isinstance(model, type) else inspect.signature(model, eval_str=True).return_annotation
-    except Exception as error:  # get_object raises whatever the module's import does
+    except Exception as error:  # an annotation, too, may name what is not there
         raise ConfigError([f"{key}={path!r}: cannot be imported ({error})"]) from error
     name = "torch.nn.Module" if kind is nn.Module else kind.__name__
     if not (isinstance(made, type) and issubclass(made, kind)):
