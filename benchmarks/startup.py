@@ -19,8 +19,8 @@ from benchmarks.timing import FEWEST, Row, at_most, measured
 IMPORT = "import time, torch; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
 LOADED = "from pkd_lightning.pretrained import load; load('mnist')"
 ASKED = (
-    "from pkd_lightning.pretrained import load; e = load('mnist').ensemble;"
-    " e(e.preprocess(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)))"
+    "from pkd_lightning.ensemble import ProgressiveEnsemble;"
+    " ProgressiveEnsemble.load('mnist').predict(torch.zeros(1, 28, 28, dtype=torch.uint8))"
 )
 IMPORTS = {
     "import pkd_lightning.ensemble": ("import pkd_lightning.ensemble", 0.3),

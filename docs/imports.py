@@ -23,9 +23,9 @@ FLOORS = (
     ("a teacher, an ensemble", ("teacher", "shared_teacher", "ensemble", "parallel", "compiled")),
     (
         "one fit, its weights and costs",
-        ("fitting", "fit_checkpoint", "fit_module", "processes", "weights", "cost", "trainer"),
+        ("fitting", "fit_checkpoint", "fit_module", "processes", "weights", "cost", "predicting", "trainer"),
     ),
-    ("models and data", ("models", "data", "tasks")),
+    ("models and data", ("models", "data", "inputs", "tasks")),
     ("compiled kernels", ("kernels",)),
     (
         "foundations",

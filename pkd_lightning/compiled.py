@@ -66,7 +66,6 @@ class CompiledStudent(nn.Module):
         except _Unfit as error:
             raise ValueError(str(error)) from None
         assert isinstance(student, MambaClassifier)
-        self.original = (student,)  # not a submodule: its parameters are not this one's
         self.plan = torch.tensor(plan)
         self.weights = torch.cat([*weights.parts, torch.zeros(WIDTH)])
         self.scales = torch.tensor([0.0, 1.0])  # of a student by itself

@@ -4,21 +4,20 @@ import copy
 import logging
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from fvcore.nn.flop_count import FlopCountAnalysis
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from pkd_lightning.models.building import InputShape, brief
 from pkd_lightning.outputs import output_of
-
-logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ def measure(model: nn.Module, input_shape: InputShape, missing: list[str] | None
 
 def published_flops(model: nn.Module, input_shape: InputShape) -> int:
     """`Cost.flops_published` of one image."""
+    from fvcore.nn.flop_count import FlopCountAnalysis  # half a second, which counting all operations does not need
+
+    logging.getLogger("fvcore.nn.jit_handles").setLevel(logging.ERROR)
     replaced = with_mixers(model, "visible", lambda mixer, tokens: mixer.visible(tokens))
     analysis = FlopCountAnalysis(replaced, torch.zeros(1, *input_shape))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -88,11 +90,28 @@ def total_macs(model: nn.Module, input_shape: InputShape) -> int:
         return tokens
 
     replaced = with_mixers(model, "macs", note)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _without_dynamo(), FlopCounterMode(display=False) as counter:
         replaced(torch.zeros(1, *input_shape))
     visible = int(counter.get_total_flops()) // 2  # it counts a multiply-accumulate as two
     # not while the counter would count them too
     return visible + sum(int(mixer.macs(length)) for mixer, length in calls)
+
+
+@contextmanager
+def _without_dynamo() -> Iterator[None]:
+    """Within the block the counter does not import torch._dynamo, which takes a second, to be left out of its graphs.
+
+    Nothing is compiled while it counts. Where another version of torch does this in another way, it takes that second.
+    """
+    dispatch: Any = getattr(_FlopCounterMode.__torch_dispatch__, "__wrapped__", None)
+    if dispatch is None or "torch._dynamo" in sys.modules:
+        yield
+        return
+    dispatch.__dynamo_disable = dispatch  # what torch's wrapper calls, once it has found it
+    try:
+        yield
+    finally:
+        del dispatch.__dynamo_disable
 
 
 def with_mixers(model: nn.Module, method: str, call: Callable[[Any, Tensor], Tensor]) -> nn.Module:

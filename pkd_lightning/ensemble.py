@@ -4,6 +4,7 @@ import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import load_tensors, read_json, save_weights, write_json
+from pkd_lightning.checks import suggest
 from pkd_lightning.earlier import InTurn, reads
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.models.building import InputShape, Trust, build_classifier, import_model, path_of, trusting
+from pkd_lightning.inputs import Inputs
+from pkd_lightning.models.building import InputShape, Trust, brief, build_classifier, import_model, path_of, trusting
 from pkd_lightning.parallel import Parallel, packed
+from pkd_lightning.predicting import Limits, Pace, Prediction, as_sure_as, member_macs, predict, prefixes, stream
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.tasks import ImageClassification, Task
 
 logger = logging.getLogger(__name__)
+
+PRETRAINED = Path(__file__).parent / "pretrained"  # a folder an ensemble
 
 
 class ProgressiveEnsemble(nn.Module):
@@ -29,6 +35,7 @@ class ProgressiveEnsemble(nn.Module):
         scales: (a_t, c_t) of each.
         task: how inputs are prepared.
         labels: the label of each output in the data set; None where they are 0, 1, ...
+        classes: the name of each output; None where the data set does not name them.
     """
 
     def __init__(
@@ -37,6 +44,7 @@ class ProgressiveEnsemble(nn.Module):
         scales: Sequence[Scales],
         task: Task,
         labels: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if not members or len(members) != len(scales):
@@ -44,8 +52,13 @@ class ProgressiveEnsemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.scales = [(float(a), float(c)) for a, c in scales]
         self.labels = None if labels is None else [int(label) for label in labels]
+        self.classes = None if classes is None else [str(name) for name in classes]
+        for name, found in (("labels", self.labels), ("classes", self.classes)):
+            if found is not None and len(found) != task.num_classes:
+                raise ValueError(f"{len(found)} {name} for {task.num_classes} outputs")
         self.task = task
         self._parallel = Parallel()
+        self._counted: tuple[ProgressiveEnsemble, ...] = ()  # the ensemble that this one costs as much as
         self._together: Any = None  # of the first students, what asks them all at once, see `compiled`
 
     def __len__(self) -> int:
@@ -93,7 +106,8 @@ class ProgressiveEnsemble(nn.Module):
         from pkd_lightning.compiled import CompiledPrefixes, CompiledStudent, compile_students
 
         members = compile_students(list(self.members), self.task.input_shape)
-        ensemble = ProgressiveEnsemble(members, self.scales, self.task, self.labels).eval()
+        ensemble = ProgressiveEnsemble(members, self.scales, self.task, self.labels, self.classes).eval()
+        ensemble._counted = (self,)
         first = list(itertools.takewhile(lambda member: isinstance(member, CompiledStudent), members))
         if first:
             ensemble._together = CompiledPrefixes(first, self.scales[: len(first)])  # type: ignore[arg-type]
@@ -112,7 +126,58 @@ class ProgressiveEnsemble(nn.Module):
             logits = mix(logits, turn.ask(images).logits, scales)
             yield logits
 
-    @torch.inference_mode()
+    def predict(
+        self,
+        images: Inputs,
+        members: int | None = None,
+        confidence: float | None = None,
+        budget_macs: float | None = None,
+        budget_ms: float | None = None,
+    ) -> Prediction:
+        """The answer for images as they are: tensors, NumPy arrays, PIL images, files; one or many.
+
+        Args:
+            images: see `read_inputs`. Floats are levels scaled to [0, 1]; what is preprocessed goes to `forward`.
+            members: ask the first so many students. At most one of this and the following is given, see `Limits`.
+            confidence: ask each further student only for the images whose prefix is less sure than this.
+            budget_macs: ask as many as cost at most so many multiply-accumulates an image.
+            budget_ms: ask no further one that would end later than so many milliseconds after the call.
+
+        Raises:
+            InputError: where an image cannot be read, or the limit is impossible, saying what is expected.
+        """
+        return predict(self, images, Limits(members, confidence, budget_macs, budget_ms))
+
+    def stream(
+        self,
+        images: Inputs,
+        members: int | None = None,
+        confidence: float | None = None,
+        budget_macs: float | None = None,
+        budget_ms: float | None = None,
+    ) -> Iterator[Prediction]:
+        """The answer of each prefix as it is ready; each costs one more student. Arguments and errors as in `predict`.
+
+        Images are read at the call. Where some are done by `confidence`, they keep their answer.
+        """
+        return stream(self, images, Limits(members, confidence, budget_macs, budget_ms))
+
+    @cached_property
+    def macs(self) -> list[int] | None:
+        """Multiply-accumulates of each student for one input; None, with a warning, where they cannot be counted."""
+        if self._counted:
+            return self._counted[0].macs
+        try:
+            return member_macs(list(self.members), self.task.input_shape)
+        except Exception as error:  # whatever the counter or a user's model raises inside of it
+            logger.warning("the students' multiply-accumulates cannot be counted (%s)", brief(error))
+            return None
+
+    @cached_property
+    def pace(self) -> Pace:
+        """How long each student took in the calls of `predict` and `stream` so far."""
+        return Pace(self.macs)
+
     def early_exit(self, images: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
         """Ask one student after another, only for the images no prefix is yet sure of.
 
@@ -123,24 +188,8 @@ class ProgressiveEnsemble(nn.Module):
         Returns:
             Logits (batch, L) of each image's last prefix, and the number of students each image used (batch,).
         """
-        open_rows = torch.arange(len(images), device=images.device)
-        used = torch.zeros_like(open_rows)
-        logits: Tensor | None = None
-        turn = InTurn(list(self.members))
-        for t, scales in enumerate(self.scales):
-            student = turn.ask(images[open_rows]).logits
-            if logits is None:
-                logits = mix(None, student, scales)
-            else:
-                logits[open_rows] = mix(logits[open_rows], student, scales)
-            used[open_rows] = t + 1
-            unsure = ~(logits[open_rows].softmax(-1).amax(-1) >= confidence)
-            open_rows = open_rows[unsure]
-            turn.keep(unsure)
-            if len(open_rows) == 0:
-                break
-        assert logits is not None
-        return logits, used
+        *_, last = prefixes(list(self.members), self.scales, images, as_sure_as(confidence))
+        return last.logits, last.students
 
     def largest_prefix(self, costs: Sequence[float], budget: float) -> int:
         """The number of students of the largest prefix whose summed `costs` (one a student) stay within `budget`.
@@ -170,27 +219,26 @@ class ProgressiveEnsemble(nn.Module):
         task: Task,
         labels: Sequence[int] | None = None,
         trust: Trust = (),
+        classes: Sequence[str] | None = None,
     ) -> "ProgressiveEnsemble":
         """Load students 00, 01, ... of `directory`, as many as there are scales; `trust` as in `load`."""
-        return cls(load_students(directory, len(scales), trust), scales, task, labels).eval()
+        return cls(load_students(directory, len(scales), trust), scales, task, labels, classes).eval()
 
     @classmethod
     def load(cls, directory: Path | str, trust: Trust = ()) -> "ProgressiveEnsemble":
-        """Load the ensemble of a run: the run's directory, or its `students` folder.
+        """Load the ensemble of a run, by the run's directory or its `students` folder, or a pretrained one by its name.
 
         Of an unfinished run these are the students so far, and a warning says so.
 
         Args:
-            directory: where it is.
+            directory: where it is, or a name such as `mnist`. What exists goes before a name.
             trust: import paths of models, or of packages, that a file of the run may name besides this package's own
                 models: their code is run. True: any. Models of the ladders of this process need no mention.
 
         Raises:
             RunError: where files are missing, damaged or do not fit, or name a model that is not trusted.
         """
-        directory = Path(directory)
-        if not (directory / "ensemble.json").exists():
-            directory = directory / "students"
+        directory = _folder_of(directory)
         path = directory / "ensemble.json"
         description = read_json(path)
         try:
@@ -198,6 +246,7 @@ class ProgressiveEnsemble(nn.Module):
             scales = [(float(a), float(c)) for a, c in description["scales"]]
             labels = description.get("labels")  # older files have none
             labels = None if labels is None else [int(label) for label in labels]
+            classes = description.get("classes")  # older files have none
             if not torch.tensor(scales).isfinite().all():
                 raise ValueError(f"scales: {description['scales']} are not all finite numbers")
             task = _load_task(description, directory, trust)
@@ -207,7 +256,37 @@ class ProgressiveEnsemble(nn.Module):
             raise RunError(f"{path}: does not describe an ensemble ({error!r})") from error
         if not finished:
             logger.warning("%s: the run is not finished; its first %d students are loaded", path, len(scales))
-        return cls.from_students(directory, scales, task, labels, trust)
+        try:
+            return cls.from_students(directory, scales, task, labels, trust, classes)
+        except ValueError as error:
+            raise RunError(f"{path}: does not describe an ensemble ({error})") from error
+
+
+def pretrained_names() -> list[str]:
+    """The ensembles that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob("*/ensemble.json"))
+
+
+def _folder_of(place: Path | str) -> Path:
+    """The folder of the students at a path, or of a pretrained ensemble's name.
+
+    Raises:
+        RunError: where there is neither.
+    """
+    path = Path(place).expanduser()
+    names = pretrained_names()
+    if path.exists():
+        for folder in (path, path / "students"):
+            if (folder / "ensemble.json").exists():
+                return folder
+        advice = f"; the pretrained ensemble is {str(PRETRAINED / str(place))!r}" if str(place) in names else ""
+        raise RunError(f"{path}: holds neither ensemble.json nor students/ensemble.json{advice}")
+    if str(place) in names:
+        return PRETRAINED / str(place)
+    raise RunError(
+        f"{place}: there is no such path, of a run or of its students folder, and no pretrained ensemble of this name;"
+        f" those are: {', '.join(names)}.{suggest(str(place), names)}"
+    )
 
 
 def save_description(
@@ -216,6 +295,7 @@ def save_description(
     task: Task,
     labels: Sequence[int] | None = None,
     finished: bool = True,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Write `ensemble.json` beside the students: what `ProgressiveEnsemble.load` needs besides them.
 
@@ -225,6 +305,7 @@ def save_description(
         task: see `ProgressiveEnsemble`.
         labels: see `ProgressiveEnsemble`.
         finished: whether no further students follow.
+        classes: see `ProgressiveEnsemble`.
     """
     description = {
         "scales": [list(pair) for pair in scales],
@@ -234,6 +315,7 @@ def save_description(
         **task.state(),
         "finished": finished,
         "labels": labels,
+        "classes": None if classes is None else list(classes),
     }
     write_json(directory / "ensemble.json", description, hashed=True)
 

@@ -31,6 +31,10 @@ class DataError(PKDError):
     """A data set that is missing, incomplete or damaged."""
 
 
+class InputError(PKDError, ValueError):
+    """Images, or other inputs, that an ensemble cannot read."""
+
+
 class RunError(PKDError):
     """A run that cannot start or continue, for example because another process holds its directory."""
 

@@ -29,6 +29,7 @@ def test_it_is_the_run_of_the_study():
     for member, row in zip(ensemble.members, results["rounds"], strict=True):
         cost = measure(member, (1, 28, 28))
         assert (cost.params, cost.macs_total) == (row["params"], row["macs_total"])
+    assert ensemble.macs == [row["macs_total"] for row in results["rounds"]]
     assert [list(scales) for scales in ensemble.scales] == [row["scales"] for row in results["rounds"]]
     assert measure(teacher, (1, 28, 28)).params == results["teacher"]["params"]
     assert not ensemble.training

@@ -58,15 +58,16 @@ def test_every_command_composes_to_a_valid_experiment(
 def test_the_python_snippets_run(tmp_path: Path) -> None:
     import torch
 
-    (pretrained,), (snippet,) = (re.findall(r"```python\n(.*?)```", text, re.DOTALL) for text in (README, GUIDE))
+    pretrained, snippet = ("".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)) for text in (README, GUIDE))
     names = {"images": torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)}
     exec(pretrained, names)
-    assert names["logits"].shape == (4, 10)
+    assert names["answer"].logits.shape == (4, 10)
     tiny_run(tmp_path)
     (done,) = tmp_path.rglob("DONE")
     names = {"images": torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)}
     exec(snippet.replace("runs/digits/HASH", str(done.parent)), names)
-    assert names["logits"].shape == (4, 3)
+    assert names["logits"].shape == names["answer"].logits.shape == (4, 3)
+    assert names["answer"].students.tolist() == [3] * 4
     assert names["used"].max() <= 3
 
 

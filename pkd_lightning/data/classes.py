@@ -44,7 +44,8 @@ def without_empty(data: LabelledSet, empty: EmptyClasses) -> tuple[LabelledSet, 
         found, len(present), number,
     )  # fmt: skip
     originals = present.tolist()
-    data = replace(data, labels=labels, num_classes=len(present))  # type: ignore[type-var]  # each is a dataclass
+    named = {} if data.classes is None else {"classes": tuple(data.classes[label] for label in originals)}
+    data = replace(data, labels=labels, num_classes=len(present), **named)  # type: ignore[type-var]  # a dataclass
     return data, None if originals[-1] < len(present) else originals
 
 

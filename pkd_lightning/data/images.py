@@ -21,6 +21,7 @@ class ImageSet(LabelledSet):
         labels: (N,) int64 in [0, num_classes).
         num_classes: number of classes L.
         train_size: the first `train_size` samples are the official training part, the rest the official test part.
+        classes: the name of each class, where the set names them.
 
     Raises:
         DataError: where they are not of this form, naming everything that is wrong.
@@ -33,6 +34,7 @@ class ImageSet(LabelledSet):
     labels: Tensor
     num_classes: int
     train_size: int
+    classes: tuple[str, ...] | None = None
 
     def input_faults(self) -> Iterator[str]:
         """Why the images are not of the form above."""

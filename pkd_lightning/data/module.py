@@ -152,6 +152,7 @@ class DataModule:
         inputs: (N, *input_shape), as the source has them.
         labels: (N,) int64 in [0, num_classes).
         class_labels: the label of each class in the source, where classes without samples were left out; else None.
+        class_names: the name of each class; None where the source does not name them.
         originals: number of training samples without their copies.
         sizes: (training, validation, test) number of rows, copies included. Of several ranks each has those it owns,
             and the first all test rows.
@@ -169,6 +170,7 @@ class DataModule:
         logger.info("loading the data")
         data, self.class_labels = without_empty(load_source(config), config.empty_classes)
         self.name, self.num_classes = data.name, data.num_classes
+        self.class_names = None if data.classes is None else list(data.classes)
         train, validation, test = split_rows(data, config)
         order = torch.cat([train.repeat(1 + config.copies), validation, test])
         # index_select: contiguous rows whatever the layout of the source's tensors, and no copy of them in between

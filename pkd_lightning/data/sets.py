@@ -22,6 +22,7 @@ class LabelledSet(ABC):
         labels: (N,) int64 in [0, num_classes).
         num_classes: number of classes L.
         train_size: the first `train_size` samples are the official training part, the rest the official test part.
+        classes: the name of each class, where the set names them.
 
     Raises:
         DataError: where they are not of their form, naming everything that is wrong.
@@ -33,6 +34,7 @@ class LabelledSet(ABC):
     labels: Tensor
     num_classes: int
     train_size: int
+    classes: tuple[str, ...] | None = None
 
     @property
     def inputs(self) -> Tensor:
@@ -67,6 +69,10 @@ class LabelledSet(ABC):
             yield f"labels go from {labels.min()} to {labels.max()}, not within 0 to {self.num_classes - 1}"
         if self.num_classes < 2:
             yield f"there are {self.num_classes} classes; a classifier needs at least 2"
+        if self.classes is not None:
+            words = all(isinstance(name, str) and name for name in self.classes)
+            if not words or len(set(self.classes)) != self.num_classes or len(self.classes) != self.num_classes:
+                yield f"classes are {self.classes!r}, not a name of its own for each of {self.num_classes} classes"
         if not 0 <= self.train_size <= count:
             yield f"train_size={self.train_size} is not within the {count} samples"
 

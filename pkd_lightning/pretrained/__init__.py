@@ -1,15 +1,14 @@
 """Trained models that come with the package: `load("mnist")` gives an ensemble and its teacher."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 from pkd_lightning.checks import suggest
-from pkd_lightning.ensemble import ProgressiveEnsemble, load_student
+from pkd_lightning.ensemble import PRETRAINED, ProgressiveEnsemble, load_student, pretrained_names
 from pkd_lightning.errors import ConfigError
 
-FOLDER = Path(__file__).parent
+FOLDER = PRETRAINED
 
 
 class Pretrained(NamedTuple):
@@ -26,7 +25,7 @@ class Pretrained(NamedTuple):
 
 def names() -> list[str]:
     """What `load` can load."""
-    return sorted(path.parent.name for path in FOLDER.glob("*/ensemble.json"))
+    return pretrained_names()
 
 
 def load(name: str = "mnist") -> Pretrained:
