@@ -12,6 +12,8 @@ import time
 from functools import partial
 from statistics import median
 
+from PIL import Image
+
 from benchmarks.report import conclude, show
 from benchmarks.timing import FEWEST, Row, at_most, measured
 
@@ -40,18 +42,20 @@ def imported(code: str) -> float:
 def answered(*arguments: str) -> float:
     """Seconds of a command of `pkd`."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pkd_lightning.run", *arguments], capture_output=True, check=True)
+    subprocess.run([sys.executable, "-m", "pkd_lightning", *arguments], capture_output=True, check=True)
     return time.perf_counter() - start
 
 
 def rows(starts: int) -> list[Row]:
     """A row an import and a command, each started so many times, in turn, after once to have the files in memory."""
     with tempfile.TemporaryDirectory() as root:
-        finished = (*RUN, f"run_root={root}")
+        finished, image = (*RUN, f"run_root={root}"), f"{root}/image.png"
+        Image.new("L", (28, 28)).save(image)
         answered(*finished)
         calls = {what: (partial(imported, code), limit) for what, (code, limit) in IMPORTS.items()}
         calls["pkd --help"] = partial(answered, "--help"), 2.0
         calls["pkd showing a finished run"] = partial(answered, *finished), 2.0
+        calls["pkd predict, one image, all students"] = partial(answered, "predict", "mnist", image), None
         times: dict[str, list[float]] = {what: [] for what in calls}
         for i in range(starts + 1):
             for what, (call, _) in calls.items():

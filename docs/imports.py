@@ -15,7 +15,10 @@ PAGE = Path(__file__).parent / "imports.md"
 FLOORS = (
     (
         "what a user calls",
-        ("child", "run", "finish", "distil", "live", "sweeps", "cli", "dashboard", "naming", "report", "pretrained"),
+        (
+            "__main__", "child", "run", "finish", "distil", "live", "predict", "sweeps", "cli", "commands", "dashboard",
+            "naming", "report", "pretrained",
+        ),
     ),
     ("from a configuration to checked parts", ("experiment", "trial")),
     ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),

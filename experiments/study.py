@@ -42,7 +42,7 @@ from experiments.launching import Launcher
 from experiments.plan import COMPOSITION, KEEP, Job, Study, option_faults, read_study
 from pkd_lightning.checkpoint import read_json, write_json
 from pkd_lightning.checks import suggest
-from pkd_lightning.cli import spare_terminal
+from pkd_lightning.commands import spare_terminal
 from pkd_lightning.errors import ConfigError, PKDError, RunError
 from pkd_lightning.process import stopped_by_signals
 from pkd_lightning.reporting.values import duration, number, percent

@@ -1,11 +1,9 @@
 """The command line around Hydra: where the configuration lies, and what a misspelt override may have meant."""
 
-import io
 import json
 import logging
 import os
 import re
-import select
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
+from pkd_lightning.commands import spare_terminal
 from pkd_lightning.composition import PACKAGE, SHARED, complete, did_you_mean, option_names
 from pkd_lightning.errors import ConfigError, PKDError
 from pkd_lightning.process import in_multirun
@@ -62,12 +61,6 @@ def load_config(*overrides: str, conf: str = CONF) -> DictConfig:
         version.VersionBase.instance().version_base = base
 
 
-def spare_terminal() -> None:
-    """Print characters that the terminal's encoding lacks as `?`, where an error would end what is all but done."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # elsewhere, as in a notebook, it is Unicode; stderr escapes them
-        sys.stdout.reconfigure(errors="replace")
-
-
 class Terminal(logging.StreamHandler[IO[str]]):
     """Messages on a stream. Where nobody reads it any more they are lost, without a traceback for each."""
 
@@ -89,29 +82,6 @@ def log_to_terminal(job: str | None = None) -> None:
     form = "%(message)s" if job is None else f"{job.replace('%', '%%')}: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, handlers=[terminal], force=True)
     logging.getLogger("pkd_lightning").setLevel(logging.DEBUG)
-
-
-@contextmanager
-def end_with_reader() -> Iterator[None]:
-    """End this process without a word where whoever reads its stdout, such as `head`, has ended."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _unread(sys.stdout.fileno()):  # it is another pipe that broke
-            raise
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), sys.stdout.fileno())  # for what is flushed at exit
-        sys.exit(128 + signal.SIGPIPE)
-
-
-def _unread(descriptor: int) -> bool:
-    """Whether a descriptor is that of a pipe or socket that nobody reads any more."""
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return bool(poll.poll(0))  # no event is asked for, and those of errors come all the same
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from pkd_lightning.checkpoint import read_json
-from pkd_lightning.cli import explain_end, log_to_terminal, spare_terminal
+from pkd_lightning.cli import explain_end, log_to_terminal
+from pkd_lightning.commands import spare_terminal
 from pkd_lightning.errors import RunError
 from pkd_lightning.process import stopped_by_signals
 from pkd_lightning.reporting.table import print_table

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pkd_lightning.cli import spare_terminal
+from pkd_lightning.commands import spare_terminal
 from pkd_lightning.errors import PKDError, RunError
 from pkd_lightning.reporting import page
 from pkd_lightning.reporting.comparison import comparison_page

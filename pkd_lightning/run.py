@@ -4,24 +4,19 @@ python -m pkd_lightning.run experiment=digits [overrides]
 """
 
 import os
-import sys
-from importlib import import_module
 
 import hydra
 from omegaconf import DictConfig
 
 from pkd_lightning.checkpoint import read_json
-from pkd_lightning.cli import CONF, end_with_reader, explain_end, explain_overrides, log_to_terminal, spare_terminal
+from pkd_lightning.cli import CONF, explain_end, explain_overrides, log_to_terminal
+from pkd_lightning.commands import end_with_reader, run_command, spare_terminal
 from pkd_lightning.composition import without_bars
 from pkd_lightning.naming import tell_agent
 from pkd_lightning.process import in_multirun, stopped_by_signals
 from pkd_lightning.reporting.table import print_table
 from pkd_lightning.rundir import find_finished
 from pkd_lightning.sweeps.records import this_job
-
-COMMANDS = {
-    "finish": "pkd_lightning.finish", "list": "pkd_lightning.sweeps.listing", "report": "pkd_lightning.report",
-}  # fmt: skip
 
 
 def run(config: DictConfig) -> dict[str, object]:
@@ -57,10 +52,9 @@ def _job(config: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """Console entry point; Hydra reads the command line, except for the commands of our own."""
+    """The command line; Hydra reads the command line, except for the commands of our own."""
     with end_with_reader():
-        if COMMANDS.keys() & sys.argv[1:2]:
-            sys.exit(import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
+        run_command()
         with explain_overrides(), stopped_by_signals():
             _job()
 

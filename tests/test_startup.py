@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pkd_lightning.cli import end_with_reader, log_to_terminal
+from pkd_lightning.cli import log_to_terminal
+from pkd_lightning.commands import end_with_reader
 from tests.support import TINY, tiny_run
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,7 @@ def start(*arguments: str, **environment: str) -> tuple[subprocess.CompletedProc
     [
         (["--help"], "pkd experiment=digits"),
         (["--help"], "pkd list [RUN_ROOT]"),
+        (["--help"], "pkd predict RUN FILE..."),
         (["experiment=digits", "--cfg", "job", "--resolve"], "name: digits"),
         (["-sc", "query=bash"], "experiment=mnist_paper"),
         (["experiment=digits", "boosting.rouns=3"], ""),

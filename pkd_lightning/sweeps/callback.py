@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.checkpoint import read_json
-from pkd_lightning.cli import spare_terminal
+from pkd_lightning.commands import spare_terminal
 from pkd_lightning.errors import PKDError, Pruned, RunError
 from pkd_lightning.reporting.load import results_so_far
 from pkd_lightning.reporting.values import percent, validation_of

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pkd_lightning.cli import load_config, spare_terminal
+from pkd_lightning.cli import load_config
+from pkd_lightning.commands import spare_terminal
 from pkd_lightning.errors import PKDError, RunError
 from pkd_lightning.reporting.files import read_plain
 from pkd_lightning.reporting.grouping import flat_settings, within
