@@ -100,3 +100,27 @@ def test_it_is_as_accurate_on_mnist_as_the_study_says():
     for model, row in ((ensemble, results["ensemble"]), (teacher, results["teacher"])):
         accuracy = (predict(model, data, data.test, CPU).argmax(-1) == labels).float().mean()
         assert abs(float(accuracy) - row["accuracy"]) < 2e-4  # a few images on another processor
+
+
+@pytest.mark.slow
+def test_it_predicts_from_images_as_they_are_as_accurately() -> None:
+    try:
+        data = DataModule(DataConfig(load_mnist))
+    except PKDError as error:
+        pytest.skip(f"no MNIST: {error}")
+    ensemble = ProgressiveEnsemble.load("mnist")
+    rows = range(data.test.start, data.test.stop, 500)
+    labels = data.labels[data.test.start : data.test.stop]
+
+    def accuracy(**limits: float) -> tuple[float, float]:
+        """Accuracy, and multiply-accumulates an image."""
+        answers = [ensemble.predict(data.inputs[i : i + 500].numpy(), **limits) for i in rows]
+        found = torch.cat([answer.labels for answer in answers])
+        return float((found == labels).float().mean()), float(torch.cat([a.macs for a in answers]).float().mean())
+
+    results = json.loads(RESULTS.read_text())
+    assert abs(accuracy()[0] - results["ensemble"]["accuracy"]) < 2e-4
+    assert abs(accuracy(members=3)[0] - results["rounds"][2]["prefix_accuracy"]) < 2e-4
+    right, macs = accuracy(confidence=0.999)
+    assert results["ensemble"]["accuracy"] - right < 0.002
+    assert macs < 0.25 * sum(ensemble.macs)

@@ -1,0 +1,1 @@
+"""Programs around an ensemble, to start from."""
