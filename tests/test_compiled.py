@@ -220,3 +220,11 @@ def test_the_published_models():
     images = torch.randn(3, 1, 28, 28)
     close(made.compiled()(images), made(images))
     close(CompiledStudent(teacher, (1, 28, 28))(images), teacher(images))
+
+
+def test_a_compiled_ensemble_predicts_and_costs_the_same():
+    made = ensemble()
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    found, expected = made.compiled().predict(images, budget_macs=10**9), made.predict(images, budget_macs=10**9)
+    assert found.macs.tolist() == expected.macs.tolist()
+    close(found.logits, expected.logits)
