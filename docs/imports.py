@@ -17,7 +17,7 @@ FLOORS = (
         "what a user calls",
         (
             "__main__", "child", "run", "finish", "distil", "live", "predict", "sweeps", "cli", "commands", "dashboard",
-            "naming", "report", "pretrained",
+            "naming", "report", "pretrained", "export",
         ),
     ),
     ("from a configuration to checked parts", ("experiment", "trial")),

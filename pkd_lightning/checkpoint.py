@@ -2,6 +2,9 @@
 
 The hash is in the file itself, so that both are written at once and copied together: in the metadata of safetensors,
 else under the key `HASH`. A file without one, of an earlier version or from elsewhere, is read as it is.
+
+`load_tensors` and `read_json` read the files of a folder from one safetensors file as well, which `pkd export` writes:
+FILE/00.json is the text `00.json` in its metadata, FILE/00.safetensors its tensors `00/NAME`.
 """
 
 import errno
@@ -121,10 +124,13 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     """
     from safetensors import SafetensorError, safe_open
 
+    whole = not path.parent.is_file()
+    source, prefix, key = (path, "", HASH) if whole else (path.parent, f"{path.stem}/", f"{path.stem}.{HASH}")
     try:
-        with safe_open(path, "pt") as file:
-            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            stored = (file.metadata() or {}).get(HASH)
+        with safe_open(source, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  (not a mapping)
+            values = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            stored = (file.metadata() or {}).get(key)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from error
     check_hash(path, values, stored)
@@ -200,9 +206,27 @@ def read_json(path: Path) -> Any:
         RunError: where it is missing, not JSON, or does not match its hash, naming it.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(_text_inside(path) if path.parent.is_file() else path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from error
     if isinstance(value, dict):
         check_hash(path, value, value.pop(HASH, None))
     return value
+
+
+def _text_inside(path: Path) -> str:
+    """A text in the metadata of the safetensors file that stands for its folder.
+
+    Raises:
+        ValueError: where there is none, or the file is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path.parent, "pt") as file:
+            texts = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if path.name not in texts:
+        raise ValueError(f"{path.parent.name} has no {path.name} in its metadata: is it a file of pkd export?")
+    return str(texts[path.name])

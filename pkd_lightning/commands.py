@@ -11,6 +11,7 @@ from importlib import import_module
 
 # each with the module whose `main` takes the arguments and returns the exit code
 COMMANDS = {
+    "export": "pkd_lightning.export.command",
     "finish": "pkd_lightning.finish",
     "list": "pkd_lightning.sweeps.listing",
     "predict": "pkd_lightning.predict",

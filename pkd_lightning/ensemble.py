@@ -226,7 +226,8 @@ class ProgressiveEnsemble(nn.Module):
 
     @classmethod
     def load(cls, directory: Path | str, trust: Trust = ()) -> "ProgressiveEnsemble":
-        """Load the ensemble of a run, by the run's directory or its `students` folder, or a pretrained one by its name.
+        """Load the ensemble of a run, by its directory or `students` folder, of an export's safetensors file, or a
+        pretrained one by its name.
 
         Of an unfinished run these are the students so far, and a warning says so.
 
@@ -268,13 +269,15 @@ def pretrained_names() -> list[str]:
 
 
 def _folder_of(place: Path | str) -> Path:
-    """The folder of the students at a path, or of a pretrained ensemble's name.
+    """The folder of the students at a path, the file of an export, or the folder of a pretrained ensemble's name.
 
     Raises:
         RunError: where there is neither.
     """
     path = Path(place).expanduser()
     names = pretrained_names()
+    if path.is_file():  # an export's, which stands for its folder
+        return path
     if path.exists():
         for folder in (path, path / "students"):
             if (folder / "ensemble.json").exists():
@@ -307,7 +310,18 @@ def save_description(
         finished: whether no further students follow.
         classes: see `ProgressiveEnsemble`.
     """
-    description = {
+    write_json(directory / "ensemble.json", describe(scales, task, labels, finished, classes), hashed=True)
+
+
+def describe(
+    scales: Sequence[Scales],
+    task: Task,
+    labels: Sequence[int] | None = None,
+    finished: bool = True,
+    classes: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """The content of `ensemble.json`; for the arguments see `save_description`."""
+    return {
         "scales": [list(pair) for pair in scales],
         "task": path_of(type(task)),
         "input_shape": list(task.input_shape),
@@ -317,7 +331,6 @@ def save_description(
         "labels": labels,
         "classes": None if classes is None else list(classes),
     }
-    write_json(directory / "ensemble.json", description, hashed=True)
 
 
 def _load_task(description: Mapping[str, Any], directory: Path, trust: Trust) -> Task:

@@ -1,0 +1,206 @@
+"""Ensembles as files for use elsewhere: `export(ensemble, format, out)`, and `pkd export`.
+
+A file is kept only once it gives what the ensemble gives.
+"""
+
+import copy
+import importlib.util
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pkd_lightning import pretrained
+from pkd_lightning.checkpoint import atomic_write
+from pkd_lightning.checks import suggest
+from pkd_lightning.ensemble import ProgressiveEnsemble
+from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.export import single_file
+from pkd_lightning.export.facts import Facts, Job, facts_of
+from pkd_lightning.export.inputs import dtype_of, inputs_to_check
+from pkd_lightning.models.building import Trust
+
+__all__ = ["FORMATS", "Exported", "export"]
+
+logger = logging.getLogger(__name__)
+Call = Callable[[Tensor, int], Tensor]
+BATCHES = (1, 7)
+TOLERANCE = 1e-5  # of the largest logit
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        suffix: ending of its name.
+        write: writes what is exported to a path.
+        opened: that file for use: a function of raw inputs (batch, *input_shape) and a number of members.
+        packages: what it needs besides torch.
+        program: on the PATH, without which it is written, but cannot be checked.
+    """
+
+    suffix: str
+    write: Callable[[Job, Path], None]
+    opened: Callable[[Path, Job], AbstractContextManager[Call]]
+    packages: tuple[str, ...] = ()
+    program: str | None = None
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", single_file.write, single_file.opened),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported.
+
+    Attributes:
+        path: the file.
+        facts: what it says of itself.
+        difference: the largest from the ensemble's logits, in parts of the largest logit; None: could not be checked.
+    """
+
+    path: Path
+    facts: Facts
+    difference: float | None
+
+
+def export(
+    ensemble: ProgressiveEnsemble | Path | str,
+    format: str,
+    out: Path | str = ".",
+    members: int | None = None,
+    *,
+    name: str | None = None,
+    images: Path | None = None,
+    force: bool = False,
+    trust: Trust = (),
+) -> Exported:
+    """Write an ensemble, or a prefix of it, as one file `NAME.SUFFIX`, or `NAME-MEMBERS.SUFFIX`.
+
+    The file prepares inputs itself: it takes uint8 images (batch, C, H, W), or float32 signals. Before it is kept its
+    logits are compared with the ensemble's on the CPU, for every prefix and two sizes of batches.
+
+    Args:
+        ensemble: the ensemble, or what it is loaded from: a run's directory, its `students`, an exported safetensors
+            file, or the name of a pretrained one.
+        format: one of `FORMATS`.
+        out: folder of the file.
+        members: students in the file, the first ones; None: all.
+        name: of the run; by default that of its directory.
+        images: a .npy file of inputs to check it on; by default some of the run's own test images where they are at
+            hand, else random ones.
+        force: replace a file that is there.
+        trust: as in `ProgressiveEnsemble.load`.
+
+    Raises:
+        ConfigError: where there is no such format or prefix, or a member has no form in it.
+        RunError: where a package is missing, the run cannot be loaded, the file is there or cannot be written, or
+            its logits differ from the ensemble's.
+        DataError: where `images` cannot be read.
+    """
+    if format not in FORMATS:
+        raise ConfigError([f"format {format!r}: must be one of {', '.join(FORMATS)}.{suggest(format, FORMATS)}"])
+    kind = FORMATS[format]
+    missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RunError(f"--format {format} needs {', '.join(missing)}: pip install 'pkd-lightning[export]'")
+    source = None if isinstance(ensemble, ProgressiveEnsemble) else find(ensemble)
+    loaded = ensemble if isinstance(ensemble, ProgressiveEnsemble) else ProgressiveEnsemble.load(str(source), trust)
+    prefix = prefix_of(loaded, members)
+    name = name or ("ensemble" if source is None else name_of(source))
+    path = Path(out) / f"{name}{'' if len(prefix) == len(loaded) else f'-{len(prefix)}'}{kind.suffix}"
+    if path.exists() and not force:
+        raise RunError(f"{path}: is there already; --force replaces it, --out names another folder")
+    inputs = inputs_to_check(prefix.task, source, images)
+    facts = facts_of(prefix, name, str(dtype_of(prefix.task)).removeprefix("torch."), kind.packages)
+    job = Job(prefix, facts, path, source, trust)
+    differences: list[float] = []
+
+    def write(temporary: Path) -> None:
+        kind.write(job, temporary)
+        if kind.program is not None and shutil.which(kind.program) is None:
+            logger.warning("%s: not checked, there is no %s here", path, kind.program)
+            return
+        with kind.opened(temporary, job) as call:
+            differences.append(check(call, prefix, inputs, path))
+
+    try:
+        atomic_write(path, write)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}); --out names another folder") from error
+    return Exported(path, facts, max(differences, default=None))
+
+
+def find(run: Path | str) -> Path:
+    """Where a run lies, by its path or by the name of a pretrained one.
+
+    Raises:
+        RunError: where there is none.
+    """
+    if Path(run).exists():
+        return Path(run).resolve()
+    known = pretrained.names()
+    if str(run) in known:
+        return pretrained.FOLDER / str(run)
+    raise RunError(f"{run}: no such run; pretrained ones are {', '.join(known)}.{suggest(str(run), known)}")
+
+
+def name_of(source: Path) -> str:
+    """A name for the files of a run: its experiment and hash, or that of its folder or file."""
+    if source.is_file():
+        return source.stem
+    run = source.parent if source.name == "students" else source
+    return f"{run.parent.name}-{run.name}" if (run / "config.yaml").exists() else run.name
+
+
+def prefix_of(ensemble: ProgressiveEnsemble, members: int | None) -> ProgressiveEnsemble:
+    """A copy of the first members of an ensemble, in float32 and evaluation mode, on the CPU.
+
+    Raises:
+        ConfigError: where there are not as many, or a weight is not finite.
+    """
+    count = len(ensemble) if members is None else members
+    if not 1 <= count <= len(ensemble):
+        raise ConfigError([f"members={members}: the ensemble has prefixes of 1 to {len(ensemble)} students"])
+    students = [copy.deepcopy(member).cpu().float().eval() for member in list(ensemble.members)[:count]]
+    faults = [
+        f"member {t + 1}: {name} is not finite"
+        for t, student in enumerate(students)
+        for name, value in student.state_dict().items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if faults:
+        raise ConfigError(faults)
+    prefix = ProgressiveEnsemble(students, ensemble.scales[:count], ensemble.task, ensemble.labels)
+    return prefix.eval()
+
+
+@torch.inference_mode()
+def check(call: Call, ensemble: ProgressiveEnsemble, inputs: Tensor, path: Path) -> float:
+    """The largest difference between the logits of a file and those of the ensemble, in parts of the largest logit.
+
+    Raises:
+        RunError: where it is more than `TOLERANCE`.
+    """
+    worst = 0.0
+    for size in BATCHES:
+        for batch in inputs.split(size)[: len(inputs) // size or 1]:
+            for members, expected in enumerate(ensemble.anytime(ensemble.preprocess(batch)), 1):
+                given = call(batch, members)
+                scale = max(float(expected.abs().max()), 1e-30)
+                difference = float((given - expected).abs().max()) / scale
+                worst = max(worst, difference)
+                if not difference <= TOLERANCE:
+                    raise RunError(
+                        f"{path}: not kept. On a batch of {len(batch)} the logits of {members} students differ from the"
+                        f" ensemble's by {difference:.1e} of the largest one; at most {TOLERANCE:g} is allowed"
+                    )
+    return worst

@@ -1,0 +1,104 @@
+"""What an exported file says of itself: name, sizes, labels, costs, versions."""
+
+import json
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from pkd_lightning import __version__
+from pkd_lightning.cost import total_macs
+from pkd_lightning.earlier import following, reads
+from pkd_lightning.ensemble import ProgressiveEnsemble
+from pkd_lightning.models.building import Trust, brief
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of an exported prefix.
+
+    Attributes:
+        name: of the run.
+        members: students in the file.
+        input_shape: of one input, without the batch.
+        input_type: `uint8` or `float32`.
+        labels: the label in the data set of each output.
+        macs: multiply-accumulates of the first 1, 2, ... members for one input, see `cost.Cost.macs_total`; None where
+            they cannot be counted.
+        params: parameters of each member.
+        versions: of the packages the file was made with.
+    """
+
+    name: str
+    members: int
+    input_shape: tuple[int, ...]
+    input_type: str
+    labels: list[int]
+    macs: list[int | None]
+    params: list[int]
+    versions: dict[str, str]
+
+    def texts(self) -> dict[str, str]:
+        """For metadata, whose values are texts: everything but the name in JSON, under keys `pkd.name` and so on."""
+        return {
+            f"pkd.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in vars(self).items()
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is written to a file.
+
+    Attributes:
+        ensemble: all of its members.
+        facts: of it.
+        path: of the file in the end; it is written under another name.
+        source: what the ensemble was loaded from, as for `ProgressiveEnsemble.load`; None where it was given.
+        trust: what it was loaded with.
+    """
+
+    ensemble: ProgressiveEnsemble
+    facts: Facts
+    path: Path
+    source: Path | None = None
+    trust: Trust = ()
+
+
+def facts_of(ensemble: ProgressiveEnsemble, name: str, input_type: str, packages: Sequence[str] = ()) -> Facts:
+    """The facts of an ensemble, all of it.
+
+    Args:
+        ensemble: what is exported.
+        name: of the run.
+        input_type: of the exported file's input.
+        packages: those the format needs, besides torch.
+    """
+    task, members = ensemble.task, list(ensemble.members)
+    macs: list[int | None] = []
+    for t, member in enumerate(members):
+        try:
+            own = total_macs(following(member, members[:t]), task.input_shape)
+        except Exception as error:  # whatever the counter or the user's model raises inside of it
+            logger.warning("member %d: its multiply-accumulates cannot be counted (%s)", t + 1, brief(error))
+            macs.append(None)
+            continue
+        before = 0 if t == 0 or reads(member) else macs[-1]  # of one that reads, the whole prefix must run
+        macs.append(None if before is None else before + own)
+    return Facts(
+        name=name,
+        members=len(members),
+        input_shape=tuple(task.input_shape),
+        input_type=input_type,
+        labels=list(range(task.num_classes)) if ensemble.labels is None else ensemble.labels,
+        macs=macs,
+        params=[sum(p.numel() for p in member.parameters()) for member in members],
+        versions={
+            "python": platform.python_version(),
+            "pkd-lightning": __version__,
+            **{package: metadata.version(package) for package in ("torch", *packages)},
+        },
+    )
