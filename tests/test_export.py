@@ -1,5 +1,6 @@
 """Exported files give what the ensemble gives, and nothing is kept that does not."""
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -107,7 +108,17 @@ def small() -> ProgressiveEnsemble:
     return ProgressiveEnsemble(members, SCALES[:2], task_of((1, 8, 8), 3)).eval()
 
 
-READY = [name for name in FORMATS if name != "c" or shutil.which("cc")]
+def usable(name: str) -> bool:
+    """Whether the extra, or the program, of a format is here."""
+    kind = FORMATS[name]
+    return all(map(importlib.util.find_spec, kind.packages)) and (kind.program is None or bool(shutil.which("cc")))
+
+
+READY = [name for name in FORMATS if usable(name)]
+# tracing takes half a second a block: of all configurations two members, with as many kinds of parts as there are
+CASES = [(name, shape, None) for name in ("safetensors", "c") if usable(name) for shape in CONFIGURATIONS]
+CASES += [(name, shape, some) for name in ("pt2", "onnx") if usable(name)
+          for shape, some in ((GREY, (1, 4)), (COLOUR, (1, 4)), (SIGNAL, (0,)))]  # fmt: skip
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -115,7 +126,18 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
-METADATA = {"safetensors": safetensors_metadata}
+def pt2_metadata(path: Path) -> dict[str, str]:
+    extra = {"pkd.json": ""}
+    torch.export.load(path, extra_files=extra)
+    facts = json.loads(extra["pkd.json"])
+    return {f"pkd.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+
+
+def onnx_metadata(path: Path) -> dict[str, str]:
+    return dict(pytest.importorskip("onnxruntime").InferenceSession(path).get_modelmeta().custom_metadata_map)
+
+
+METADATA = {"safetensors": safetensors_metadata, "pt2": pt2_metadata, "onnx": onnx_metadata}
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +152,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------------ all formats
 
 
-@pytest.mark.parametrize("format", READY)
-@pytest.mark.parametrize("shape", list(CONFIGURATIONS), ids=str)
+@pytest.mark.parametrize(("format", "shape", "some"), CASES, ids=str)
 def test_every_configuration_and_prefix_gives_the_logits_of_the_ensemble(
-    format: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    format: str, shape: tuple[int, ...], some: tuple[int, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ensemble = ensemble_of(shape)
+    if some is not None:
+        ensemble = ProgressiveEnsemble([ensemble.members[t] for t in some], SCALES[: len(some)], ensemble.task).eval()
     monkeypatch.setattr(exporting, "check", lambda *_: 0.0)  # it is what this test does
     done = export(ensemble, format, tmp_path)
     job = Job(ensemble, done.facts, done.path)

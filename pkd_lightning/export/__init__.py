@@ -20,7 +20,7 @@ from pkd_lightning.checkpoint import atomic_write
 from pkd_lightning.checks import suggest
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.export import c_source, single_file
+from pkd_lightning.export import c_source, onnx_file, single_file, traced
 from pkd_lightning.export.facts import Facts, Job, facts_of
 from pkd_lightning.export.inputs import dtype_of, inputs_to_check
 from pkd_lightning.models.building import Trust
@@ -54,6 +54,8 @@ class Format:
 
 FORMATS = {
     "safetensors": Format(".safetensors", single_file.write, single_file.opened),
+    "onnx": Format(".onnx", onnx_file.write, onnx_file.opened, onnx_file.PACKAGES),
+    "pt2": Format(".pt2", traced.write, traced.opened),
     "c": Format(".c", c_source.write, c_source.opened, program="cc"),
 }
 
