@@ -225,4 +225,6 @@ def test_it_imports_nothing_that_only_training_needs(files: list[str], tmp_path:
 
 def test_answers_that_nobody_reads_on_end_quietly(files: list[str], tmp_path: Path) -> None:
     code, said = unread("predict", "mnist", str(tmp_path / files[0]), "--json")
-    assert (code, said) == (141, f"resized to 28x28: {tmp_path / files[0]} from 4x6\n")
+    assert code == 141
+    said = "".join(line for line in said.splitlines(keepends=True) if "compiling the CPU kernels" not in line)
+    assert said == f"resized to 28x28: {tmp_path / files[0]} from 4x6\n"
