@@ -53,6 +53,40 @@ def apply_sigmoid(x, to):
 
 
 @njit(error_model="numpy")
+def apply_exp2_falling(x, to):
+    for i in range(0, x.size, WIDTH):
+        x_i = lanes.load(x, i)
+        a, b, c, d = lanes.exp2_falling(x_i, f32(0.5) * x_i, f32(0.25) * x_i, x_i)
+        lanes.store(to, i, a)
+        for half, value in ((lanes.load(x, i), d), (f32(0.5) * x_i, b), (f32(0.25) * x_i, c)):
+            if lanes.total(lanes.absolute(value - lanes.exp2(half))) > f32(1e-5):
+                lanes.store(to, i, value)  # the four are alike
+
+
+@njit(error_model="numpy")
+def apply_slope(x, to):
+    for i in range(0, x.size, WIDTH):
+        lanes.store(to, i, lanes.softplus_and_slope(lanes.load(x, i))[1])
+
+
+@njit(error_model="numpy")
+def apply_wide_softplus(x, to):
+    for i in range(0, x.size, lanes.WIDE):
+        lanes.store(to, i, lanes.softplus_and_slope(lanes.load_wide(x, i))[0])
+
+
+@njit(error_model="numpy")
+def apply_root(x, to):
+    for i in range(0, x.size, WIDTH):
+        lanes.store(to, i, lanes.root(lanes.load(x, i)))
+
+
+@njit
+def apply_spread(x, index, to):
+    lanes.store(to, 0, lanes.spread(x, index))
+
+
+@njit(error_model="numpy")
 def apply_operators(a, b, c, scalar, to):
     x, y, z = lanes.load(a, 0), lanes.load(b, 0), lanes.load(c, 0)
     results = (x + y, x - y, x * y, x / y, scalar - x, x / scalar, lanes.fma(x, y, z), lanes.fma(scalar, y, scalar))
@@ -120,6 +154,37 @@ def test_exp():
     edges = mapped(apply_exp, f32([-np.inf, -1e30, -88.1, 0, 88.73, 1e30, np.inf, np.nan]))
     assert edges[:7].tolist() == [0, 0, 0, 1, np.inf, np.inf, np.inf]
     assert np.isnan(edges[7])
+
+
+def test_exp2_of_what_is_not_positive():
+    x = np.concatenate([np.linspace(-126, 0, 400_000), np.linspace(-2, 0, 100_000)]).astype(f32)
+    assert np.abs(mapped(apply_exp2_falling, x) / np.exp2(x.astype(np.float64)) - 1).max() < 1.35e-7
+    whole = np.arange(-126, 1).astype(f32)
+    assert np.array_equal(mapped(apply_exp2_falling, whole), np.ldexp(f32(1), np.arange(-126, 1)))
+    assert np.array_equal(mapped(apply_exp2_falling, f32([-127, -150, -1e30, -np.inf])), np.zeros(4, f32))
+    falling = mapped(apply_exp2_falling, np.linspace(-127, -125, 1000).astype(f32))
+    assert falling.min() >= 0
+    assert falling.max() <= 2.0**-125
+    assert np.array_equal(np.isnan(mapped(apply_exp2_falling, f32([-1, np.nan, -np.nan]))), [False, True, True])
+
+
+def test_softplus_with_its_slope():
+    x = np.linspace(-87, 87, 200_000).astype(f32)
+    slope = 1 / (1 + np.exp(-x.astype(np.float64)))
+    assert np.abs(mapped(apply_slope, x) / slope - 1).max() < 3e-7
+    padded = np.resize(x, -(-x.size // lanes.WIDE) * lanes.WIDE)
+    assert np.array_equal(mapped(apply_wide_softplus, padded), mapped(apply_softplus, padded))
+    edges = mapped(apply_slope, f32([-np.inf, -1e30, 0, 1e30, np.inf, np.nan]))
+    assert np.array_equal(edges[:5], f32([0, 0, 0.5, 1, 1]))
+    assert np.isnan(edges[5])
+
+
+def test_roots_and_spread_numbers():
+    x = f32([0, 1, 2, 4, 1e30, 1e-30, np.inf])
+    assert np.array_equal(mapped(apply_root, x), np.sqrt(x))
+    to = np.zeros(WIDTH, f32)
+    apply_spread(x, 3, to)
+    assert np.array_equal(to, np.full(WIDTH, 4, f32))
 
 
 def test_softplus():

@@ -17,7 +17,7 @@ import operator
 import pickle
 import threading
 import types as python_types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import caching, cgutils
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -33,7 +34,13 @@ log = logging.getLogger(__name__)
 
 WIDTH = 16
 
+# whether a dozen and more vectors stay in registers; numba compiles for these features (NUMBA_CPU_FEATURES)
+MANY_REGISTERS = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
+WIDE = 4 * WIDTH if MANY_REGISTERS else WIDTH  # elements of a vector of several registers, which work side by side
+
 INLINE: dict[str, Any] = {"forceinline": True, "error_model": "numpy"}
+# long ones are functions of their own, compiled once; said, as numba lets the caller's choice decide otherwise
+APART: dict[str, Any] = {"forceinline": False, "error_model": "numpy"}
 
 f32 = np.float32
 ZERO = f32(0.0)
@@ -46,45 +53,58 @@ _VECTOR, _INTEGERS = ir.VectorType(_FLOAT, WIDTH), ir.VectorType(_INT, WIDTH)
 
 
 class Lanes(types.Type):
-    """The numba type of a vector of `WIDTH` float32."""
+    """The numba type of a vector of `width` float32."""
 
-    def __init__(self) -> None:
-        super().__init__(name=f"lanes{WIDTH}")
+    def __init__(self, width: int) -> None:
+        super().__init__(name=f"lanes{width}")
+        self.width = width
 
 
-lanes = Lanes()
+lanes = Lanes(WIDTH)
+_wide = Lanes(WIDE)
 
 
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, _VECTOR)
+        super().__init__(dmm, fe_type, ir.VectorType(_FLOAT, fe_type.width))
 
 
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_VECTOR, [float(value)] * WIDTH)
+def _constant(value: float, like: Any = _VECTOR) -> ir.Constant:
+    return ir.Constant(like, [float(value)] * like.count)
 
 
-def _integers(value: int) -> ir.Constant:
-    return ir.Constant(_INTEGERS, [value] * WIDTH)
+def _integers(value: int, width: int = WIDTH) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_INT, width), [value] * width)
 
 
-def _broadcast(builder: Any, value: Any) -> Any:
+def _broadcast(builder: Any, value: Any, like: Any = _VECTOR) -> Any:
     """`value` as a vector, if it is not one already."""
-    if value.type == _VECTOR:
+    if value.type == like:
         return value
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), _integers(0))
+    one = builder.insert_element(ir.Constant(like, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(one, ir.Constant(like, ir.Undefined), _integers(0, like.count))
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> Any:
     """Call LLVM's intrinsic `name` on vectors."""
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(arguments))
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{WIDTH}f32"), arguments)
+    vector = arguments[0].type
+    kind = ir.FunctionType(vector, [vector] * len(arguments))
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{vector.count}f32")
+    return builder.call(function, arguments)
 
 
-def _is_operand(kind: Any) -> bool:
-    return kind is lanes or kind == types.float32
+def _common(kinds: Sequence[Any]) -> Any:
+    """The one type of vector among operands that are vectors or float32, else None."""
+    vectors = {kind for kind in kinds if isinstance(kind, Lanes)}
+    others = {kind for kind in kinds if not isinstance(kind, Lanes)}
+    return vectors.pop() if len(vectors) == 1 and others <= {types.float32} else None
+
+
+def _vectors(builder: Any, args: Sequence[Any]) -> list[Any]:
+    """Operands of one type of vector, those that are numbers spread."""
+    like = next(x.type for x in args if isinstance(x.type, ir.VectorType))
+    return [_broadcast(builder, x, like) for x in args]
 
 
 def _binary(symbol: Any, instruction: str) -> None:
@@ -93,14 +113,13 @@ def _binary(symbol: Any, instruction: str) -> None:
     @infer_global(symbol)
     class _Template(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
-            if len(args) == 2 and lanes in args and all(map(_is_operand, args)):
-                return signature(lanes, *args)
-            return None
+            common = _common(args) if len(args) == 2 else None
+            return None if common is None else signature(common, *args)
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return getattr(builder, instruction)(*(_broadcast(builder, x) for x in args))
+        return getattr(builder, instruction)(*_vectors(builder, args))
 
-    for pair in ((lanes, lanes), (lanes, types.float32), (types.float32, lanes)):
+    for pair in ((Lanes, Lanes), (Lanes, types.float32), (types.float32, Lanes)):
         lower_builtin(symbol, *pair)(lower)
 
 
@@ -134,13 +153,32 @@ def splat(typingctx: Any, x: Any) -> Any:
 
 
 @intrinsic
+def spread(typingctx: Any, array: Any, index: Any) -> Any:
+    """array[index] of a flat float32 array in every lane; no index counts from the end."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        (index,) = _index(context, builder, sig, args, 1)
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return _broadcast(builder, builder.load(builder.gep(data, [index])))
+
+    return lanes(array, index), codegen
+
+
+@intrinsic
+def root(typingctx: Any, x: Any) -> Any:
+    """The square root."""
+    return x(x), lambda context, builder, sig, args: _call(builder, "sqrt", args[0])
+
+
+@intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """The product of a and b plus c, rounded once."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _call(builder, "fma", *(_broadcast(builder, x) for x in args))
+        return _call(builder, "fma", *_vectors(builder, args))
 
-    return (lanes(a, b, c), codegen) if all(map(_is_operand, (a, b, c))) else None
+    common = _common((a, b, c))
+    return None if common is None else (common(a, b, c), codegen)
 
 
 def _index(context: Any, builder: Any, sig: Any, args: Any, *positions: int) -> list[Any]:
@@ -148,11 +186,11 @@ def _index(context: Any, builder: Any, sig: Any, args: Any, *positions: int) -> 
     return [context.cast(builder, args[i], sig.args[i], types.intp) for i in positions]
 
 
-def _address(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+def _address(context: Any, builder: Any, sig: Any, args: Any, vector: Any = _VECTOR) -> Any:
     """Pointer to the vector that begins at element args[1] of the flat array args[0]."""
     (index,) = _index(context, builder, sig, args, 1)
     data = context.make_array(sig.args[0])(context, builder, args[0]).data
-    return builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
+    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
 
 @intrinsic
@@ -209,11 +247,21 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
-def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """Write `value` to array[index : index + 16] of a flat float32 array, any alignment."""
+def load_wide(typingctx: Any, array: Any, index: Any) -> Any:
+    """`load` of `WIDE` elements."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[2], _address(context, builder, sig, args), align=4)
+        return builder.load(_address(context, builder, sig, args, ir.VectorType(_FLOAT, WIDE)), align=4)
+
+    return _wide(array, index), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Write `value` to the elements from array[index] on of a flat float32 array, any alignment."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[2], _address(context, builder, sig, args, args[2].type), align=4)
         return context.get_dummy_value()
 
     return types.void(array, index, value), codegen
@@ -405,14 +453,18 @@ def transpose(source, index, stride, rows, columns, to, to_index, to_stride, to_
 
 def _clamp(builder: Any, x: Any, low: float, high: float) -> Any:
     for limit, side in ((low, "<"), (high, ">")):  # compared so that a NaN passes both
-        x = builder.select(builder.fcmp_ordered(side, x, _constant(limit)), _constant(limit), x)
+        bound = _constant(limit, x.type)
+        x = builder.select(builder.fcmp_ordered(side, x, bound), bound, x)
     return x
 
 
-def _power(builder: Any, r: Any, y: Any) -> Any:
-    """2**(r + y) for whole r from -127 (0) to 128 (inf) and y from -0.5 to 0.5."""
+_SHIFT = 1.5 * 2**23  # a float32 plus that has no fraction, and its last bits are those of the whole number it became
+
+
+def _polynomials(builder: Any, ys: list[Any]) -> list[Any]:
+    """2**y for each y from -0.5 to 0.5."""
     # Minimax with the constant term exactly 1: otherwise the error compounds over the steps.
-    p = _constant(0.0001559467816132662)
+    ps = [_constant(0.0001559467816132662, ys[0].type)] * len(ys)
     for coefficient in (
         0.0013406643902351759,
         0.009617692972993062,
@@ -421,9 +473,16 @@ def _power(builder: Any, r: Any, y: Any) -> Any:
         0.6931471472149680279,
         1.0,
     ):
-        p = _call(builder, "fma", p, y, _constant(coefficient))
-    exponent = builder.add(builder.fptosi(r, _INTEGERS), _integers(127))
-    return builder.fmul(p, builder.bitcast(builder.shl(exponent, _integers(23)), _VECTOR))
+        ps = [_call(builder, "fma", p, y, _constant(coefficient, y.type)) for p, y in zip(ps, ys, strict=True)]
+    return ps
+
+
+def _power(builder: Any, r: Any, y: Any) -> Any:
+    """2**(r + y) for whole r from -127 (0) to 128 (inf) and y from -0.5 to 0.5."""
+    (p,) = _polynomials(builder, [y])
+    width = r.type.count
+    exponent = builder.add(builder.fptosi(r, ir.VectorType(_INT, width)), _integers(127, width))
+    return builder.fmul(p, builder.bitcast(builder.shl(exponent, _integers(23, width)), r.type))
 
 
 @intrinsic
@@ -435,7 +494,29 @@ def exp2(typingctx: Any, x: Any) -> Any:
         r = _call(builder, "rint", x)
         return _power(builder, r, builder.fsub(x, r))
 
-    return lanes(lanes), codegen
+    return x(x), codegen
+
+
+@intrinsic
+def exp2_falling(typingctx: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """`exp2` of four vectors that are not positive, in fewer operations, and side by side so that none waits.
+
+    Of a NaN with other bits than the usual one, the result may be any number.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        low, shift = _constant(-127), _constant(_SHIFT)
+        xs = [builder.select(builder.fcmp_ordered("<", x, low), low, x) for x in args]
+        shifted = [builder.fadd(x, shift) for x in xs]  # rounds to a whole number, which is its last bits
+        whole = [builder.fsub(x, shift) for x in shifted]
+        ys = [builder.fsub(x, r) for x, r in zip(xs, whole, strict=True)]
+        # added to the exponent; the powers are 1 and more where x is -127, so that none becomes negative
+        exponents = [builder.shl(builder.bitcast(x, _INTEGERS), _integers(23)) for x in shifted]
+        bits = [builder.bitcast(p, _INTEGERS) for p in _polynomials(builder, ys)]
+        sums = [builder.add(p, r) for p, r in zip(bits, exponents, strict=True)]
+        return context.make_tuple(builder, sig.return_type, [builder.bitcast(x, _VECTOR) for x in sums])
+
+    return types.UniTuple(lanes, 4)(a, b, c, d), codegen
 
 
 @intrinsic
@@ -444,18 +525,18 @@ def exp(typingctx: Any, x: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x = _clamp(builder, args[0], -127 * math.log(2), 128 * math.log(2))
-        r = _call(builder, "rint", builder.fmul(x, _constant(math.log2(math.e))))
+        r = _call(builder, "rint", builder.fmul(x, _constant(math.log2(math.e), x.type)))
         for part in (0.693359375, math.log(2) - 0.693359375):  # r * the first is exact
-            x = _call(builder, "fma", r, _constant(-part), x)
-        return _power(builder, r, builder.fmul(x, _constant(math.log2(math.e))))
+            x = _call(builder, "fma", r, _constant(-part, x.type), x)
+        return _power(builder, r, builder.fmul(x, _constant(math.log2(math.e), x.type)))
 
-    return lanes(lanes), codegen
+    return x(x), codegen
 
 
 @intrinsic
 def absolute(typingctx: Any, x: Any) -> Any:
     """|x|."""
-    return lanes(lanes), lambda context, builder, sig, args: _call(builder, "fabs", args[0])
+    return x(x), lambda context, builder, sig, args: _call(builder, "fabs", args[0])
 
 
 @intrinsic
@@ -463,9 +544,19 @@ def positive(typingctx: Any, x: Any) -> Any:
     """max(x, 0); 0 for NaN."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.select(builder.fcmp_ordered(">", args[0], _constant(0)), args[0], _constant(0))
+        zero = _constant(0, args[0].type)
+        return builder.select(builder.fcmp_ordered(">", args[0], zero), args[0], zero)
 
-    return lanes(lanes), codegen
+    return x(x), codegen
+
+
+@intrinsic
+def _if_positive(typingctx: Any, x: Any, yes: Any, no: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        yes, no = _vectors(builder, args[1:])
+        return builder.select(builder.fcmp_ordered(">", args[0], _constant(0, args[0].type)), yes, no)
+
+    return x(x, yes, no), codegen
 
 
 @njit(**INLINE)
@@ -476,8 +567,20 @@ def sigmoid(x):
 
 @njit(**INLINE)
 def softplus(x):
-    """max(x, 0) + log(1 + e) with e = exp(-|x|), by log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3."""
+    """max(x, 0) + log(1 + e) with e = exp(-|x|)."""
+    return _softplus(x, exp(ZERO - absolute(x)))
+
+
+@njit(**INLINE)
+def softplus_and_slope(x):
+    """`softplus` and its derivative, `sigmoid`, by one exponential."""
     e = exp(ZERO - absolute(x))
+    return _softplus(x, e), _if_positive(x, ONE, e) / (e + ONE)
+
+
+@njit(**INLINE)
+def _softplus(x, e):
+    """By log(1 + e) = 2 atanh(s), s = e / (2 + e) <= 1/3."""
     s = e / (e + f32(2.0))
     s2 = s * s
     p = fma(f32(1 / 13), s2, f32(1 / 11))  # the series of atanh, cut where the next term is 1.4e-8

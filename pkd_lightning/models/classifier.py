@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from pkd_lightning.checks import Faults, unknown_keys
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.kernels.scan.order import Order
 from pkd_lightning.models.building import ImageShape, InputShape, import_part
+from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.mixers import MAMBA, build_mixer, in_order
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
 from pkd_lightning.models.tokens import (
@@ -220,6 +222,11 @@ class Block(nn.Module):
 
         The block reads them row by row, or by `columns`, from the end where `backwards`.
         """
+        if type(self.mixer) is Mamba and getattr(self.mixer, "reads_in_order", True):
+            order = Order(*grid, backwards) if columns else Order(backwards=backwards)
+            out = self.mixer.fused_residual(tokens, self.norm, order, self.residual)
+            if out is not None:
+                return out
         x = in_order(self.mixer, self.norm(tokens), grid, columns, backwards)
         return tokens + x if self.residual else x
 

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from pkd_lightning.kernels.scan import fused_block, scan_macs, selective_scan, selective_scan_step
+from pkd_lightning.kernels.scan import (
+    fused_block,
+    fused_residual_block,
+    scan_macs,
+    selective_scan,
+    selective_scan_step,
+)
+from pkd_lightning.kernels.scan.order import Order
 
 LINEAR = ("in_proj", "x_proj", "dt_proj", "out_proj")
 PLAIN = (Tensor, nn.Parameter)  # others, as those of quantisation libraries, compute in their own way
@@ -112,6 +119,23 @@ class Mamba(nn.Module):
             if mixed is not None:
                 return mixed
         return self.mix(self.in_proj(tokens))
+
+    def fused_residual(self, tokens: Tensor, norm: nn.Module, order: Order, residual: bool) -> Tensor | None:
+        """A whole block of a residual network in one pass: `norm`, this mixer in the given order, with `residual` the
+        sum with the tokens. None where there is no kernel for it or a call of a module would do more: call them then.
+
+        Shapes as in `forward`; the result is in the tokens' own order.
+        """
+        if not self.fused or not only_forward(self, Mamba) or "mix" in self.__dict__:
+            return None
+        scale = None
+        if not only_forward(norm, nn.Identity):
+            own = own_weights(norm, nn.RMSNorm)
+            if own is None or norm.eps is not None or norm.normalized_shape != (self.d_model,):
+                return None
+            scale = own[0]
+        weights = self.plain_weights()
+        return None if weights is None else fused_residual_block(tokens, weights, scale, order, residual)
 
     def visible(self, tokens: Tensor) -> Tensor:
         """What fvcore sees of a block: `in_proj`. mamba_ssm fuses all else into one kernel. Shapes as in `forward`."""

@@ -12,13 +12,22 @@ from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn import Parameter
 
 from pkd_lightning.kernels.scan import cuda
+from pkd_lightning.kernels.scan.order import Order
 from pkd_lightning.kernels.scan.reference import scan_macs, selective_scan_reference, selective_scan_step
 
-__all__ = ["BACKENDS", "fused_block", "scan_macs", "selective_scan", "selective_scan_reference", "selective_scan_step"]
+__all__ = [
+    "BACKENDS",
+    "fused_block",
+    "fused_residual_block",
+    "scan_macs",
+    "selective_scan",
+    "selective_scan_reference",
+    "selective_scan_step",
+]
 
 log = logging.getLogger(__name__)
 
-FUSED_INNER = 32  # inner channels up to which a fused block is faster; twice as many where the batch fills its lanes
+FUSED_INNER = 32  # inner channels up to which a fused block is faster; 4 and 8 times as many where its lanes are filled
 SINGLE = {torch.float32, torch.bfloat16, torch.float16}  # computed in float32
 BACKENDS = ("reference", "cpu", "cuda", "associative")  # each the module that holds selective_scan_<name>
 
@@ -105,13 +114,38 @@ def fused_block(tokens: Tensor, *weights: Tensor) -> Tensor | None:
     backend = _choose(None, device, d_state)
     if backend == device == "cuda" and cuda.fits_block(d_state, d_conv):
         return cuda.mamba_block_cuda(tokens, *weights)
-    if backend == device == "cpu" and d_inner <= (FUSED_INNER if tokens.shape[0] < 16 else 2 * FUSED_INNER):
+    if backend == device == "cpu" and _fuses(d_inner, tokens.shape[0]):
         from pkd_lightning.kernels.scan.block import mamba_block_cpu as block  # numba takes a second to import
 
         if kinds == {torch.float32}:
             return block(tokens, *weights)
         return block(*(x.float() for x in (tokens, *weights))).to(tokens.dtype)
     return None
+
+
+def fused_residual_block(
+    tokens: Tensor, weights: tuple[Tensor, ...], norm: Tensor | None, order: Order, residual: bool
+) -> Tensor | None:
+    """`fused_block` with what is around it in a residual network, on the CPU in float32, else None.
+
+    Arguments and result: see `mamba_block_cpu`.
+    """
+    given = (tokens, *weights) if norm is None else (tokens, *weights, norm)
+    if _traced(*given) or is_tracing() or {(x.dtype, x.device.type) for x in given} != {(torch.float32, "cpu")}:
+        return None
+    if tokens.ndim != 3 or (order.columns and order.rows * order.columns != tokens.shape[1]):
+        return None  # what is called instead says what is wrong
+    d_inner, d_state = weights[6].shape
+    if _choose(None, "cpu", d_state) != "cpu" or not _fuses(d_inner, tokens.shape[0]):
+        return None
+    from pkd_lightning.kernels.scan.block import mamba_block_cpu as block
+
+    return block(tokens, *weights, norm=norm, order=order, residual=residual)
+
+
+def _fuses(d_inner: int, batch: int) -> bool:
+    """Whether the fused kernels, 16 sequences at a time, are the faster way on the CPU."""
+    return d_inner <= FUSED_INNER * (1 if batch < 8 else 4 if batch < 16 else 8)
 
 
 def _traced(*tensors: Tensor | None) -> bool:

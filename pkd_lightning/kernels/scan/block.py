@@ -1,57 +1,87 @@
 """A whole Mamba block on the CPU, forward and backward, fused: for blocks of few channels, where each of PyTorch's
-operations around the scan costs more than the scan itself.
+operations around the scan costs more than the scan itself. What is around the block in a residual network, RMS norm,
+reading order and the sum of input and output, is part of the same pass.
 
-The 16 lanes of a vector are 16 sequences of the batch, so every step of the block (projections, convolution, softplus,
-scan, gate) is plain arithmetic on vectors, without sums across lanes and for any number of states. The sequence is
-walked in chunks of `CHUNK` steps whose intermediates stay in the cache. B and C, linear in the channels of a step, are
-computed when they are needed, two states at a time: they, their gradients and the states never exist as a whole. The
-backward pass starts each chunk from its saved first state and computes everything else again.
+The 16 lanes of a vector are 16 sequences of the batch, so every step of the block (norm, projections, convolution,
+softplus, scan, gate) is plain arithmetic on vectors, without sums across lanes and for any number of states. The
+sequence is walked in chunks of `CHUNK` steps whose intermediates stay in the cache. B and C, linear in the channels of
+a step, are computed when they are needed, `BLOCK` states at a time: they, their gradients and the states never exist as
+a whole. The backward pass starts each chunk from its saved first state and computes everything else again.
 """
 
 # Kernels are not Python to a type checker: numba gives them their types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg, var-annotated"
 
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from numba import njit, types
+from numba import int64, njit, types
 from torch import Tensor
 
 from pkd_lightning.kernels.lanes import (
+    APART,
     INLINE,
     LN2,
     LOG2E,
     ONE,
+    WIDE,
     WIDTH,
     ZERO,
+    f32,
     floats,
     fma,
     kernel,
     load,
+    load_wide,
     sigmoid,
     softplus,
+    softplus_and_slope,
     splat,
+    spread,
     store,
+    store_first,
     total,
-    transpose,
+    total_of_each,
 )
 from pkd_lightning.kernels.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
-from pkd_lightning.kernels.scan.states import CHUNK, ROW, STATE_ROW, SUMMED, fill, fold, scan_pair, scan_pair_backward
+from pkd_lightning.kernels.scan.dense import AT_ONCE, outer, project
+from pkd_lightning.kernels.scan.order import AS_THEY_LIE, Order
+from pkd_lightning.kernels.scan.states import (
+    CHUNK,
+    ROW,
+    STATE_ROW,
+    SUMMED,
+    fill,
+    fold,
+    scan_tile,
+    scan_tile_backward,
+)
+from pkd_lightning.kernels.scan.tokens import normalise, normalise_backward, read, write
 from pkd_lightning.kernels.threads import share, threads_for
 
-AT_ONCE = 4  # steps of a projection worked on together
+KEPT = 48  # channels of a token from which on it costs less to keep what in_proj gives than to compute it again
+BLOCK = 8  # states whose B and C of a chunk are in the cache at a time; even
 
 
 class Sizes(NamedTuple):
     """Of a block, and where each weight begins in the flat vector of all.
 
     Attributes:
+        rows: rows of the raster that is read by columns.
+        columns: its columns, 0 where tokens are read as they lie.
+        backwards: whether the last is read first.
+        normed: whether an RMS norm comes first.
+        residual: whether the tokens are added to the result.
+        kept: whether the forward pass keeps what in_proj gives.
         groups: groups of 16 sequences.
         chunks: chunks of a sequence.
         even: states rounded up to an even number.
         width: steps of a chunk's row with the convolution's history, a multiple of `AT_ONCE`.
+        long: steps of a row that holds all chunks and the history before them.
     """
 
     batch: int
@@ -61,10 +91,17 @@ class Sizes(NamedTuple):
     states: int
     rank: int
     conv: int
+    rows: int
+    columns: int
+    backwards: int
+    normed: int
+    residual: int
+    kept: int
     groups: int
     chunks: int
     even: int
     width: int
+    long: int
     in_proj: int
     conv_weight: int
     conv_bias: int
@@ -74,11 +111,12 @@ class Sizes(NamedTuple):
     A_log: int
     D: int
     out_proj: int
+    norm: int
     weights: int
 
 
 class Weights(NamedTuple):
-    """Their addresses, each contiguous."""
+    """Their addresses, each contiguous; of the norm 0 where there is none."""
 
     in_proj: int
     conv_weight: int
@@ -89,540 +127,534 @@ class Weights(NamedTuple):
     A_log: int
     D: int
     out_proj: int
+    norm: int
 
 
+class Room(NamedTuple):
+    """Where the parts of a thread's workspace begin; those after `mixed` only the backward pass has.
+
+    One number each: w, the weights, and a, A * log2(e) (d_inner, even). Of the other parts an element is a vector:
+    h (d_inner, even); of (d_model, width) tokens as they are (seen) and normalised (tok); scale (width,) of the norm;
+    xh (d_inner, width) before the convolution. Rows of a chunk: x after it and SiLU, z before the gate, dt and du,
+    y and its `part` (d_inner); raw (rank), before dt_proj; B and C (`BLOCK`); mixed (d_model), after out_proj.
+
+    Backward, rows of d_inner: sigmoid of what SiLU takes (gate) and of z, which is SiLU of it then (z_gate); slope of
+    softplus; gradients, named d and what they are of; dc, of what SiLU takes, with history before and after.
+    """
+
+    w: int
+    a: int
+    h: int
+    seen: int
+    tok: int
+    scale: int
+    xh: int
+    x: int
+    z: int
+    slope: int
+    dt: int
+    du: int
+    y: int
+    part: int
+    raw: int
+    B: int
+    C: int
+    mixed: int
+    sums: int
+    dh: int
+    sums_a: int
+    g: int
+    gate: int
+    z_gate: int
+    dxh: int
+    dc: int
+    dz: int
+    dy: int
+    ddt: int
+    ddu: int
+    dx: int
+    draw: int
+    dB: int
+    dC: int
+    states: int
+    end: int
+
+
+NAN = f32(math.nan)  # as `exp2_falling` takes it
 FIRST = Sizes._fields.index("in_proj")
 
 _SIZES = types.NamedUniTuple(types.int64, len(Sizes._fields), Sizes)
 _WEIGHTS = types.NamedUniTuple(types.int64, len(Weights._fields), Weights)
+_ROOM = types.NamedUniTuple(types.int64, len(Room._fields), Room)
 
 
-@njit(**INLINE)
-def _project(w, begin, by_output, by_input, outputs, inputs, source, source_row, to, to_row, steps):
-    """to[o] = the sum over i of w[begin + o * by_output + i * by_input] * source[i], rows of `steps` vectors.
-
-    Works on `AT_ONCE` steps at a time, beyond `steps` too.
-    """
-    for o in range(outputs):
-        for t in range(0, steps * WIDTH, AT_ONCE * WIDTH):
-            v0 = v1 = v2 = v3 = splat(ZERO)
-            for i in range(inputs):
-                weight = splat(w[begin + o * by_output + i * by_input])
-                at = i * source_row + t
-                v0 = fma(weight, load(source, at), v0)
-                v1 = fma(weight, load(source, at + WIDTH), v1)
-                v2 = fma(weight, load(source, at + 2 * WIDTH), v2)
-                v3 = fma(weight, load(source, at + 3 * WIDTH), v3)
-            at = o * to_row + t
-            store(to, at, v0)
-            store(to, at + WIDTH, v1)
-            store(to, at + 2 * WIDTH, v2)
-            store(to, at + 3 * WIDTH, v3)
-
-
-@njit(**INLINE)
-def _outer(sums, begin, by_a, by_b, a_rows, b_rows, a, a_begin, a_row, b, b_begin, b_row, steps):
-    """sums[begin + i * by_a + j * by_b] += a[i] * b[j], summed over the steps of a chunk; a sum per lane."""
-    for i in range(a_rows):
-        j = 0
-        while j + 4 <= b_rows:
-            at = (begin + i * by_a + j * by_b) * WIDTH
-            next_ = by_b * WIDTH
-            v0, v1, v2, v3 = (
-                load(sums, at),
-                load(sums, at + next_),
-                load(sums, at + 2 * next_),
-                load(sums, at + 3 * next_),
-            )
-            for t in range(0, steps * WIDTH, WIDTH):
-                a_t = load(a, a_begin + i * a_row + t)
-                b_at = b_begin + j * b_row + t
-                v0 = fma(a_t, load(b, b_at), v0)
-                v1 = fma(a_t, load(b, b_at + b_row), v1)
-                v2 = fma(a_t, load(b, b_at + 2 * b_row), v2)
-                v3 = fma(a_t, load(b, b_at + 3 * b_row), v3)
-            store(sums, at, v0)
-            store(sums, at + next_, v1)
-            store(sums, at + 2 * next_, v2)
-            store(sums, at + 3 * next_, v3)
-            j += 4
-        while j < b_rows:
-            at = (begin + i * by_a + j * by_b) * WIDTH
-            value = load(sums, at)
-            for t in range(0, steps * WIDTH, WIDTH):
-                value = fma(load(a, a_begin + i * a_row + t), load(b, b_begin + j * b_row + t), value)
-            store(sums, at, value)
-            j += 1
-
-
-@njit(**INLINE)
-def _read(rows, s, group, start, steps, to, width, history):
-    """Tokens (batch, length, d_model) of one group of sequences into to[d_model][history + CHUNK][lane].
-
-    The `history` steps before `start` come first; before the sequence and beyond the batch there are zeros.
-    """
-    lanes = min(WIDTH, s.batch - group * WIDTH)
-    stride = s.length * s.model
-    width = width * WIDTH
-    at = (group * WIDTH * s.length + start) * s.model
-    if s.model == 1:
-        for p in range(-history, steps, WIDTH):  # 16 steps at a time
-            before = max(0, -(start + p))
-            columns = min(WIDTH, steps - p) - before
-            row = (history + p) * WIDTH
-            fill(to, row, before, ZERO)
-            row += before * WIDTH
-            transpose(rows, at + p + before, stride, lanes, columns, to, row, WIDTH, columns, WIDTH)
-        return
-    for p in range(-history, steps):
-        for i in range(0, s.model, WIDTH):  # 16 channels at a time
-            columns = min(WIDTH, s.model - i)
-            readable = columns if start + p >= 0 else 0
-            row = i * width + (history + p) * WIDTH
-            transpose(rows, at + p * s.model + i, stride, lanes, readable, to, row, width, columns, WIDTH)
-
-
-@njit(**INLINE)
-def _write(source, s, group, start, steps, rows):
-    """The reverse of `_read`, without history: source[d_model][CHUNK][lane] to rows (batch, length, d_model)."""
-    lanes = min(WIDTH, s.batch - group * WIDTH)
-    stride = s.length * s.model
-    at = (group * WIDTH * s.length + start) * s.model
-    if s.model == 1:
-        transpose(source, 0, WIDTH, steps, WIDTH, rows, at, stride, lanes, steps)
-        return
-    for t in range(steps):
-        for i in range(0, s.model, WIDTH):
-            columns = min(WIDTH, s.model - i)
-            row = i * ROW + t * WIDTH
-            transpose(source, row, ROW, columns, WIDTH, rows, at + t * s.model + i, stride, lanes, columns)
-
-
-@njit(**INLINE)
-def _prepare(w, s, steps, tok, xh, c, x, z, raw, delta, dt, du, y, part):
-    """Everything before the scan for one chunk: in_proj, convolution, SiLU, step sizes; y and part set to zero.
-
-    xh: (d_inner, history + CHUNK) before the convolution, c after it, x after SiLU, z before it; raw: (rank, CHUNK)
-    before dt_proj, delta after it, dt after softplus; du = dt * x.
-    """
-    history = s.conv - 1
-    width = s.width
-    row = width * WIDTH
-    _project(w, s.in_proj, s.model, 1, s.inner, s.model, tok, row, xh, row, history + steps)
-    z_weights = s.in_proj + s.inner * s.model
-    _project(w, z_weights, s.model, 1, s.inner, s.model, tok[history * WIDTH :], row, z, ROW, steps)
-    for d in range(s.inner):
-        for t in range(steps):
-            value = splat(w[s.conv_bias + d])
-            for k in range(s.conv):
-                value = fma(w[s.conv_weight + d * s.conv + k], load(xh, (d * width + t + k) * WIDTH), value)
-            store(c, d * ROW + t * WIDTH, value)
-            store(x, d * ROW + t * WIDTH, value * sigmoid(value))
-    _project(w, s.x_proj, s.inner, 1, s.rank, s.inner, x, ROW, raw, ROW, steps)
-    _project(w, s.dt_weight, s.rank, 1, s.inner, s.rank, raw, ROW, delta, ROW, steps)
-    for d in range(s.inner):
-        for t in range(steps):
-            value = load(delta, d * ROW + t * WIDTH) + w[s.dt_bias + d]
-            store(delta, d * ROW + t * WIDTH, value)
-            value = softplus(value)
-            store(dt, d * ROW + t * WIDTH, value)
-            store(du, d * ROW + t * WIDTH, value * load(x, d * ROW + t * WIDTH))
-            store(y, d * ROW + t * WIDTH, splat(ZERO))
-            store(part, d * ROW + t * WIDTH, splat(ZERO))
-
-
-@njit(**INLINE)
-def _input_output(bc, s, n, steps, x, B, C):
-    """B and C of the states n and n + 1 for one chunk, each [2][CHUNK][lane]. bc: their rows of x_proj."""
-    b = 2 * n * s.inner
-    for t in range(0, steps * WIDTH, WIDTH):
-        B0 = C0 = B1 = C1 = splat(ZERO)
-        for d in range(s.inner):
-            x_t = load(x, d * ROW + t)
-            B0 = fma(bc[b + d], x_t, B0)
-            C0 = fma(bc[b + s.inner + d], x_t, C0)
-            B1 = fma(bc[b + 2 * s.inner + d], x_t, B1)
-            C1 = fma(bc[b + 3 * s.inner + d], x_t, C1)
-        store(B, t, B0)
-        store(C, t, C0)
-        store(B, STATE_ROW + t, B1)
-        store(C, STATE_ROW + t, C1)
-
-
-@njit(**INLINE)
-def _parameters(p, s, w, a, bc):
-    """Fill w, all weights one after another; a, A * log2(e) (d_inner, even); bc, x_proj's B and C (even, 2, d_inner).
-
-    The rows that `even` adds to the states are zero and change nothing.
-    """
+@njit(**APART)
+def _parameters(p, s, w, a):
+    """Fill w, all weights one after another, and a; the states that `even` adds have a of zero."""
     for i in range(len(p)):
         source = floats(p[i])
         for j in range(s[FIRST + i], s[FIRST + i + 1]):
             w[j] = source[j - s[FIRST + i]]
-    for n in range(s.even):
-        inside = n < s.states
-        for d in range(s.inner):
-            a[d * s.even + n] = -LOG2E * math.exp(w[s.A_log + d * s.states + n]) if inside else ZERO
-            b = s.x_proj + (s.rank + n) * s.inner + d
-            bc[2 * n * s.inner + d] = w[b] if inside else ZERO
-            bc[(2 * n + 1) * s.inner + d] = w[b + s.states * s.inner] if inside else ZERO
+    for d in range(s.inner):
+        for n in range(s.even):
+            value = -LOG2E * math.exp(w[s.A_log + d * s.states + n]) if n < s.states else ZERO
+            a[d * s.even + n] = value if value == value else NAN
 
 
 @njit(**INLINE)
-def _split(space, s):
-    """The parts of the workspace that both passes use."""
-    width = s.width * WIDTH
-    at = (s.weights + WIDTH) // WIDTH * WIDTH
-    w = space[:at]
-    a = space[at : at + s.inner * s.even]
-    at += (s.inner * s.even + WIDTH) // WIDTH * WIDTH
-    bc = space[at : at + 2 * s.inner * s.even]
-    at += (2 * s.inner * s.even + WIDTH) // WIDTH * WIDTH
-    h = space[at : at + s.inner * s.even * WIDTH]
-    at += s.inner * s.even * WIDTH
-    tok = space[at : at + s.model * width]
-    at += s.model * width
-    xh = space[at : at + s.inner * width]
-    at += s.inner * width
-    channels = s.inner * ROW
-    c = space[at : at + channels]
-    x = space[at + channels : at + 2 * channels]
-    z = space[at + 2 * channels : at + 3 * channels]
-    delta = space[at + 3 * channels : at + 4 * channels]
-    dt = space[at + 4 * channels : at + 5 * channels]
-    du = space[at + 5 * channels : at + 6 * channels]
-    y = space[at + 6 * channels : at + 7 * channels]
-    part = space[at + 7 * channels : at + 8 * channels]
-    at += 8 * channels
-    raw = space[at : at + s.rank * ROW]
-    at += s.rank * ROW
-    B = space[at : at + 2 * STATE_ROW]
-    C = space[at + 2 * STATE_ROW : at + 4 * STATE_ROW]
-    at += 4 * STATE_ROW
-    return (w, a, bc, h, tok, xh, c, x, z, delta, dt, du, y, part, raw, B, C), space[at:]
+def _read_tokens(tokens, s, group, start, steps, history, w, seen, tok, scale):
+    """A chunk's tokens after `history` steps, as they are and normalised."""
+    read(tokens, s, group, start, steps, seen, s.width * WIDTH, int64(history))
+    if s.normed:
+        normalise(w, s, history + steps, seen, tok, scale)
 
 
-@kernel(_SIZES, _WEIGHTS, types.UniTuple(types.int64, 3), types.int64, types.int64, types.int64)
-def _forward(s, p, memory, first, last, workspace):
+@njit(**APART)
+def _convolve(w, s, steps, xh, xh_row, x, gate, keep):
+    """Convolution and SiLU; with `keep` the sigmoid in SiLU, too."""
+    for d in range(s.inner):
+        bias, weights = spread(w, s.conv_bias + d), s.conv_weight + d * s.conv
+        from_, row = d * xh_row, d * ROW
+        if s.conv == 4:  # as usual: no inner loop then
+            k0, k1, k2, k3 = spread(w, weights), spread(w, weights + 1), spread(w, weights + 2), spread(w, weights + 3)
+            for t in range(0, steps * WIDTH, WIDTH):
+                p = from_ + t
+                value = fma(k1, load(xh, p + WIDTH), fma(k0, load(xh, p), bias))
+                store(x, row + t, fma(k3, load(xh, p + 3 * WIDTH), fma(k2, load(xh, p + 2 * WIDTH), value)))
+        else:
+            for t in range(0, steps * WIDTH, WIDTH):
+                value = bias
+                for k in range(s.conv):
+                    value = fma(spread(w, weights + k), load(xh, from_ + t + k * WIDTH), value)
+                store(x, row + t, value)
+        for t in range(row, row + steps * WIDTH, WIDE):
+            value = load_wide(x, t)
+            gate_t = sigmoid(value)
+            store(x, t, value * gate_t)
+            if keep:
+                store(gate, t, gate_t)
+
+
+@njit(**APART)
+def _step_sizes(w, s, steps, x, raw, slope, dt, du, y, part, keep):
+    """Dt and du, y and part set to zero; with `keep` the slope of softplus, too."""
+    project(w, s.x_proj, s.inner, 1, s.rank, s.inner, x, ROW, raw, ROW, steps, False)
+    project(w, s.dt_weight, s.rank, 1, s.inner, s.rank, raw, ROW, dt, ROW, steps, False)
+    for d in range(s.inner):
+        bias = w[s.dt_bias + d]
+        for t in range(d * ROW, d * ROW + steps * WIDTH, WIDE):
+            value = load_wide(dt, t) + bias
+            if keep:
+                value, slope_t = softplus_and_slope(value)
+                store(slope, t, slope_t)
+            else:
+                value = softplus(value)
+            store(dt, t, value)
+            store(du, t, value * load_wide(x, t))
+    fill(y, 0, s.inner * CHUNK, ZERO)
+    if s.even > SUMMED:
+        fill(part, 0, s.inner * CHUNK, ZERO)
+
+
+@njit(**INLINE)
+def _input_output(w, s, n, count, steps, x, B, C):
+    """B and C of the states [n, n + count) for one chunk, a row each; a state beyond the last is zero."""
+    b = s.x_proj + (s.rank + n) * s.inner
+    project(w, b, s.inner, 1, count, s.inner, x, ROW, B, STATE_ROW, steps, False)
+    project(w, b + s.states * s.inner, s.inner, 1, count, s.inner, x, ROW, C, STATE_ROW, steps, False)
+    if count % 2:
+        fill(B, count * STATE_ROW, steps, ZERO)
+        fill(C, count * STATE_ROW, steps, ZERO)
+
+
+@kernel(_SIZES, _WEIGHTS, _ROOM, types.UniTuple(types.int64, 4), types.int64, types.int64, types.int64)
+def _forward(s, p, r, memory, first, last, workspace):
     """Write out (batch, length, d_model) of the groups [first, last) of 16 sequences, and `saved`.
 
-    memory: the addresses of tokens, out and saved; the last is 0 where nothing is to be saved.
+    memory: the addresses of tokens, out, saved and kept; the last two are 0 where nothing is to be saved.
 
     saved: the states at the start of each chunk, (groups, chunks, d_inner, even, 16).
+    kept: what in_proj gives, (groups, 2 * d_inner, long, 16), in each row after zeros for the convolution's history.
     """
     tokens, out, saved, space = floats(memory[0]), floats(memory[1]), floats(memory[2]), floats(workspace)
-    (w, a, bc, h, tok, xh, c, x, z, delta, dt, du, y, part, raw, B, C), rest = _split(space, s)
-    state = s.inner * s.even * WIDTH
-    mixed = rest[: s.model * ROW]
-    _parameters(p, s, w, a, bc)
+    w, a, h, seen, scale, xh = space, space[r.a :], space[r.h :], space[r.seen :], space[r.scale :], space[r.xh :]
+    x, z, dt, du, y, part = space[r.x :], space[r.z :], space[r.dt :], space[r.du :], space[r.y :], space[r.part :]
+    raw, B, C, mixed = space[r.raw :], space[r.B :], space[r.C :], space[r.mixed :]
+    tok = space[r.tok :] if s.normed else seen
+    sum_ = part if s.even > SUMMED else y
+    keep = memory[3] != 0
+    history, width, state = s.conv - 1, s.width * WIDTH, s.inner * s.even * WIDTH
+    xh_row, z_row = (s.long * WIDTH, s.long * WIDTH) if keep else (width, int64(ROW))
+    _parameters(p, s, w, a)
     for group in range(first, last):
         fill(h, 0, s.inner * s.even, ZERO)
+        if keep:
+            xh = floats(memory[3])[2 * group * s.inner * xh_row :]
+        for d in range(s.inner):
+            fill(xh, d * xh_row, history, ZERO)
         for chunk in range(s.chunks):
             start = chunk * CHUNK
             steps = min(CHUNK, s.length - start)
-            _read(tokens, s, group, start, steps, tok, s.width, s.conv - 1)
-            _prepare(w, s, steps, tok, xh, c, x, z, raw, delta, dt, du, y, part)
+            _read_tokens(tokens, s, group, start, steps, 0, w, seen, tok, scale)
+            if keep and chunk:
+                xh = xh[ROW:]
+            elif chunk:  # the end of the chunk before
+                for d in range(s.inner):
+                    for i in range(d * width, d * width + history * WIDTH, WIDTH):
+                        store(xh, i, load(xh, i + ROW))
+            now = xh[history * WIDTH :]
+            if keep:
+                z = now[s.inner * xh_row :]
+            project(w, s.in_proj, s.model, 1, s.inner, s.model, tok, width, now, xh_row, steps, False)
+            z_weights = s.in_proj + s.inner * s.model
+            project(w, z_weights, s.model, 1, s.inner, s.model, tok, width, z, z_row, steps, False)
+            _convolve(w, s, steps, xh, xh_row, x, x, False)
+            _step_sizes(w, s, steps, x, raw, dt, dt, du, y, part, False)
             if memory[2]:
                 at = (group * s.chunks + chunk) * state
                 for i in range(0, state, WIDTH):
                     store(saved, at + i, load(h, i))
-            for n in range(0, s.even, 2):
-                _input_output(bc, s, n, steps, x, B, C)
-                for d in range(s.inner):
-                    at = (d * s.even + n) * WIDTH
-                    a0, a1 = splat(a[d * s.even + n]), splat(a[d * s.even + n + 1])
-                    h0, h1 = load(h, at), load(h, at + WIDTH)
-                    h0, h1 = scan_pair(steps, n + 1 < s.states, dt, du, part, d * ROW, B, C, 0, a0, a1, h0, h1)
-                    store(h, at, h0)
-                    store(h, at + WIDTH, h1)
-                if (n + 2) % SUMMED == 0 or n + 2 == s.even:
+            for n in range(0, s.even, BLOCK):
+                count = min(BLOCK, s.states - n)
+                _input_output(w, s, n, count, steps, x, B, C)
+                for d in range(0, s.inner, 2):
+                    for m in range(0, count, 2):
+                        at = d * s.even + n + m
+                        scan_tile(
+                            *(steps, m + 1 < count, d + 1 < s.inner, dt, du, sum_, d * ROW, B, C, m * STATE_ROW),
+                            *(a, at, s.even, h, at * WIDTH),
+                        )
+                if s.even > SUMMED and ((n + BLOCK) % SUMMED == 0 or n + BLOCK >= s.even):
                     fold(part, y, 0, s.inner * CHUNK)
             for d in range(s.inner):
-                for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
-                    z_t = load(z, t)
-                    store(y, t, fma(w[s.D + d], load(x, t), load(y, t)) * z_t * sigmoid(z_t))
-            _project(w, s.out_proj, s.inner, 1, s.model, s.inner, y, ROW, mixed, ROW, steps)
-            _write(mixed, s, group, start, steps, out)
+                D = w[s.D + d]
+                for t in range(0, steps * WIDTH, WIDE):
+                    z_t, at = load_wide(z, d * z_row + t), d * ROW + t
+                    store(y, at, fma(D, load_wide(x, at), load_wide(y, at)) * z_t * sigmoid(z_t))
+            project(w, s.out_proj, s.inner, 1, s.model, s.inner, y, ROW, mixed, ROW, steps, False)
+            if s.residual:
+                for i in range(s.model):
+                    for t in range(0, steps * WIDTH, WIDTH):
+                        store(mixed, i * ROW + t, load(seen, i * width + t) + load(mixed, i * ROW + t))
+            write(mixed, s, group, start, steps, out)
 
 
-@njit(**INLINE)
-def _gate_backward(w, s, steps, sums, x, y, z, g, dy, dz):
+@njit(**APART)
+def _gate_backward(w, s, steps, sums, x, y, z, z_gate, g, dy, dz):
     """The gate, the skip and out_proj: dz comes in as the gradient of the gated y, y leaves as that."""
     for d in range(s.inner):
-        dD = load(sums, (s.D + d) * WIDTH)
+        D, dD = spread(w, s.D + d), load(sums, (s.D + d) * WIDTH)
         for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
-            z_t = load(z, t)
-            gate = sigmoid(z_t)
-            y_t = fma(w[s.D + d], load(x, t), load(y, t))
-            store(y, t, y_t * z_t * gate)
-            store(dz, t, load(dz, t) * y_t * gate * fma(z_t, ONE - gate, splat(ONE)))
-            dD = fma(load(dy, t), load(x, t), dD)
+            x_t, silu, gate = load(x, t), load(z, t), load(z_gate, t)
+            y_t = fma(D, x_t, load(y, t))
+            store(y, t, y_t * silu)
+            store(dz, t, load(dz, t) * y_t * fma(silu, ONE - gate, gate))
+            dD = fma(load(dy, t), x_t, dD)
         store(sums, (s.D + d) * WIDTH, dD)
-    _outer(sums, s.out_proj, s.inner, 1, s.model, s.inner, g, 0, ROW, y, 0, ROW, steps)
+    outer(sums, s.out_proj, s.inner, 1, s.model, s.inner, g, ROW, y, ROW, steps)
 
 
-@njit(**INLINE)
-def _steps_backward(w, s, steps, sums, x, dt, delta, raw, dy, ddu, ddt, dx, draw):
-    """The step sizes, from softplus back to x: ddt leaves as the gradient of delta."""
+@njit(**APART)
+def _steps_backward(w, s, steps, sums, x, dt, slope, raw, dy, ddu, ddt, dx, draw):
+    """The step sizes, from softplus back to x: ddt leaves as the gradient before softplus."""
     for d in range(s.inner):
-        dbias = load(sums, (s.dt_bias + d) * WIDTH)
+        D, dbias = spread(w, s.D + d), load(sums, (s.dt_bias + d) * WIDTH)
         for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
             ddu_t = load(ddu, t)
-            value = fma(load(x, t), ddu_t, LN2 * load(ddt, t)) * sigmoid(load(delta, t))
-            store(ddt, t, value)  # of delta now
+            value = fma(load(x, t), ddu_t, LN2 * load(ddt, t)) * load(slope, t)
+            store(ddt, t, value)
             dbias = dbias + value
-            store(dx, t, fma(w[s.D + d], load(dy, t), fma(load(dt, t), ddu_t, load(dx, t))))
+            store(dx, t, fma(D, load(dy, t), fma(load(dt, t), ddu_t, load(dx, t))))
         store(sums, (s.dt_bias + d) * WIDTH, dbias)
-    _outer(sums, s.dt_weight, s.rank, 1, s.inner, s.rank, ddt, 0, ROW, raw, 0, ROW, steps)
-    _project(w, s.dt_weight, 1, s.rank, s.rank, s.inner, ddt, ROW, draw, ROW, steps)
-    _outer(sums, s.x_proj, s.inner, 1, s.rank, s.inner, draw, 0, ROW, x, 0, ROW, steps)
+    outer(sums, s.dt_weight, s.rank, 1, s.inner, s.rank, ddt, ROW, raw, ROW, steps)
+    project(w, s.dt_weight, 1, s.rank, s.rank, s.inner, ddt, ROW, draw, ROW, steps, False)
+    outer(sums, s.x_proj, s.inner, 1, s.rank, s.inner, draw, ROW, x, ROW, steps)
+    project(w, s.x_proj, 1, s.inner, s.inner, s.rank, draw, ROW, dx, ROW, steps, True)
 
 
-@njit(**INLINE)
-def _convolution_backward(w, s, steps, sums, c, xh, draw, dx, dxh):
-    """SiLU and the convolution: dx leaves as the gradient of c, dxh is added to."""
-    width = s.width * WIDTH
-    for d in range(s.inner):
-        dbias = load(sums, (s.conv_bias + d) * WIDTH)
-        for t in range(0, steps * WIDTH, WIDTH):
-            value = load(dx, d * ROW + t)
-            for q in range(s.rank):
-                value = fma(w[s.x_proj + q * s.inner + d], load(draw, q * ROW + t), value)
-            c_t = load(c, d * ROW + t)
-            gate = sigmoid(c_t)
-            value = value * gate * fma(c_t, ONE - gate, splat(ONE))
-            store(dx, d * ROW + t, value)  # of c now
-            dbias = dbias + value
-            for k in range(s.conv):
-                p = d * width + t + k * WIDTH
-                store(dxh, p, fma(w[s.conv_weight + d * s.conv + k], value, load(dxh, p)))
-        store(sums, (s.conv_bias + d) * WIDTH, dbias)
-        _outer(*(sums, s.conv_weight + d * s.conv, 0, 1, 1, s.conv, dx, d * ROW, 0, xh, d * width, WIDTH, steps))
-
-
-@njit(**INLINE)
-def _in_proj_backward(w, s, steps, sums, tok, dxh, dz, g, dtok):
-    """The input projection; g, used up by now, serves as room."""
-    width = s.width * WIDTH
-    now = (s.conv - 1) * WIDTH
-    z_weights = s.in_proj + s.inner * s.model
-    _outer(sums, s.in_proj, s.model, 1, s.inner, s.model, dxh, now, width, tok, now, width, steps)
-    _outer(sums, z_weights, s.model, 1, s.inner, s.model, dz, 0, ROW, tok, now, width, steps)
-    _project(w, s.in_proj, 1, s.model, s.model, s.inner, dxh[now:], width, dtok, ROW, steps)
-    _project(w, z_weights, 1, s.model, s.model, s.inner, dz, ROW, g, ROW, steps)
-    for i in range(0, s.model * ROW, WIDTH):
-        store(dtok, i, load(dtok, i) + load(g, i))
-
-
-@njit(**INLINE)
-def _carry(s, dxh):
-    """What a chunk adds to the steps before it is the end of the chunk that is worked on next."""
+@njit(**APART)
+def _convolution_backward(w, s, steps, sums, xh, xh_row, x, gate, dx, dc, dxh):
+    """SiLU and the convolution: dxh becomes the gradient of xh, with what later chunks added to this one's steps."""
     history, width = s.conv - 1, s.width * WIDTH
+    now = history * WIDTH
+    fill(dc, 0, history, ZERO)
     for d in range(s.inner):
-        for p in range(history - 1, -1, -1):
-            store(dxh, d * width + (CHUNK + p) * WIDTH, load(dxh, d * width + p * WIDTH))
-        fill(dxh, d * width, CHUNK, ZERO)
+        dbias, weights = load(sums, (s.conv_bias + d) * WIDTH), s.conv_weight + d * s.conv
+        row, from_ = d * ROW, d * width
+        for t in range(0, steps * WIDTH, WIDTH):
+            gate_t = load(gate, row + t)
+            value = load(dx, row + t) * fma(load(x, row + t), ONE - gate_t, gate_t)
+            store(dc, now + t, value)
+            dbias = dbias + value
+        store(sums, (s.conv_bias + d) * WIDTH, dbias)
+        fill(dc, now + steps * WIDTH, history, ZERO)
+        outer(sums, weights, 0, 1, 1, s.conv, dc[now:], 0, xh[d * xh_row :], WIDTH, steps)
+        for t in range((history + steps - 1) * WIDTH, -1, -WIDTH):
+            value = load(dxh, from_ + t - ROW) if t >= ROW else splat(ZERO)
+            if s.conv == 4:
+                value = fma(spread(w, weights), load(dc, now + t), value)
+                value = fma(spread(w, weights + 1), load(dc, now + t - WIDTH), value)
+                value = fma(spread(w, weights + 2), load(dc, now + t - 2 * WIDTH), value)
+                value = fma(spread(w, weights + 3), load(dc, now + t - 3 * WIDTH), value)
+            else:
+                for k in range(s.conv):
+                    value = fma(spread(w, weights + k), load(dc, now + t - k * WIDTH), value)
+            store(dxh, from_ + t, value)
 
 
-@kernel(_SIZES, _WEIGHTS, types.UniTuple(types.int64, 5), types.int64, types.int64, types.int64)
-def _backward(s, p, memory, first, last, workspace):
+@njit(**APART)
+def _in_proj_backward(w, s, steps, sums, tok, dxh, dz, dtok):
+    """The input projection; tok and dxh from the chunk on, dtok leaves as the gradient of tok."""
+    width = s.width * WIDTH
+    z_weights = s.in_proj + s.inner * s.model
+    outer(sums, s.in_proj, s.model, 1, s.inner, s.model, dxh, width, tok, width, steps)
+    outer(sums, z_weights, s.model, 1, s.inner, s.model, dz, ROW, tok, width, steps)
+    project(w, s.in_proj, 1, s.model, s.model, s.inner, dxh, width, dtok, ROW, steps, False)
+    project(w, z_weights, 1, s.model, s.model, s.inner, dz, ROW, dtok, ROW, steps, True)
+
+
+@kernel(_SIZES, _WEIGHTS, _ROOM, types.UniTuple(types.int64, 6), types.int64, types.int64, types.int64)
+def _backward(s, p, r, memory, first, last, workspace):
     """Write the gradient of the tokens for the groups [first, last), and of the flat weights summed over them.
 
-    memory: the addresses of the gradient of out, tokens, saved, and the two gradients.
+    memory: the addresses of the gradient of out, tokens, saved and kept, and of the two gradients.
     """
     grad_out, tokens, saved = floats(memory[0]), floats(memory[1]), floats(memory[2])
-    dtokens, dw, space = floats(memory[3]), floats(memory[4]), floats(workspace)
-    (w, a, bc, _, tok, xh, c, x, z, delta, dt, du, y, part, raw, B, C), rest = _split(space, s)
-    history = s.conv - 1
-    width = s.width * WIDTH
-    channels = s.inner * ROW
-    at = 0
-    sums = rest[at : at + s.weights * WIDTH]  # gradients of the weights, a sum per lane
-    at += s.weights * WIDTH
-    dh = rest[at : at + s.inner * s.even * WIDTH]  # of the states, carried from the chunk after
-    at += s.inner * s.even * WIDTH
-    sums_a = rest[at : at + s.inner * s.even * WIDTH]
-    at += s.inner * s.even * WIDTH
-    sums_bc = rest[at : at + 2 * s.inner * s.even * WIDTH]
-    at += 2 * s.inner * s.even * WIDTH
-    dxh = rest[at : at + s.inner * width]
-    at += s.inner * width
-    g = rest[at : at + s.model * ROW]
-    dtok = rest[at + s.model * ROW : at + 2 * s.model * ROW]
-    at += 2 * s.model * ROW
-    dy = rest[at : at + channels]
-    dx = rest[at + channels : at + 2 * channels]
-    dz = rest[at + 2 * channels : at + 3 * channels]
-    ddu = rest[at + 3 * channels : at + 4 * channels]
-    ddt = rest[at + 4 * channels : at + 5 * channels]
-    at += 5 * channels
-    draw = rest[at : at + s.rank * ROW]
-    at += s.rank * ROW
-    dB = rest[at : at + 2 * STATE_ROW]
-    dC = rest[at + 2 * STATE_ROW : at + 4 * STATE_ROW]
-    at += 4 * STATE_ROW
-    decay = rest[at : at + 2 * ROW]
-    before = rest[at + 2 * ROW : at + 4 * ROW]  # the state before each step
-    _parameters(p, s, w, a, bc)
+    kept, dtokens, dw, space = floats(memory[3]), floats(memory[4]), floats(memory[5]), floats(workspace)
+    w, a, seen, scale, xh = space, space[r.a :], space[r.seen :], space[r.scale :], space[r.xh :]
+    x, z, dt, du, y, part = space[r.x :], space[r.z :], space[r.dt :], space[r.du :], space[r.y :], space[r.part :]
+    raw, B, C, dtok, slope = space[r.raw :], space[r.B :], space[r.C :], space[r.mixed :], space[r.slope :]
+    sums, dh, sums_a, g = space[r.sums :], space[r.dh :], space[r.sums_a :], space[r.g :]
+    gate, z_gate, dxh, dc = space[r.gate :], space[r.z_gate :], space[r.dxh :], space[r.dc :]
+    dz, dy, ddt, ddu, dx = space[r.dz :], space[r.dy :], space[r.ddt :], space[r.ddu :], space[r.dx :]
+    draw, dB, dC, states = space[r.draw :], space[r.dB :], space[r.dC :], space[r.states :]
+    tok = space[r.tok :] if s.normed else seen
+    sum_ = part if s.even > SUMMED else y
+    history, width = s.conv - 1, s.width * WIDTH
+    before = 0 if s.kept else history  # steps before a chunk whose tokens are needed
+    xh_row, z_row, z_from = (s.long * WIDTH, s.long * WIDTH, kept) if s.kept else (width, int64(ROW), z)
+    _parameters(p, s, w, a)
     fill(sums, 0, s.weights, ZERO)
     fill(sums_a, 0, s.inner * s.even, ZERO)
-    fill(sums_bc, 0, 2 * s.inner * s.even, ZERO)
     for group in range(first, last):
         fill(dh, 0, s.inner * s.even, ZERO)
         fill(dxh, 0, s.inner * s.width, ZERO)
         for chunk in range(s.chunks - 1, -1, -1):
             start = chunk * CHUNK
             steps = min(CHUNK, s.length - start)
-            _read(tokens, s, group, start, steps, tok, s.width, history)
-            _read(grad_out, s, group, start, steps, g, CHUNK, 0)
-            _prepare(w, s, steps, tok, xh, c, x, z, raw, delta, dt, du, y, part)
-            _project(w, s.out_proj, 1, s.inner, s.inner, s.model, g, ROW, dz, ROW, steps)  # of the gated y for now
+            _read_tokens(tokens, s, group, start, steps, before, w, seen, tok, scale)
+            read(grad_out, s, group, start, steps, g, int64(ROW), int64(0))
+            now = before * WIDTH
+            if s.kept:
+                at = 2 * group * s.inner * xh_row + start * WIDTH
+                xh, z_from = kept[at:], kept[at + s.inner * xh_row + history * WIDTH :]
+            else:
+                project(w, s.in_proj, s.model, 1, s.inner, s.model, tok, width, xh, xh_row, history + steps, False)
+                z_weights = s.in_proj + s.inner * s.model
+                project(w, z_weights, s.model, 1, s.inner, s.model, tok[now:], width, z, ROW, steps, False)
+            _convolve(w, s, steps, xh, xh_row, x, gate, True)
+            _step_sizes(w, s, steps, x, raw, slope, dt, du, y, part, True)
+            project(w, s.out_proj, 1, s.inner, s.inner, s.model, g, ROW, dz, ROW, steps, False)  # of the gated y
             for d in range(s.inner):
-                for t in range(d * ROW, d * ROW + steps * WIDTH, WIDTH):
-                    z_t = load(z, t)
-                    store(dy, t, load(dz, t) * z_t * sigmoid(z_t))
-            fill(dx, 0, s.inner * CHUNK, ZERO)
+                for t in range(0, steps * WIDTH, WIDE):
+                    z_t, at = load_wide(z_from, d * z_row + t), d * ROW + t
+                    gate_t = sigmoid(z_t)
+                    store(z_gate, at, gate_t)
+                    store(z, at, z_t * gate_t)
+                    store(dy, at, load_wide(dz, at) * (z_t * gate_t))
             fill(ddu, 0, s.inner * CHUNK, ZERO)
             fill(ddt, 0, s.inner * CHUNK, ZERO)
-            for n in range(0, s.even, 2):
-                _input_output(bc, s, n, steps, x, B, C)
-                fill(dB, 0, 2 * (CHUNK + 1), ZERO)
-                fill(dC, 0, 2 * (CHUNK + 1), ZERO)
-                for d in range(s.inner):
-                    at = (d * s.even + n) * WIDTH
-                    from_ = (group * s.chunks + chunk) * s.inner * s.even * WIDTH + at
-                    dh0, dh1, da0, da1 = scan_pair_backward(
-                        *(steps, n + 1 < s.states, dt, du, part, dy, ddt, ddu, d * ROW, B, C, dB, dC, 0, decay, before),
-                        *(splat(a[d * s.even + n]), splat(a[d * s.even + n + 1])),
-                        *(load(saved, from_), load(saved, from_ + WIDTH), load(dh, at), load(dh, at + WIDTH)),
-                        *(load(sums_a, at), load(sums_a, at + WIDTH)),
-                    )
-                    store(dh, at, dh0)
-                    store(dh, at + WIDTH, dh1)
-                    store(sums_a, at, da0)
-                    store(sums_a, at + WIDTH, da1)
-                if (n + 2) % SUMMED == 0 or n + 2 == s.even:
+            for n in range(0, s.even, BLOCK):
+                count = min(BLOCK, s.states - n)
+                _input_output(w, s, n, count, steps, x, B, C)
+                fill(dB, 0, BLOCK * (CHUNK + 1), ZERO)
+                fill(dC, 0, BLOCK * (CHUNK + 1), ZERO)
+                for d in range(0, s.inner, 2):
+                    for m in range(0, count, 2):
+                        at = d * s.even + n + m
+                        from_ = (group * s.chunks + chunk) * s.inner * s.even + at
+                        scan_tile_backward(
+                            *(steps, m + 1 < count, d + 1 < s.inner, dt, du, sum_, dy, ddt, ddu, d * ROW),
+                            *(B, C, dB, dC, m * STATE_ROW, states, a, at, s.even, saved, from_ * WIDTH),
+                            *(dh, sums_a, at * WIDTH),
+                        )
+                if s.even > SUMMED and ((n + BLOCK) % SUMMED == 0 or n + BLOCK >= s.even):
                     fold(part, y, 0, s.inner * CHUNK)
-                b0 = 2 * n * s.inner
-                _outer(sums_bc, b0, 2 * s.inner, 1, 2, s.inner, dB, 0, STATE_ROW, x, 0, ROW, steps)
-                _outer(sums_bc, b0 + s.inner, 2 * s.inner, 1, 2, s.inner, dC, 0, STATE_ROW, x, 0, ROW, steps)
-                for d in range(s.inner):
-                    wB0, wC0 = splat(bc[b0 + d]), splat(bc[b0 + s.inner + d])
-                    wB1, wC1 = splat(bc[b0 + 2 * s.inner + d]), splat(bc[b0 + 3 * s.inner + d])
-                    for t in range(0, steps * WIDTH, WIDTH):
-                        value = fma(wB0, load(dB, t), fma(wC0, load(dC, t), load(dx, d * ROW + t)))
-                        if n + 1 < s.states:
-                            value = fma(wB1, load(dB, STATE_ROW + t), fma(wC1, load(dC, STATE_ROW + t), value))
-                        store(dx, d * ROW + t, value)
-            _gate_backward(w, s, steps, sums, x, y, z, g, dy, dz)
-            _steps_backward(w, s, steps, sums, x, dt, delta, raw, dy, ddu, ddt, dx, draw)
-            _convolution_backward(w, s, steps, sums, c, xh, draw, dx, dxh)
-            _in_proj_backward(w, s, steps, sums, tok, dxh, dz, g, dtok)
-            _write(dtok, s, group, start, steps, dtokens)
-            _carry(s, dxh)
-    for i in range(s.weights):
-        dw[i] = total(load(sums, i * WIDTH))
-    for n in range(s.states):
-        for d in range(s.inner):
-            dw[s.A_log + d * s.states + n] = total(load(sums_a, (d * s.even + n) * WIDTH)) * LN2 * a[d * s.even + n]
-            at = s.x_proj + (s.rank + n) * s.inner + d
-            dw[at] = total(load(sums_bc, (2 * n * s.inner + d) * WIDTH))
-            dw[at + s.states * s.inner] = total(load(sums_bc, ((2 * n + 1) * s.inner + d) * WIDTH))
+                b = s.x_proj + (s.rank + n) * s.inner
+                c = b + s.states * s.inner
+                outer(sums, b, s.inner, 1, count, s.inner, dB, STATE_ROW, x, ROW, steps)
+                outer(sums, c, s.inner, 1, count, s.inner, dC, STATE_ROW, x, ROW, steps)
+                project(w, b, 1, s.inner, s.inner, count, dB, STATE_ROW, dx, ROW, steps, n > 0)
+                project(w, c, 1, s.inner, s.inner, count, dC, STATE_ROW, dx, ROW, steps, True)
+            _gate_backward(w, s, steps, sums, x, y, z, z_gate, g, dy, dz)
+            _steps_backward(w, s, steps, sums, x, dt, slope, raw, dy, ddu, ddt, dx, draw)
+            _convolution_backward(w, s, steps, sums, xh, xh_row, x, gate, dx, dc, dxh)
+            _in_proj_backward(w, s, steps, sums, tok[now:], dxh[history * WIDTH :], dz, dtok)
+            if s.normed:
+                normalise_backward(w, s, steps, sums, seen, scale, now, dtok, draw)
+            if s.residual:
+                for i in range(0, s.model * ROW, WIDTH):
+                    store(dtok, i, load(dtok, i) + load(g, i))
+            write(dtok, s, group, start, steps, dtokens)
+    for i in range(0, s.weights, WIDTH):
+        store_first(dw, i, total_of_each(sums, i * WIDTH, WIDTH), s.weights - i)
+    for d in range(s.inner):
+        for n in range(s.states):
+            at = d * s.even + n
+            dw[s.A_log + d * s.states + n] = total(load(sums_a, at * WIDTH)) * LN2 * a[at]
 
 
-def _sizes(tokens: Tensor, weights: tuple[Tensor, ...]) -> Sizes:
-    _, conv_weight, _, _, dt_weight, _, A_log, _, _ = weights
+def _sizes(tokens: Tensor, weights: Sequence[Tensor | None], order: Order, residual: bool) -> Sizes:
+    _, conv_weight, _, _, dt_weight, _, A_log, _, _, norm = weights
+    assert conv_weight is not None
+    assert dt_weight is not None
+    assert A_log is not None
     batch, length, model = tokens.shape
     (inner, states), rank, conv = A_log.shape, dt_weight.shape[1], conv_weight.shape[-1]
-    begins = itertools.accumulate((weight.numel() for weight in weights), initial=0)
+    begins = itertools.accumulate((0 if x is None else x.numel() for x in weights), initial=0)
     groups, chunks, even = -(-batch // WIDTH), -(-length // CHUNK), states + states % 2
     width = -(-(conv - 1 + CHUNK) // AT_ONCE) * AT_ONCE
-    return Sizes(batch, length, model, inner, states, rank, conv, groups, chunks, even, width, *begins)
+    return Sizes(
+        *(batch, length, model, inner, states, rank, conv, order.rows, order.columns, int(order.backwards)),
+        *(int(norm is not None), int(residual), int(model >= KEPT), groups, chunks, even, width),
+        *(-(-(conv - 1 + chunks * CHUNK) // AT_ONCE) * AT_ONCE, *begins),
+    )
 
 
-def _workspace(s: Sizes, backward: bool) -> Tensor:
-    """Room for what `_split` and the rest of a pass lay out."""
-    vectors = s.inner * s.even + (s.model + s.inner) * s.width + (8 * s.inner + s.rank + 4) * CHUNK
-    vectors += 8 + (s.weights + 3 * s.inner * s.even) // WIDTH + s.model * CHUNK
-    if backward:
-        vectors += s.weights + 4 * s.inner * s.even + s.inner * s.width
-        vectors += (s.model + 5 * s.inner + s.rank + 8) * CHUNK + 4
-    return torch.empty(vectors * WIDTH, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+PAGE = 4096 // 4  # elements: rows as far apart as that would compete for the same places of the cache
+ROWS = ("x", "z", "slope", "dt", "du", "y", "part", "gate", "z_gate", "dz", "dy", "ddt", "ddu", "dx")  # of d_inner
 
 
-def _run_forward(tokens: Tensor, weights: tuple[Tensor, ...], s: Sizes, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Out, and with `keep` the states that the backward pass starts from."""
+@functools.lru_cache(64)
+def _room(s: Sizes, backward: bool) -> Room:
+    vectors = {
+        "w": s.weights // WIDTH + 1,
+        "a": s.inner * s.even // WIDTH + 1,
+        **{name: s.inner * s.even for name in ("h", "dh", "sums_a")},
+        "seen": s.model * s.width,
+        "tok": s.model * s.width * s.normed,
+        "scale": s.width * s.normed,
+        **{name: s.inner * s.width for name in ("xh", "dxh")},
+        **{name: s.inner * CHUNK for name in ROWS},
+        **{name: s.rank * CHUNK for name in ("raw", "draw")},
+        **{name: BLOCK * (CHUNK + 1) for name in ("B", "C", "dB", "dC")},
+        **{name: s.model * CHUNK for name in ("mixed", "g")},
+        "sums": s.weights + WIDTH,
+        "dc": CHUNK + 2 * (s.conv - 1),
+        "states": 8 * CHUNK,
+    }
+    at, begins, rows = 0, [], 0
+    for name in Room._fields[:-1]:
+        if name == "sums" and not backward:
+            break
+        if name in ROWS:
+            at, rows = -(-at // PAGE) * PAGE + rows * STATE_ROW, rows + 1
+        begins.append(at)
+        at += vectors[name] * WIDTH
+    return Room(*begins, *(at for _ in Room._fields[len(begins) :]))
+
+
+def _workspace(r: Room) -> Tensor:
+    return torch.empty(r.end, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _addresses(weights: Sequence[Tensor | None]) -> Weights:
+    return Weights(*map(_address, weights))
+
+
+def _run_forward(
+    tokens: Tensor, weights: Sequence[Tensor | None], s: Sizes, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Out, and with `keep` what the backward pass starts from: `saved` and, where it is worth it, `kept`."""
     out = torch.empty_like(tokens)
     saved = tokens.new_empty(s.groups * s.chunks * s.inner * s.even * WIDTH) if keep else None
-    addresses = Weights(*(weight.data_ptr() for weight in weights))
-    memory = (tokens.data_ptr(), out.data_ptr(), 0 if saved is None else saved.data_ptr())
+    kept = tokens.new_empty(2 * s.groups * s.inner * s.long * WIDTH) if keep and s.kept else None
+    addresses, room = _addresses(weights), _room(s, backward=False)
+    memory = (tokens.data_ptr(), out.data_ptr(), _address(saved), _address(kept))
 
-    def run(thread: int, first: int, last: int, _alive: object = (tokens, weights, out, saved)) -> None:
-        space = _workspace(s, backward=False)
-        _forward(s, addresses, memory, first, last, space.data_ptr())
+    def run(thread: int, first: int, last: int, _alive: object = (tokens, weights, out, saved, kept)) -> None:
+        space = _workspace(room)
+        _forward(s, addresses, room, memory, first, last, space.data_ptr())
 
     if out.numel():
         share(run, s.groups, threads_for(s.groups, s.batch * s.length * s.inner * s.states))
-    return out, saved
+    return out, saved, kept
 
 
 class _Block(torch.autograd.Function):
     """On float32 contiguous tensors."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, *weights: Any) -> Tensor:
-        ctx.sizes = _sizes(tokens, weights)
-        out, saved = _run_forward(tokens, weights, ctx.sizes, keep=True)
+    def forward(ctx: Any, order: Order, residual: bool, tokens: Tensor, *weights: Any) -> Tensor:
+        ctx.sizes = _sizes(tokens, weights, order, residual)
+        out, saved, kept = _run_forward(tokens, weights, ctx.sizes, keep=True)
         ctx.kinds = kinds_of((tokens, *weights))
-        ctx.save_for_backward(tokens, saved, *weights)
+        ctx.save_for_backward(tokens, saved, kept, *weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        tokens, saved, *weights = ctx.saved_tensors
+        tokens, saved, kept, *weights = ctx.saved_tensors
         check_unchanged((tokens, *weights), ctx.kinds)
         s = ctx.sizes
         grad_out = real(grad_out).contiguous()
         threads = threads_for(s.groups, s.batch * s.length * s.inner * s.states)
         dtokens, dw = torch.empty_like(tokens), tokens.new_zeros(threads, s.weights)
-        addresses = Weights(*(weight.data_ptr() for weight in weights))
-        given = (grad_out.data_ptr(), tokens.data_ptr(), saved.data_ptr(), dtokens.data_ptr())
+        addresses, room = _addresses(weights), _room(s, backward=True)
+        given = (*map(_address, (grad_out, tokens, saved, kept, dtokens)),)
 
         def run(
-            thread: int, first: int, last: int, _alive: object = (grad_out, tokens, saved, weights, dtokens, dw)
+            thread: int, first: int, last: int, _alive: object = (grad_out, tokens, saved, kept, weights, dtokens, dw)
         ) -> None:
-            space = _workspace(s, backward=True)
-            _backward(s, addresses, (*given, dw[thread].data_ptr()), first, last, space.data_ptr())
+            space = _workspace(room)
+            _backward(s, addresses, room, (*given, dw[thread].data_ptr()), first, last, space.data_ptr())
 
         if tokens.numel():
             share(run, s.groups, threads)
-        parts = (dw[0] if threads == 1 else dw.sum(0)).split([weight.numel() for weight in weights])
-        return dtokens, *(part.view(weight.shape) for part, weight in zip(parts, weights, strict=True))
+        parts = (dw[0] if threads == 1 else dw.sum(0)).split([0 if x is None else x.numel() for x in weights])
+        grads = (None if x is None else part.view(x.shape) for part, x in zip(parts, weights, strict=True))
+        return None, None, dtokens, *grads
 
 
-def _check(tokens: Tensor, weights: tuple[Tensor, ...]) -> None:
+def _check(tokens: Tensor, weights: tuple[Tensor, ...], norm: Tensor | None, order: Order) -> None:
     """The kernels read memory without bounds checks, so everything is checked first."""
-    if any(type(x) not in PLAIN for x in (tokens, *weights)):
+    given = (tokens, *weights) if norm is None else (tokens, *weights, norm)
+    if any(type(x) not in PLAIN for x in given):
         raise TypeError("the kernels need a tensor's memory, which a subclass of Tensor need not have")
-    if len(weights) != len(Weights._fields) or tokens.ndim != 3 or weights[6].ndim != 2:
-        raise ValueError(f"tokens must be (batch, length, d_model) with {len(Weights._fields)} weights")
-    model, (inner, states) = tokens.shape[2], weights[6].shape
+    count = len(Weights._fields) - 1
+    if len(weights) != count or tokens.ndim != 3 or weights[6].ndim != 2:
+        raise ValueError(f"tokens must be (batch, length, d_model) with {count} weights")
+    (_, length, model), (inner, states) = tokens.shape, weights[6].shape
     conv, rank = max(1, weights[1].shape[-1]), weights[4].shape[-1]
     expected = [
         *((2 * inner, model), (inner, 1, conv), (inner,), (rank + 2 * states, inner), (inner, rank), (inner,)),
-        *((inner, states), (inner,), (model, inner)),
+        *((inner, states), (inner,), (model, inner), (model,)),
     ]
-    if [weight.shape for weight in weights] != expected:
-        shapes = zip(Weights._fields, weights, expected, strict=True)
+    faults = []
+    if [x.shape for x in given[1:]] != expected[: len(given) - 1]:  # there may be no norm
+        shapes = zip(Weights._fields, given[1:], expected, strict=False)
         faults = [f"{name} is {tuple(x.shape)}, expected {shape}" for name, x, shape in shapes if x.shape != shape]
+    if order.columns and order.rows * order.columns != length:
+        faults.append(f"{length} tokens are no raster of {order.rows}x{order.columns}")
+    if faults:
         raise ValueError("; ".join(faults))
-    kinds = {(x.dtype, x.device.type) for x in (tokens, *weights)}
+    kinds = {(x.dtype, x.device.type) for x in given}
     if kinds != {(torch.float32, "cpu")}:
         raise ValueError(f"a fused block is float32 on the CPU, not {sorted(map(str, kinds))}")
 
 
-def mamba_block_cpu(tokens: Tensor, *weights: Tensor) -> Tensor:
+def mamba_block_cpu(
+    tokens: Tensor,
+    *weights: Tensor,
+    norm: Tensor | None = None,
+    order: Order = AS_THEY_LIE,
+    residual: bool = False,
+) -> Tensor:
     """The whole block of `pkd_lightning.models.mamba.Mamba`, (batch, length, d_model) to the same shape.
 
     Args:
@@ -630,13 +662,16 @@ def mamba_block_cpu(tokens: Tensor, *weights: Tensor) -> Tensor:
         weights: in_proj (2 * d_inner, d_model), conv1d's weight (d_inner, 1, d_conv) and bias (d_inner,), x_proj
             (rank + 2 * d_state, d_inner), dt_proj's weight (d_inner, rank) and bias (d_inner,), A_log
             (d_inner, d_state), D (d_inner,), out_proj (d_model, d_inner); all float32.
+        norm: (d_model,), the weight of an RMS norm before in_proj, as `torch.nn.RMSNorm` computes it by default.
+        order: in which the block reads the tokens; the result is in their own order.
+        residual: add the tokens to the result.
 
     Raises:
         ValueError: a tensor has the wrong shape or dtype or is not on the CPU.
         TypeError: a tensor is of a subclass of Tensor.
     """
-    _check(tokens, weights)
-    tokens, *rest = (real(x).contiguous() for x in (tokens, *weights))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (tokens, *rest)):
-        return _Block.apply(tokens, *rest)  # type: ignore[no-any-return]
-    return _run_forward(tokens, tuple(rest), _sizes(tokens, tuple(rest)), keep=False)[0]
+    _check(tokens, weights, norm, order)
+    tokens, *rest = (x if x is None else real(x).contiguous() for x in (tokens, *weights, norm))  # type: ignore[assignment]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (tokens, *rest)):
+        return _Block.apply(order, residual, tokens, *rest)  # type: ignore[no-any-return]
+    return _run_forward(tokens, rest, _sizes(tokens, rest, order, residual), keep=False)[0]
