@@ -1,12 +1,15 @@
 """From images to token sequences."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.options import PixelChannels
 
 SECOND_KERNEL, SECOND_STRIDE = 3, 2  # of ConvolutionTokens
+CHANNELS_LAST = 8  # channels of the stem from which on it is trained in that layout
 
 
 def _divisors(n: int) -> list[int]:
@@ -109,8 +112,22 @@ class ConvolutionTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, height, width) to tokens (batch, length, d_model)."""
+        if self.stem.out_channels >= CHANNELS_LAST and torch.is_grad_enabled():
+            images = _channels_last(images)
         tokens: Tensor = self.project(F.silu(self.stem(images)))
         return tokens.flatten(2).transpose(1, 2)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """The same images, laid out so that what convolutions make of them on the CPU are tokens as they lie in memory.
+
+    Those of one channel, too, which have either layout but torch takes for the other. A forward pass alone is slower
+    so, forward and backward pass together faster: 1.1 to 1.4 times at batch 128.
+    """
+    if not images.is_cpu or torch.compiler.is_compiling() or is_tracing():
+        return images
+    rows = images.permute(0, 2, 3, 1)
+    return rows.flatten().view(rows.shape).permute(0, 3, 1, 2)
 
 
 def convolved_grid(image_shape: ImageShape, patch_size: int, stride: int, padding: bool) -> tuple[int, int] | None:
