@@ -19,6 +19,16 @@ PATCHES: dict[str, dict[str, Any]] = {
     f"patches, d_model {d_model}": {"tokeniser": "patches", "patch_size": 4, "d_model": d_model, "head": "mean"}
     for d_model in (16, 64)
 }
+# of conf/student/mnist_best.yaml the last rung, of conf/teacher/mnist_best.yaml all; a test compares them
+BEST: dict[str, dict[str, Any]] = {
+    name: {"tokeniser": "convolutions", "norm": "rms", "direction": "cross", "head": "grid", "patch_size": 5,
+           "padding": True, **options}
+    for name, options in (
+        ("mnist_best S7", {"n_blocks": 3, "d_model": 16, "d_state": 8, "stem_channels": 16}),
+        ("mnist_best teacher", {"n_blocks": 4, "d_model": 31, "d_state": 4, "stem_channels": 12}),
+    )
+}  # fmt: skip
+BEST_BATCH = 128
 
 
 def classifier(options: dict[str, Any]) -> MambaClassifier:

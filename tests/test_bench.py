@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from benchmarks import (
     bench,
@@ -22,7 +23,7 @@ from benchmarks import (
     tables,
     timing,
 )
-from benchmarks.models import PATCHES, STUDENTS
+from benchmarks.models import BEST, BEST_BATCH, PATCHES, STUDENTS
 from benchmarks.timing import Row, at_least, at_most, judged
 from pkd_lightning import matrix
 from pkd_lightning.cost import Latency
@@ -69,6 +70,28 @@ def test_rows_of_each_section_are_complete(section: str) -> None:
             quotient = row["against_median_ms"] / row["median_ms"]
             assert row["figure"] == pytest.approx(quotient if row["unit"] == "x as fast" else 1 / quotient)
     json.dumps(rows)
+
+
+def test_steps_of_mnist_best_are_those_of_its_configurations() -> None:
+    student, teacher = (OmegaConf.load(f"conf/{kind}/mnist_best.yaml") for kind in ("student", "teacher"))
+    assert {"shared": False, **BEST["mnist_best S7"]} == {**student.common, **student.rungs[-1]}
+    expected = {key: value for key, value in teacher.model.items() if not key.startswith("_")}
+    assert {"shared": False, **BEST["mnist_best teacher"]} == expected
+    tiny = {**BEST["mnist_best S7"], "n_blocks": 1, "d_model": 2, "stem_channels": 1}
+    rows = steps.rows(2, {"mnist_best S7": tiny})
+    assert [row["what"] for row in rows] == [
+        f"training step of mnist_best S7 at batch {BEST_BATCH}, {threads}" for threads in ("1 thread", "2 threads")
+    ]
+    for row in rows:
+        assert row["figure"] == pytest.approx(row["median_ms"] / 1000 * steps.EPOCH / BEST_BATCH)
+    assert "mnist_best S7 at batch 128 |" in tables.step([{"section": "step", **row} for row in rows])
+
+
+def test_blocks_are_held_against_their_scans() -> None:
+    found = block.rows(2, PATCHES, batch=2)
+    targets = {row["what"]: row.get("target") for row in found if row["against"] == "scan alone"}
+    assert [target for what, target in targets.items() if "d_model 64" in what] == ["at most 1.6"] * 2
+    assert [target for what, target in targets.items() if "d_model 16" in what] == [None] * 2
 
 
 def test_scans_of_all_implementations_are_compared_and_a_wrong_one_is_noticed() -> None:
