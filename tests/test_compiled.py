@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pkd_lightning import pretrained
-from pkd_lightning.compiled import CompiledStudent
+from pkd_lightning.compiled import FILLED, CompiledStudent
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.kernels.inference import STEPS
 from pkd_lightning.models.classifier import MambaClassifier
@@ -110,10 +110,11 @@ def test_a_compiled_ensemble_is_used_as_any_other():
 
 
 @torch.inference_mode()
-def test_threads_share_the_images(monkeypatch):
+@pytest.mark.parametrize("count", [8, 50])
+def test_threads_share_the_images(monkeypatch, count):
     monkeypatch.setattr("pkd_lightning.kernels.threads.WORTHWHILE", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    made, images = ensemble(), torch.randn(8, 3, 8, 8)
+    made, images = ensemble(), torch.randn(count, 3, 8, 8)
     close(made.compiled()(images), made(images))
 
 
@@ -138,15 +139,16 @@ def test_weights_are_copies():
     close(compiled(images), expected)
 
 
-def test_no_image_no_logits_and_a_bad_image_stays_alone():
+@pytest.mark.parametrize("count", [3, 16])
+def test_no_image_no_logits_and_a_bad_image_stays_alone(count):
     made = ensemble()
     compiled = made.compiled()
     assert compiled(torch.empty(0, 3, 8, 8)).shape == (0, 10)
-    images = torch.randn(3, 3, 8, 8)
+    images = torch.randn(count, 3, 8, 8)
     images[1, 0, 4, 4] = float("nan")
-    found = compiled(images)
+    found, others = compiled(images), torch.arange(count) != 1
     assert found[1].isnan().any()
-    close(found[[0, 2]], made(images)[[0, 2]].detach())
+    close(found[others], made(images)[others].detach())
     assert not found.requires_grad
 
 
@@ -228,3 +230,17 @@ def test_a_compiled_ensemble_predicts_and_costs_the_same():
     found, expected = made.compiled().predict(images, budget_macs=10**9), made.predict(images, budget_macs=10**9)
     assert found.macs.tolist() == expected.macs.tolist()
     close(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@torch.inference_mode()
+def test_a_batch_gives_the_logits_of_the_student(options):
+    student, images = model(**options), torch.randn(19, 3, 8, 8)  # a whole group, and three by themselves
+    close(CompiledStudent(student, (3, 8, 8))(images), student(images))
+
+
+@pytest.mark.parametrize("count", [1, FILLED - 1, FILLED, 15, 16, 17, 16 + FILLED - 1, 16 + FILLED, 33])
+@torch.inference_mode()
+def test_batches_of_every_size(count):
+    made, images = ensemble(), torch.randn(count, 3, 8, 8)
+    close(made.compiled()(images), made(images))

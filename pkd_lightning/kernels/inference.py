@@ -54,6 +54,7 @@ PLAN = 34
     X_AT, Z_AT, CONV_AT, CONV_BIAS_AT, MIX_AT, STEP_AT, STEP_BIAS_AT, A_AT, D_AT, OUT_AT, ZEROS_AT, BLOCK_EPSILON_AT,
 ) = range(25)  # fmt: skip
 BLOCK = 25
+ENTRIES = 5  # of a student in the table
 NO_NORM, RMS, LAYER = range(3)
 FLATTEN, MEAN, GRID = range(3)
 
@@ -238,7 +239,7 @@ def _normalise(kind, w, at, epsilon, source, begin, channels, vectors, to, to_be
 
 
 @njit(**INLINE)
-def _place(b, rows, columns, t):
+def place(b, rows, columns, t):
     """Which token of the raster is read as the t-th."""
     length = rows * columns
     if b[BACKWARDS]:
@@ -323,8 +324,8 @@ def _chunk(p, b, w, tokens, start, steps, space):
     mixed = space[at + rows * model :]
     sums = space[at + rows * (model + b[ROW_V] * WIDTH) :]
     for t in range(steps):
-        place = _place(b, p[ROWS], p[COLUMNS], start + t) * model
-        _normalise(p[NORM], w, b[NORM_AT], w[b[BLOCK_EPSILON_AT]], tokens, place, p[MODEL], p[MODEL_V], read, t * model)
+        at = place(b, p[ROWS], p[COLUMNS], start + t) * model
+        _normalise(p[NORM], w, b[NORM_AT], w[b[BLOCK_EPSILON_AT]], tokens, at, p[MODEL], p[MODEL_V], read, t * model)
     _linear(w, b[X_AT], b[ZEROS_AT], p[MODEL], b[INNER_V], read, 0, model, xh, history * inner, inner, steps)
     _linear(w, b[Z_AT], b[ZEROS_AT], p[MODEL], b[INNER_V], read, 0, model, z, 0, inner, steps)
     for v in range(0, inner, WIDTH):
@@ -354,10 +355,10 @@ def _chunk(p, b, w, tokens, start, steps, space):
         store(y, t, load(y, t) * z_t * sigmoid(z_t))
     _linear(w, b[OUT_AT], b[ZEROS_AT], b[INNER], p[MODEL_V], y, 0, inner, read, 0, model, steps)
     for t in range(steps):
-        place = _place(b, p[ROWS], p[COLUMNS], start + t) * model
+        at = place(b, p[ROWS], p[COLUMNS], start + t) * model
         for v in range(0, model, WIDTH):
             value = load(read, t * model + v)
-            store(tokens, place + v, load(tokens, place + v) + value if p[RESIDUAL] else value)
+            store(tokens, at + v, load(tokens, at + v) + value if p[RESIDUAL] else value)
     for t in range(0, history * inner, WIDTH):
         store(xh, t, load(xh, steps * inner + t))
 
@@ -425,28 +426,26 @@ def _student(p, w, image, at, tokens, space):
     _head(p, w, tokens, space)
 
 
-@kernel(types.UniTuple(types.int64, 5), types.int64, types.int64, types.int64, types.int64, types.int64)
-def infer(memory, first_student, last_student, first_image, last_image, workspace):
-    """Write the ensemble's logits of the images [first_image, last_image) after the students [first_, last_student).
+@kernel(types.UniTuple(types.int64, 5), types.int64, types.int64, types.int64, types.int64)
+def infer(memory, students, first, last, workspace):
+    """Write the logits of the images [first, last) by the first `students` students of an ensemble.
 
-    memory: the addresses of the students' table (of each its plan, its weights and its two scales), of the images
-    (N, C, H, W), and of the logits (N, classes), which are those of the prefix before where first_student is not 0;
-    elements of an image; and classes.
+    memory: the addresses of the students' table (`ENTRIES` each: plan, weights, the two scales, and those of
+    `inference_batch`), of the images (N, C, H, W), and of the logits (N, classes); elements of an image; and classes.
     """
     table, images, logits = integers(memory[0]), floats(memory[1]), floats(memory[2])
     size, classes = memory[3], memory[4]
-    for image in range(first_image, last_image):
-        for student in range(first_student, last_student):
-            p, w, scales = integers(table[3 * student]), floats(table[3 * student + 1]), floats(table[3 * student + 2])
-            tokens = floats(workspace)
+    prefix = floats(workspace)
+    tokens = prefix[classes * WIDTH :]
+    for image in range(first, last):
+        for student in range(students):
+            row = ENTRIES * student
+            p, w, scales = integers(table[row]), floats(table[row + 1]), floats(table[row + 2])
             space = tokens[p[ROWS] * p[COLUMNS] * p[MODEL_V] * WIDTH :]
             _student(p, w, images, image * size, tokens, space)
             a, c = scales[0], scales[1]
             for o in range(0, classes, WIDTH):
-                count, at = min(WIDTH, classes - o), image * classes + o
                 value = c * load(space, o)
-                if student:
-                    for i in range(count):
-                        space[o + i] = a * logits[at + i]
-                    value = load(space, o) + value
-                store_first(logits, at, value, count)
+                store(prefix, o, fma(a, load(prefix, o), value) if student else value)
+        for o in range(0, classes, WIDTH):
+            store_first(logits, image * classes + o, load(prefix, o), min(WIDTH, classes - o))

@@ -225,18 +225,6 @@ def integers(address):
 
 
 @intrinsic
-def spread(typingctx: Any, array: Any, index: Any) -> Any:
-    """array[index] in every lane; unlike splat(array[index]) without a look at whether the index is negative."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        (index,) = _index(context, builder, sig, args, 1)
-        data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        return _broadcast(builder, builder.load(builder.gep(data, [index]), align=4))
-
-    return lanes(array, index), codegen
-
-
-@intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> Any:
     """array[index : index + 16] of a flat float32 array, any alignment."""
 

@@ -267,6 +267,35 @@ def _input_output(w, s, n, count, steps, x, B, C):
         fill(C, count * STATE_ROW, steps, ZERO)
 
 
+@njit(**INLINE)
+def mix_chunk(w, a, s, steps, xh, xh_row, z, z_row, x, raw, dt, du, y, part, B, C, h, mixed):
+    """One chunk from what in_proj gives, xh after the convolution's history and z, to what out_proj gives, `mixed`.
+
+    h: the states before the chunk, left as those after it; the others are room. s: `Sizes`, or what has its names.
+    """
+    sum_ = part if s.even > SUMMED else y
+    _convolve(w, s, steps, xh, xh_row, x, x, False)
+    _step_sizes(w, s, steps, x, raw, dt, dt, du, y, part, False)
+    for n in range(0, s.even, BLOCK):
+        count = min(BLOCK, s.states - n)
+        _input_output(w, s, n, count, steps, x, B, C)
+        for d in range(0, s.inner, 2):
+            for m in range(0, count, 2):
+                at = d * s.even + n + m
+                scan_tile(
+                    *(steps, m + 1 < count, d + 1 < s.inner, dt, du, sum_, d * ROW, B, C, m * STATE_ROW),
+                    *(a, at, s.even, h, at * WIDTH),
+                )
+        if s.even > SUMMED and ((n + BLOCK) % SUMMED == 0 or n + BLOCK >= s.even):
+            fold(part, y, 0, s.inner * CHUNK)
+    for d in range(s.inner):
+        D = w[s.D + d]
+        for t in range(0, steps * WIDTH, WIDE):
+            z_t, at = load_wide(z, d * z_row + t), d * ROW + t
+            store(y, at, fma(D, load_wide(x, at), load_wide(y, at)) * z_t * sigmoid(z_t))
+    project(w, s.out_proj, s.inner, 1, s.model, s.inner, y, ROW, mixed, ROW, steps, False)
+
+
 @kernel(_SIZES, _WEIGHTS, _ROOM, types.UniTuple(types.int64, 4), types.int64, types.int64, types.int64)
 def _forward(s, p, r, memory, first, last, workspace):
     """Write out (batch, length, d_model) of the groups [first, last) of 16 sequences, and `saved`.
@@ -281,7 +310,6 @@ def _forward(s, p, r, memory, first, last, workspace):
     x, z, dt, du, y, part = space[r.x :], space[r.z :], space[r.dt :], space[r.du :], space[r.y :], space[r.part :]
     raw, B, C, mixed = space[r.raw :], space[r.B :], space[r.C :], space[r.mixed :]
     tok = space[r.tok :] if s.normed else seen
-    sum_ = part if s.even > SUMMED else y
     keep = memory[3] != 0
     history, width, state = s.conv - 1, s.width * WIDTH, s.inner * s.even * WIDTH
     xh_row, z_row = (s.long * WIDTH, s.long * WIDTH) if keep else (width, int64(ROW))
@@ -308,30 +336,11 @@ def _forward(s, p, r, memory, first, last, workspace):
             project(w, s.in_proj, s.model, 1, s.inner, s.model, tok, width, now, xh_row, steps, False)
             z_weights = s.in_proj + s.inner * s.model
             project(w, z_weights, s.model, 1, s.inner, s.model, tok, width, z, z_row, steps, False)
-            _convolve(w, s, steps, xh, xh_row, x, x, False)
-            _step_sizes(w, s, steps, x, raw, dt, dt, du, y, part, False)
             if memory[2]:
                 at = (group * s.chunks + chunk) * state
                 for i in range(0, state, WIDTH):
                     store(saved, at + i, load(h, i))
-            for n in range(0, s.even, BLOCK):
-                count = min(BLOCK, s.states - n)
-                _input_output(w, s, n, count, steps, x, B, C)
-                for d in range(0, s.inner, 2):
-                    for m in range(0, count, 2):
-                        at = d * s.even + n + m
-                        scan_tile(
-                            *(steps, m + 1 < count, d + 1 < s.inner, dt, du, sum_, d * ROW, B, C, m * STATE_ROW),
-                            *(a, at, s.even, h, at * WIDTH),
-                        )
-                if s.even > SUMMED and ((n + BLOCK) % SUMMED == 0 or n + BLOCK >= s.even):
-                    fold(part, y, 0, s.inner * CHUNK)
-            for d in range(s.inner):
-                D = w[s.D + d]
-                for t in range(0, steps * WIDTH, WIDE):
-                    z_t, at = load_wide(z, d * z_row + t), d * ROW + t
-                    store(y, at, fma(D, load_wide(x, at), load_wide(y, at)) * z_t * sigmoid(z_t))
-            project(w, s.out_proj, s.inner, 1, s.model, s.inner, y, ROW, mixed, ROW, steps, False)
+            mix_chunk(w, a, s, steps, xh, xh_row, z, z_row, x, raw, dt, du, y, part, B, C, h, mixed)
             if s.residual:
                 for i in range(s.model):
                     for t in range(0, steps * WIDTH, WIDTH):
