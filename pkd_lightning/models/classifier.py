@@ -222,7 +222,7 @@ class Block(nn.Module):
 
         The block reads them row by row, or by `columns`, from the end where `backwards`.
         """
-        if type(self.mixer) is Mamba and getattr(self.mixer, "reads_in_order", True):
+        if isinstance(self.mixer, Mamba) and getattr(self.mixer, "reads_in_order", True):
             order = Order(*grid, backwards) if columns else Order(backwards=backwards)
             out = self.mixer.fused_residual(tokens, self.norm, order, self.residual)
             if out is not None:
