@@ -285,7 +285,7 @@ def test_a_missing_run_is_named_with_the_nearest_pretrained_one() -> None:
 
 
 def test_a_folder_without_an_ensemble_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"ensemble\.json: cannot be read"):
+    with pytest.raises(RunError, match=r"holds neither ensemble\.json nor students/ensemble\.json"):
         export(tmp_path, "safetensors", tmp_path)
 
 
