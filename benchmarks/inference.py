@@ -9,11 +9,14 @@ tables of docs/inference.md.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ from benchmarks.timing import Row, at_least, at_most, compared, interleaved, mea
 from pkd_lightning.cost import total_macs
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.evaluate import hardware, versions
+from pkd_lightning.export import export
+from pkd_lightning.export.c_source import loaded
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.pretrained import load
@@ -37,6 +42,7 @@ RESULTS, DOCUMENT = DOCS / "inference.json", DOCS / "inference.md"
 BATCHES = (1, 256)
 SECONDS = 3.0  # a call's share of the time
 SIDE = 1024  # of the matrices whose product is the peak
+FLAGS = ("-O3", "-march=native")  # for the C compiler
 Calls = dict[str, Callable[[], object]]
 
 
@@ -97,14 +103,52 @@ def rows(rounds: int, before: Before | None = None, only: Sequence[str] = ("digi
     found = []
     for name, (ensemble, teacher) in models().items():
         if name in only:
-            for batch in BATCHES:
-                found += _prefixes(name, ensemble, teacher, batch, rounds, before)
+            with exported(ensemble) as others:
+                for batch in BATCHES:
+                    found += _prefixes(name, ensemble, teacher, batch, rounds, before, others)
     return found
+
+
+@contextmanager
+def exported(ensemble: ProgressiveEnsemble) -> Iterator[Callable[[int, int], Calls]]:
+    """What `pkd export` writes, as calls for a number of students and of images, on one thread.
+
+    onnxruntime, where it is installed, has all students in its file; C, where there is a compiler, takes one image.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        session: Any = None
+        if find_spec("onnxruntime") is not None:
+            import onnxruntime
+
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads = settings.inter_op_num_threads = 1
+            path = str(export(ensemble, "onnx", folder).path)
+            session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        source = export(ensemble, "c", folder).path
+        predict = stack.enter_context(loaded(source, source, FLAGS)) if shutil.which("cc") else None
+
+        def calls(count: int, batch: int) -> Calls:
+            images = torch.zeros(batch, *ensemble.task.input_shape, dtype=torch.uint8)
+            logits, found = torch.empty(ensemble.task.num_classes), Calls()
+            if session is not None and count == len(ensemble):
+                found["onnxruntime"] = lambda: session.run(["logits"], {"inputs": images.numpy()})
+            if predict is not None and batch == 1:
+                found["C"] = lambda: (predict(images.data_ptr(), count, logits.data_ptr()), images)
+            return found
+
+        yield calls
 
 
 @torch.inference_mode()
 def _prefixes(
-    name: str, ensemble: ProgressiveEnsemble, teacher: nn.Module, batch: int, rounds: int, before: Before | None
+    name: str,
+    ensemble: ProgressiveEnsemble,
+    teacher: nn.Module,
+    batch: int,
+    rounds: int,
+    before: Before | None,
+    others: Callable[[int, int], Calls],
 ) -> list[Row]:
     images, compiled = torch.zeros(batch, *ensemble.task.input_shape), ensemble.compiled()
     found = []
@@ -120,12 +164,17 @@ def _prefixes(
             calls["eager before"] = lambda count=count: before(name, batch, count)
         if count == len(ensemble):
             calls["teacher"] = lambda: teacher(images)
+        calls |= others(count, batch)
         times = interleaved(calls, rounds, SECONDS, threads)
         whole = count == len(ensemble)
         what = f"{name}, {count} of {len(ensemble)} students, batch {batch}"
         for against in ("eager", "eager before"):
             if against in calls:
                 target = at_least(8 if batch == 1 else 2) if whole else None
+                found.append(compared(what, times, "compiled", against, target))
+        for against in ("onnxruntime", "C"):
+            if against in calls:
+                target = at_least(1) if (against, batch) == ("onnxruntime", 1) else None
                 found.append(compared(what, times, "compiled", against, target))
         if "two threads" in calls:
             times["one thread"] = times["compiled"]

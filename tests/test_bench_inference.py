@@ -1,6 +1,7 @@
 """The benchmark of ensembles in use: its rows, its tables, and the other checkout it compares with."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.tasks import ImageClassification
 
 ROOT = Path(__file__).parent.parent
+EXPORTED = inference.exported
 PATCHES = {"tokeniser": "patches", "patch_size": 4, "d_state": 3, "d_model": 4, "head": "mean"}
 
 
@@ -25,8 +27,18 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> ProgressiveEnsemble:
     ensemble = ProgressiveEnsemble(members, [(0.5, 0.5)] * 2, task).eval()
     monkeypatch.setattr(timing, "SAMPLE", 0.0)
     monkeypatch.setattr(inference, "SIDE", 16)
+    monkeypatch.setattr(inference, "exported", lambda _: nullcontext(lambda count, batch: {}))  # it takes seconds
     monkeypatch.setattr(inference, "models", lambda: {"mnist": (ensemble, members[1])})
     return ensemble
+
+
+def test_exported_files_are_called_too(tiny: ProgressiveEnsemble) -> None:
+    pytest.importorskip("onnxruntime")
+    with EXPORTED(tiny) as calls:
+        assert set(calls(1, 1)) <= {"C"}
+        assert set(calls(2, 256)) == {"onnxruntime"}
+        for call in (*calls(2, 1).values(), *calls(2, 256).values()):
+            assert call() is not None
 
 
 def rows(before: Before | None = None) -> list[Row]:
