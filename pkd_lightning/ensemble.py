@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from pkd_lightning.parallel import Parallel, packed
 from pkd_lightning.predicting import Limits, Pace, Prediction, as_sure_as, member_macs, predict, prefixes, stream
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.tasks import ImageClassification, Task
+
+if TYPE_CHECKING:
+    from pkd_lightning.exits.policy import ExitPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -178,17 +181,32 @@ class ProgressiveEnsemble(nn.Module):
         """How long each student took in the calls of `predict` and `stream` so far."""
         return Pace(self.macs)
 
-    def early_exit(self, images: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+    def early_exit(
+        self, images: Tensor, confidence: float | None = None, exits: "ExitPolicy | None" = None
+    ) -> tuple[Tensor, Tensor]:
         """Ask one student after another, only for the images no prefix is yet sure of.
 
         Args:
             images: (batch, C, H, W), preprocessed.
             confidence: an image is done when the largest softmax probability of its prefix reaches this.
+            exits: in its place, a rule with thresholds that were calibrated, see `pkd_lightning.exits`.
 
         Returns:
             Logits (batch, L) of each image's last prefix, and the number of students each image used (batch,).
+
+        Raises:
+            ValueError: unless one of `confidence` and `exits` is given.
+            ConfigError: where `exits` is of an ensemble with other numbers of students or classes.
         """
-        *_, last = prefixes(list(self.members), self.scales, images, as_sure_as(confidence))
+        if (confidence is None) == (exits is None):
+            raise ValueError("early_exit needs either confidence=P or exits=POLICY")
+        if exits is None:
+            assert confidence is not None
+            sure = as_sure_as(confidence)
+        else:
+            exits.check(len(self), self.task.num_classes)
+            sure = exits.leaving()
+        *_, last = prefixes(list(self.members), self.scales, images, sure)
         return last.logits, last.students
 
     def largest_prefix(self, costs: Sequence[float], budget: float) -> int:
