@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from pkd_lightning import __version__
 from pkd_lightning.boosting.loop import BoostingLoop
@@ -21,9 +21,10 @@ from pkd_lightning.data.module import DataModule
 from pkd_lightning.earlier import following, reads
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import RunError
+from pkd_lightning.exits.curves import CALIBRATED_ROWS, LEARNED_ROWS, Observed, exit_results
 from pkd_lightning.fitting import predict
 from pkd_lightning.matrix import chunks, scratch
-from pkd_lightning.prefixes import mix
+from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.results import SCHEMA
 from pkd_lightning.teacher import Teacher
 
@@ -38,10 +39,12 @@ def evaluate(
     records: Sequence[Mapping[str, Any]],
     device: torch.device,
     directory: Path,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Read the test part once and report the teacher, every round and the ensemble.
+    """Read the test part once and report the teacher, every round, the ensemble, and its early exits.
 
-    Three matrices of logits (test rows, L) are held, large ones in unnamed files (see `matrix.scratch`).
+    Three matrices of logits (test rows, L) are held, and two of validation rows, on which exits are calibrated; large
+    ones are in unnamed files (see `matrix.scratch`).
 
     Args:
         teacher: the teacher.
@@ -50,9 +53,11 @@ def evaluate(
         records: what the loop recorded of each round.
         device: where the models are asked; latency is measured on the CPU.
         directory: where large matrices of logits are kept for the time being.
+        seed: of a learned exit.
 
     Returns:
-        The parts `teacher`, `rounds` and `ensemble` of results.json.
+        The parts `teacher`, `rounds`, `ensemble` and, where every multiply-accumulate can be counted, `exits` of
+        results.json.
 
     Raises:
         RunError: where logits of the test rows are not finite, naming the model and the rows.
@@ -75,10 +80,12 @@ def evaluate(
     prefix_cost = Cost(0, 0, 0)
     prefix_logits.zero_()
     prefix: dict[str, Any] = {}
+    exits = ExitCurves(data, device, directory)
     for t, (member, scales, record) in enumerate(zip(ensemble.members, ensemble.scales, records, strict=True)):
         asked = following(member, list(ensemble.members)[:t])
         predict(asked, data, data.test, device, out=logits)
         check_finite(logits, f"student {t + 1}")
+        exits.ask(asked, scales)
         asked.cpu()
         for rows in chunks(logits.shape):
             prefix_logits[rows] = mix(prefix_logits[rows], logits[rows], scales)
@@ -89,6 +96,7 @@ def evaluate(
         }
         cost = measure(asked, data.task.input_shape)
         prefix_cost = cost if reads(member) else prefix_cost + cost  # of one that reads, the whole prefix must run
+        exits.add(prefix_logits, prefix_cost.macs_total)
         rounds.append(
             {
                 **record,
@@ -100,7 +108,41 @@ def evaluate(
         )
     fractions = {name: _fraction(value, vars(teacher_cost)[name]) for name, value in vars(prefix_cost).items()}
     ensemble_row = {"members": len(ensemble), **prefix, **vars(prefix_cost), "fraction_of_teacher": fractions}
-    return {"teacher": teacher_row, "rounds": rounds, "ensemble": ensemble_row}
+    return {"teacher": teacher_row, "rounds": rounds, "ensemble": ensemble_row, **exits.results(seed)}
+
+
+class ExitCurves:
+    """What early exits need of the prefixes, taken as these are evaluated."""
+
+    def __init__(self, data: DataModule, device: torch.device, directory: Path) -> None:
+        self.data, self.device, self.rows = data, device, data.validation[:CALIBRATED_ROWS]
+        self.logits, self.prefix = (scratch(len(self.rows), data.num_classes, directory) for _ in range(2))
+        self.prefix.zero_()
+        features = len(data.test) <= LEARNED_ROWS
+        self.validation, self.test = (
+            Observed(data.labels[rows.start : rows.stop], features) for rows in (self.rows, data.test)
+        )
+        self.macs: list[int | None] = []
+
+    def ask(self, student: nn.Module, scales: Scales) -> None:
+        """Take the next student's answers on the validation rows."""
+        predict(student, self.data, self.rows, self.device, out=self.logits)
+        for rows in chunks(self.logits.shape):
+            self.prefix[rows] = mix(self.prefix[rows], self.logits[rows], scales)
+        self.validation.add(self.prefix)
+
+    def add(self, test_logits: Tensor, macs: int | None) -> None:
+        """Take the prefix's logits on the test rows, and its cost for an image."""
+        self.test.add(test_logits)
+        self.macs.append(macs)
+
+    def results(self, seed: int) -> dict[str, Any]:
+        """The part `exits` of results.json, or nothing where a cost is unknown."""
+        macs = [cost for cost in self.macs if cost is not None]
+        if not macs or len(macs) < len(self.macs):
+            logger.info("early exits are not evaluated: not every multiply-accumulate can be counted")
+            return {}
+        return {"exits": exit_results(self.validation, self.test, macs, self.data.num_classes, seed)}
 
 
 def _fraction(part: int | None, whole: int | None) -> float | None:
@@ -134,7 +176,7 @@ def collect_results(
 ) -> dict[str, Any]:
     """The whole of results.json, whose version is `schema`. `seconds`: wall time of this process's part."""
     state = loop.state
-    measured = evaluate(teacher, ensemble, data, state.records, loop.trainer.device, loop.directory)
+    measured = evaluate(teacher, ensemble, data, state.records, loop.trainer.device, loop.directory, config.seed)
     measured["teacher"]["config"] = OmegaConf.to_container(config.teacher.model, resolve=True)
     rounds = [record["seconds"] for record in state.records]
     return {

@@ -1,5 +1,6 @@
 """The evaluation on the test part: its numbers, its memory, and models whose logits are not finite there."""
 
+import itertools
 import json
 import math
 from functools import partial
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from pkd_lightning import evaluate as evaluation
 from pkd_lightning import matrix, metrics
 from pkd_lightning.checkpoint import write_json
-from pkd_lightning.cost import Latency
+from pkd_lightning.cost import Cost, Latency
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import RunError
+from pkd_lightning.exits import MARGIN, calibrate
 from pkd_lightning.metrics import calibration_error, quality
 from tests.support import patterns, tiny_run
 
@@ -84,7 +86,9 @@ def test_every_prefix_is_the_ensembles_own(parts, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []  # and nothing is left there
 
 
-def test_three_matrices_of_logits_whatever_the_number_of_students(parts, monkeypatch, tmp_path):
+def test_three_matrices_of_logits_and_two_of_validation_rows_whatever_the_number_of_students(
+    parts, monkeypatch, tmp_path
+):
     made, filled = [], []
     predict = evaluation.predict
 
@@ -99,9 +103,45 @@ def test_three_matrices_of_logits_whatever_the_number_of_students(parts, monkeyp
     monkeypatch.setattr(evaluation, "scratch", recorded_scratch)
     monkeypatch.setattr(evaluation, "predict", recorded_predict)
     evaluated(parts, tmp_path)
-    assert [tuple(one.shape) for one in made] == [(210, 5)] * 3
-    assert len(filled) == 4
+    assert [tuple(one.shape) for one in made] == [(210, 5)] * 3 + [(49, 5)] * 2
+    assert len(filled) == 4 + 3  # each student on the validation rows, too
     assert all(any(out is one for one in made) for out in filled)
+
+
+def test_early_exits_are_calibrated_on_validation_rows_and_measured_on_test_rows(parts, monkeypatch, tmp_path):
+    data, _, ensemble = parts
+    for member in ensemble.members:
+        with torch.no_grad():
+            member.layer.weight.mul_(20)  # so that images leave at different prefixes
+    found = evaluated(parts, tmp_path)
+    macs = list(itertools.accumulate(row["macs_total"] for row in found["rounds"]))
+    assert found["exits"]["prefix_macs"] == macs
+    held, fresh = (
+        list(ensemble.anytime(data.task.prepare(data.inputs[rows.start : rows.stop])))
+        for rows in (data.validation, data.test)
+    )
+    labels = data.labels[data.test.start : data.test.stop]
+    points = found["exits"]["rules"]["margin"]["budgeted"]
+    assert [point["budget"] for point in points] == [0.4, 0.6, 0.8]  # the first student takes a third of all
+    for point in points:
+        policy = calibrate(MARGIN, held, macs, point["budget"] * macs[-1])
+        logits, _, mean = policy.apply(fresh)
+        assert point["thresholds"] == pytest.approx(policy.thresholds, rel=1e-5)
+        assert point["macs"] == pytest.approx(mean)
+        assert point["accuracy"] == float((logits.argmax(-1) == labels).double().mean())
+    assert found["exits"]["rules"]["learned"]["rows"] == 25  # of 49, the others trained it
+
+    monkeypatch.setattr(evaluation, "CALIBRATED_ROWS", 45)
+    monkeypatch.setattr(evaluation, "LEARNED_ROWS", 209)
+    fewer = evaluated(parts, tmp_path)["exits"]
+    assert fewer["rules"]["margin"]["rows"] == 45
+    assert fewer["not_learned"].startswith("more than")
+
+
+def test_of_students_that_cannot_be_counted_there_are_no_early_exits(parts, monkeypatch, tmp_path):
+    costs = iter([Cost(1, 1, 1), Cost(1, 1, 1), Cost(1, None, None), Cost(1, 1, 1)])
+    monkeypatch.setattr(evaluation, "measure", lambda model, shape: next(costs))
+    assert set(evaluated(parts, tmp_path)) == {"teacher", "rounds", "ensemble"}
 
 
 @pytest.mark.parametrize("who", ["the teacher", "student 2"])

@@ -191,6 +191,13 @@ def test_what_does_not_fit_is_said_at_once():
         ExitPolicy(MAXIMUM, (0.5, 0.1), MACS, CLASSES, 1.0, 1.0)
 
 
+def test_logits_with_gradients_will_do():
+    given = [logits.requires_grad_() for logits in prefixes(60)[0]]
+    learned, rest = learn(given)
+    found = calibrate(learned, [logits[rest] for logits in given], MACS, 5_000).apply(given)
+    assert not any(value.requires_grad for value in (*found[:2], *learned.parameters()))
+
+
 def test_thresholds_are_chosen_without_labels_and_without_test_rows():
     assert list(inspect.signature(calibrate).parameters) == ["rule", "prefixes", "macs", "budget", "choose"]
     for choose in CHOICES:

@@ -543,7 +543,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Any:
     images = torch.arange(4)[:, None, None, None].expand(4, 1, 2, 2)
     task = SignalClassification((1, 2, 2), 3, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))  # inputs as they are
     data = SimpleNamespace(
-        test=range(4), labels=target, inputs=images, num_classes=3, task=task,
+        validation=range(4), test=range(4), labels=target, inputs=images, num_classes=3, task=task,
         loader=lambda rows, size: [Batch(torch.arange(4), images.float(), target)],
     )  # fmt: skip
     ensemble = ProgressiveEnsemble([Fixed(first), Fixed(second)], [(1.0, 1.0), (0.25, 0.75)], task)

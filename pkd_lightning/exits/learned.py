@@ -93,6 +93,7 @@ class LearnedExit(nn.Module):
         return num_classes + FEATURES * width + self.mamba.macs(1) + width + FEATURES
 
 
+@torch.no_grad()
 def learn(prefixes: Iterable[Tensor], seed: int = 0) -> tuple[LearnedExit, Tensor]:
     """Train a learned exit on half of the rows, drawn at random.
 

@@ -97,6 +97,7 @@ class ExitPolicy:
 
         return sure
 
+    @torch.no_grad()
     def apply(self, prefixes: Sequence[Tensor]) -> Exits:
         """What the early exit gives of the logits (N, L) of all T prefixes.
 
@@ -159,6 +160,7 @@ class ExitPolicy:
             raise RunError(f"{path}: does not describe an early exit ({error!r})") from error
 
 
+@torch.no_grad()
 def calibrate(
     rule: Rule,
     prefixes: Iterable[Tensor],
