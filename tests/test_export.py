@@ -340,7 +340,7 @@ def test_a_run_is_checked_on_its_own_test_images(run: Path, tmp_path: Path, capl
     assert not caplog.text
     # code that is not this package's is not run, and other images are not taken
     for source in ("tests.support.patterns", "pkd_lightning.data.idx.load_idx"):
-        config.write_text(f"data: {{source: {{_target_: {source}}}, root: null}}")
+        config.write_text(f"data: {{source: {{_target_: {source}}}, root: nowhere}}")
         assert inputs_to_check(task, tmp_path, None).float().std() > 70
     assert "checked on random inputs" in caplog.text
     config.write_text("data: {source: {_target_: pkd_lightning.data.digits.load_digits}, root: null}")
@@ -387,6 +387,7 @@ def test_the_command_line_writes_a_file_and_says_what_it_is(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("format", READY)
 def test_the_pretrained_ensemble_is_as_accurate_as_the_study_says_in_every_format(format: str, tmp_path: Path) -> None:
     try:
@@ -396,12 +397,11 @@ def test_the_pretrained_ensemble_is_as_accurate_as_the_study_says_in_every_forma
     results = json.loads((ROOT / "experiments" / "mnist_best" / "results" / "anchored-seed0.json").read_text())
     done = export("mnist", format, tmp_path)
     rows = slice(data.test.start, data.test.stop)
-    with FORMATS[format].opened(done.path, Job(pretrained.load("mnist").ensemble, done.facts, done.path)) as call:
-        for members in (1, 4, 7):
-            with torch.inference_mode():
-                logits = torch.cat([call(images, members) for images in data.inputs[rows].split(256)])
-            accuracy = float((logits.argmax(-1) == data.labels[rows]).float().mean())
-            assert abs(accuracy - results["rounds"][members - 1]["prefix_accuracy"]) < 2e-4  # on another processor
+    job = Job(pretrained.load("mnist").ensemble, done.facts, done.path)
+    with FORMATS[format].opened(done.path, job) as call, torch.inference_mode():
+        logits = torch.cat([call(images, 7) for images in data.inputs[rows].split(256)])
+    accuracy = float((logits.argmax(-1) == data.labels[rows]).float().mean())
+    assert abs(accuracy - results["ensemble"]["accuracy"]) < 2e-4  # a few images on another processor
 
 
 # ------------------------------------------------------------------------------------------------------- safetensors

@@ -77,6 +77,37 @@ def test_no_configuration_gives_a_warning_where_everything_is_inlined(shape: tup
         pass
 
 
+ACCURACY = r"""
+#include "plain.c"
+#include <stdio.h>
+int main(void) {
+    double worst[2] = {0, 0};
+    for (int i = -8000; i <= 8000; i++) {
+        float x = (float)i / 93.0f; /* from -86 to 86 */
+        double power = exp((double)x), sum = log1p(power);
+        worst[0] = fmax(worst[0], fabs(pkd_exp(x) / power - 1));
+        worst[1] = fmax(worst[1], fabs(pkd_softplus(x) / sum - 1));
+    }
+    printf("%g %g %g %g", worst[0], worst[1], pkd_exp(-1e30f), pkd_exp(1e30f));
+    return 0;
+}
+"""
+
+
+@needs_cc
+def test_exponential_and_softplus_of_the_c_file_are_those_of_float64(tmp_path: Path) -> None:
+    export(small(), "c", tmp_path, name="plain")
+    (tmp_path / "program.c").write_text(ACCURACY)
+    for flags in ([], ["-march=native", "-ffp-contract=fast"]):
+        program = tmp_path / "program"
+        subprocess.run(["cc", "-O2", *flags, tmp_path / "program.c", "-o", program, "-lm"], check=True)
+        said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+        power, softplus, least, most = map(float, said.split())
+        assert power < 2e-7
+        assert softplus < 4e-7
+        assert 0 <= least < 1e-37 < 1e37 < most < float("inf")
+
+
 @needs_cc
 @pytest.mark.parametrize("members", [0, 3, -1])
 def test_the_c_function_refuses_what_is_no_prefix(members: int, tmp_path: Path) -> None:
