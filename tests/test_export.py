@@ -73,10 +73,17 @@ def task_of(shape: tuple[int, ...], classes: int) -> Task:
     return kind(shape, classes, mean, std)
 
 
+def seeded(shape: tuple[int, ...], classes: int, seed: int, **options: Any) -> nn.Module:
+    """A classifier of the same weights whatever ran before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return scrambled(MambaClassifier(shape, classes, **options), seed)
+
+
 def ensemble_of(shape: tuple[int, ...] = GREY, classes: int = 5, **options: Any) -> ProgressiveEnsemble:
     """One of all configurations of a shape, or of the options given."""
     chosen = [options] if options else CONFIGURATIONS[shape]
-    members = [scrambled(MambaClassifier(shape, classes, **one), t) for t, one in enumerate(chosen)]
+    members = [seeded(shape, classes, t, **one) for t, one in enumerate(chosen)]
     for member in members:  # steps that are neither so short nor so long that states do not count
         with torch.no_grad():
             for name, parameter in member.named_parameters():
@@ -104,7 +111,7 @@ def agrees(ensemble: ProgressiveEnsemble, call: exporting.Call, inputs: Tensor) 
 
 def small() -> ProgressiveEnsemble:
     """Two small students, for tests of all but their arithmetic."""
-    members = [scrambled(MambaClassifier((1, 8, 8), 3, seq_len=16, n_blocks=t + 1), t) for t in range(2)]
+    members = [seeded((1, 8, 8), 3, t, seq_len=16, n_blocks=t + 1) for t in range(2)]
     return ProgressiveEnsemble(members, SCALES[:2], task_of((1, 8, 8), 3)).eval()
 
 

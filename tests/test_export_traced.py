@@ -14,10 +14,8 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.export import FORMATS, export
 from pkd_lightning.export.facts import Job
 from pkd_lightning.export.plain import scan
-from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.tasks import ImageClassification
-from tests.test_export import SCALES, Own, agrees, inputs_of, small, task_of, usable
-from tests.test_models import scrambled
+from tests.test_export import SCALES, Own, agrees, inputs_of, seeded, small, task_of, usable
 
 TRACED = [
     pytest.param(name, marks=pytest.mark.skipif(not usable(name), reason="the extra `export` is not installed"))
@@ -81,7 +79,7 @@ class Reader(nn.Module):
 
 def adapted() -> nn.Module:
     """One of our classifiers whose mixer has a layer of another kind, and whose norm has a hook."""
-    model = scrambled(MambaClassifier((1, 8, 8), 3, seq_len=16, d_model=4, norm="rms"))
+    model = seeded((1, 8, 8), 3, 0, seq_len=16, d_model=4, norm="rms")
     mixer: Any = model.blocks[0].mixer  # type: ignore[index, union-attr]
     mixer.in_proj = nn.Sequential(mixer.in_proj, nn.Tanh())
     model.norm.register_forward_hook(lambda module, inputs, output: 2 * output)  # type: ignore[operator, union-attr]
@@ -146,7 +144,7 @@ def test_the_scan_in_chunks_is_the_recurrence(length: int) -> None:
 @pytest.mark.parametrize("length", [1, 2, 4, 64])
 def test_the_scan_of_an_onnx_file_takes_sequences_of_any_length(length: int, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    member = scrambled(MambaClassifier((1, 8, 8), 3, seq_len=length, d_model=2, head="mean"))
+    member = seeded((1, 8, 8), 3, 0, seq_len=length, d_model=2, head="mean")
     ensemble = ProgressiveEnsemble([member], SCALES[:1], task_of((1, 8, 8), 3)).eval()
     done = export(ensemble, "onnx", tmp_path)
     with FORMATS["onnx"].opened(done.path, Job(ensemble, done.facts, done.path)) as call:
