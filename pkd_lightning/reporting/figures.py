@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from pkd_lightning.reporting import style
+from pkd_lightning.reporting.exits import curves_of, exits_caption, exits_figure
 from pkd_lightning.reporting.load import Row, RunRecord, part
 from pkd_lightning.reporting.values import (
     LATENCY,
@@ -73,6 +75,18 @@ def cards(run: RunRecord) -> list[Card]:
             if (name == "latency" and not timed(results)) or (name in ("accuracy_macs", "cost") and not run.finished):
                 continue
             made.append(Card(name, title, caption, [draw(results)], lambda draw=draw: draw(results)))  # type: ignore[misc]
+    curves = curves_of(results)
+    if curves is not None:
+        draw_exits = partial(exits_figure, curves)
+        made.append(
+            Card(
+                "exits",
+                "Early exit: test error against mean compute",
+                exits_caption(results),
+                [draw_exits()],
+                draw_exits,
+            )
+        )
     stages = loss_stages(run.metrics)
     if stages:
         panels = [loss_panels({stage: rows}, 3.0, 1) for stage, rows in stages.items()]

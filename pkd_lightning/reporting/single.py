@@ -9,6 +9,7 @@ from typing import Any
 
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.reporting import page, style
+from pkd_lightning.reporting.exits import curves_of, exits_table
 from pkd_lightning.reporting.figures import cards, loss_stages
 from pkd_lightning.reporting.load import Row, RunRecord, part
 from pkd_lightning.reporting.table import (
@@ -56,6 +57,7 @@ def run_page(run: RunRecord, figures: Path | None) -> str:
         page.section_heading("Results"),
         *_tables(results),
         page.paragraphs(_table_notes(results)),
+        *_exits(results),
         page.section_heading("Setting"),
         *_setting(run),
     ]
@@ -180,6 +182,18 @@ def _tables(results: Row) -> list[str]:
         table = page.table([column.title for column in columns], cells, text, [len(rows) - 1])
         made += [page.section_heading(title, 3), table]
     return made
+
+
+def _exits(results: Row) -> list[str]:
+    """The table of early exits, where there are any."""
+    if curves_of(results) is None:
+        return []
+    words = (
+        "Test accuracy where the mean of an image's MACs is within a part of the whole ensemble's. Thresholds"
+        " were chosen on the validation part. n/a: the budget does not pay for the first student."
+    )
+    table = page.table(*exits_table(results))
+    return [page.section_heading("Early exit", 3), table, page.paragraphs([words])]
 
 
 def _table_notes(results: Row) -> list[str]:

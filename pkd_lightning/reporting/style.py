@@ -142,6 +142,15 @@ def loss_axis(axes: Axes, losses: Sequence[float]) -> None:
         _log_ticks(axes.yaxis, math.floor(math.log10(high)) - math.ceil(math.log10(low)) >= 2, plain)
 
 
+def error_axis(axes: Axes, errors: Sequence[float]) -> None:
+    """Test errors in % on y: logarithmic, with plain decimals as labels, where all of them are above 0."""
+    axes.set_ylabel("test error (%)")
+    if min(errors) > 0:
+        axes.set_yscale("log")
+        axes.set_ylabel("test error (%), log scale")
+        _log_ticks(axes.yaxis, max(errors) > 50 * min(errors), plain)
+
+
 def plain(value: float) -> str:
     """A number without an exponent: 0.05, 20, 0.00001."""
     return f"{value:.12f}".rstrip("0").rstrip(".")
