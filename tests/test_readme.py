@@ -65,10 +65,12 @@ def test_the_python_snippets_run(tmp_path: Path) -> None:
     tiny_run(tmp_path)
     (done,) = tmp_path.rglob("DONE")
     names = {"images": torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)}
+    names |= {"validation_x": torch.randn(4, 1, 8, 8), "macs": [1, 5, 10], "directory": tmp_path}
     exec(snippet.replace("runs/digits/HASH", str(done.parent)), names)
     assert names["logits"].shape == names["answer"].logits.shape == (4, 3)
     assert names["answer"].students.tolist() == [3] * 4
     assert names["used"].max() <= 3
+    assert (tmp_path / "exits.json").exists()
 
 
 def test_linked_and_named_files_exist() -> None:
