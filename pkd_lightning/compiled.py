@@ -15,7 +15,7 @@ from pkd_lightning.kernels.lanes import WIDTH
 from pkd_lightning.kernels.threads import share, threads_for
 from pkd_lightning.models.building import InputShape
 from pkd_lightning.models.classifier import MambaClassifier, as_image
-from pkd_lightning.packing import Unfit, Weights, batch_plan_of, plan_of
+from pkd_lightning.packing import Weights, batch_plan_of, plan_of
 from pkd_lightning.prefixes import Scales
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,7 @@ class CompiledStudent(nn.Module):
     def __init__(self, student: nn.Module, input_shape: InputShape) -> None:
         super().__init__()
         weights = Weights(WIDTH)
-        try:
-            plan, room = plan_of(student, as_image(input_shape), weights)
-        except Unfit as error:
-            raise ValueError(str(error)) from None
+        plan, room = plan_of(student, as_image(input_shape), weights)
         assert isinstance(student, MambaClassifier)
         self.plan, self.weights = torch.tensor(plan), weights.packed()
         weights = Weights(1)

@@ -22,10 +22,6 @@ HEADS = {"flatten": k.FLATTEN, "mean": k.MEAN, "grid": k.GRID}
 WORKED = k.STEPS + k.AT_ONCE  # rows of a chunk's buffers
 
 
-class Unfit(Exception):
-    """There is no kernel for a student; says why."""
-
-
 def vectors(count: int) -> int:
     """Of 16 lanes, for `count` values."""
     return -(-count // WIDTH)
@@ -53,9 +49,13 @@ class Weights:
 
 
 def plan_of(student: nn.Module, shape: ImageShape, weights: Weights) -> tuple[list[int], int]:
-    """What the kernel is told of a student, its weights being appended to `weights`, and the room it needs."""
+    """What the kernel is told of a student, its weights being appended to `weights`, and the room it needs.
+
+    Raises:
+        ValueError: where there is no kernel for it, saying why.
+    """
     if not only_forward(student, MambaClassifier):
-        raise Unfit(f"a {type(student).__name__} that is no plain MambaClassifier")
+        raise ValueError(f"a {type(student).__name__} that is no plain MambaClassifier")
     assert isinstance(student, MambaClassifier)
     config, tokens, plan = student.config, student.tokens, [0] * k.PLAN
     plan[k.CHANNELS], plan[k.HEIGHT], plan[k.WIDTH_] = shape
@@ -78,7 +78,7 @@ def plan_of(student: nn.Module, shape: ImageShape, weights: Weights) -> tuple[li
 def _layer(layer: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
     own = own_weights(layer, kind)
     if own is None or own[0].device.type != "cpu":
-        raise Unfit(f"a {type(layer).__name__} that is no plain {kind.__name__} on the CPU")
+        raise ValueError(f"a {type(layer).__name__} that is no plain {kind.__name__} on the CPU")
     return own
 
 
@@ -91,7 +91,8 @@ def _linear(layer: nn.Module, weights: Weights) -> tuple[int, int]:
 def _convolution(layer: nn.Module, weights: Weights) -> tuple[int, int]:
     """Where the weights (rows, columns, inputs, outputs) of a convolution and its bias begin."""
     weight, bias = _layer(layer, nn.Conv2d)
-    assert bias is not None
+    if bias is None:
+        raise ValueError("a Conv2d without a bias")
     return weights.add(weight.permute(2, 3, 1, 0)), weights.add(bias)
 
 
@@ -109,7 +110,7 @@ def _norm(norm: nn.Module, weights: Weights) -> tuple[int, int]:
 def _plan_tokens(plan: list[int], tokens: nn.Module, weights: Weights) -> int:
     """The tokeniser; returns the room that it needs."""
     if not only_forward(tokens, type(tokens)):
-        raise Unfit("a tokeniser with hooks")
+        raise ValueError("a tokeniser with hooks")
     channels, height, width = plan[k.CHANNELS], plan[k.HEIGHT], plan[k.WIDTH_]
     if isinstance(tokens, PixelTokens):
         plan[k.POOL_ROWS], plan[k.POOL_COLUMNS] = tokens.block
@@ -145,7 +146,8 @@ def _plan_tokens(plan: list[int], tokens: nn.Module, weights: Weights) -> int:
 def _plan_head(plan: list[int], student: MambaClassifier, weights: Weights) -> int:
     """The last linear layer; returns the room that it needs with pooling."""
     weight, bias = _layer(student.head, nn.Linear)
-    assert bias is not None
+    if bias is None:
+        raise ValueError("a head without a bias")
     features = -(-weight.shape[1] // k.AT_ONCE) * k.AT_ONCE
     plan[k.HEAD], plan[k.CLASSES_V] = HEADS[student.config.head], vectors(len(weight))
     plan[k.HEAD_AT] = weights.add(torch.cat([weight.T, weight.new_zeros(features - weight.shape[1], len(weight))]))
@@ -157,7 +159,7 @@ def _widest(block: nn.Module) -> int:
     """Outputs of the widest layer without a bias."""
     mixer = block.mixer
     if not isinstance(mixer, Mamba):
-        raise Unfit(f"the mixer {type(mixer).__name__}")
+        raise ValueError(f"the mixer {type(mixer).__name__}")
     return max(mixer.d_inner, mixer.d_model, mixer.dt_rank + 2 * (vectors(mixer.d_state) + 1) * WIDTH)
 
 
@@ -167,7 +169,7 @@ def _plan_block(plan: list[int], block: Block, zeros: int, weights: Weights) -> 
     assert isinstance(mixer, Mamba)
     given = mixer.plain_weights() if only_forward(mixer, Mamba) and only_forward(block, Block) else None
     if given is None:
-        raise Unfit(f"the mixer {type(mixer).__name__}, which is not as it was built")
+        raise ValueError(f"the mixer {type(mixer).__name__}, which is not as it was built")
     in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D, out_proj = given
     inner, states, rank, width = mixer.d_inner, mixer.d_state, mixer.dt_rank, mixer.d_conv
     own = [0] * k.BLOCK

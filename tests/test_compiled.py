@@ -188,6 +188,10 @@ def replaced(student):
     student.head = nn.Sequential(student.head)
 
 
+def unbiased(student):
+    student.head.bias = None
+
+
 def depthwise(student):
     student.blocks[0].mixer = nn.Identity()
 
@@ -195,6 +199,7 @@ def depthwise(student):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [(hooked, "the mixer Mamba, which is not as it was built"), (replaced, "a Sequential that is no plain Linear"),
+        (unbiased, "a head without a bias"),
      (depthwise, "the mixer Identity")],
 )  # fmt: skip
 @torch.inference_mode()
