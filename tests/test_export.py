@@ -231,7 +231,7 @@ def test_both_sizes_of_batches_and_every_prefix_are_checked(tmp_path: Path) -> N
 @pytest.mark.parametrize("format", METADATA)
 def test_labels_costs_shape_and_versions_are_in_the_file(format: str, tmp_path: Path) -> None:
     ensemble = small()
-    ensemble.labels = [3, 5, 8]
+    ensemble.labels, ensemble.classes = [3, 5, 8], ["cat", "dog", "ship"]
     done = export(ensemble, format, tmp_path, name='a "name" */')
     first, second = (exporting.facts_of(exporting.prefix_of(ensemble, k), "x", "uint8").macs[-1] for k in (1, 2))
     assert done.facts.macs == [first, second]
@@ -240,10 +240,17 @@ def test_labels_costs_shape_and_versions_are_in_the_file(format: str, tmp_path: 
     assert second > 2 * first
     facts = read_facts(format, done.path)
     assert facts["labels"] == [3, 5, 8]
+    assert facts["classes"] == ["cat", "dog", "ship"]
     assert facts["macs"] == [first, second]
     assert facts["input_shape"] == [1, 8, 8]
     assert facts["name"] == 'a "name" */'
     assert str(torch.__version__) in str(facts["versions"])
+
+
+def test_a_safetensors_file_comes_back_with_the_names_of_its_classes(tmp_path: Path) -> None:
+    ensemble = small()
+    ensemble.classes = ["cat", "dog", "ship"]
+    assert ProgressiveEnsemble.load(export(ensemble, "safetensors", tmp_path).path).classes == ["cat", "dog", "ship"]
 
 
 def read_facts(format: str, path: Path) -> dict[str, Any]:

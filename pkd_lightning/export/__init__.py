@@ -182,7 +182,7 @@ def prefix_of(ensemble: ProgressiveEnsemble, members: int | None) -> Progressive
     ]
     if faults:
         raise ConfigError(faults)
-    prefix = ProgressiveEnsemble(students, ensemble.scales[:count], ensemble.task, ensemble.labels)
+    prefix = ProgressiveEnsemble(students, ensemble.scales[:count], ensemble.task, ensemble.labels, ensemble.classes)
     return prefix.eval()
 
 

@@ -27,6 +27,7 @@ class Facts:
         input_shape: of one input, without the batch.
         input_type: `uint8` or `float32`.
         labels: the label in the data set of each output.
+        classes: its name, where the data set names its classes.
         macs: multiply-accumulates of the first 1, 2, ... members for one input, see `cost.Cost.macs_total`; None where
             they cannot be counted.
         params: parameters of each member.
@@ -38,6 +39,7 @@ class Facts:
     input_shape: tuple[int, ...]
     input_type: str
     labels: list[int]
+    classes: list[str] | None
     macs: list[int | None]
     params: list[int]
     versions: dict[str, str]
@@ -94,6 +96,7 @@ def facts_of(ensemble: ProgressiveEnsemble, name: str, input_type: str, packages
         input_shape=tuple(task.input_shape),
         input_type=input_type,
         labels=list(range(task.num_classes)) if ensemble.labels is None else ensemble.labels,
+        classes=ensemble.classes,
         macs=macs,
         params=[sum(p.numel() for p in member.parameters()) for member in members],
         versions={
