@@ -28,6 +28,7 @@ FLOORS = (
         "one fit, its weights and costs",
         ("fitting", "fit_checkpoint", "fit_module", "processes", "weights", "cost", "predicting", "trainer"),
     ),
+    ("terms of knowledge", ("knowledge",)),
     ("models and data", ("models", "data", "inputs", "tasks")),
     ("compiled kernels", ("kernels",)),
     (

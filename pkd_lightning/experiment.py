@@ -27,7 +27,11 @@ from pkd_lightning.composition import complete, mapping, top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError, Pruned
+from pkd_lightning.knowledge.attached import Knowledge, example, try_losses
+from pkd_lightning.knowledge.fitnet import FitNet
+from pkd_lightning.knowledge.term import Term
 from pkd_lightning.loggers import About, NoTracker, SilentTracker, Tracker
+from pkd_lightning.models.building import path_of
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
 from pkd_lightning.teacher import TeacherConfig, is_trained
@@ -125,6 +129,15 @@ class Experiment:
 
             collect(faults, "boosting", attempt)
         collect(faults, "boosting", self._try_combination)
+        for index in range(len(self.student) if self.boosting.knowledge and not faults else 0):
+            collect(faults, "boosting.knowledge", partial(self._try_knowledge, data, inputs, teacher, index))
+
+    def _try_knowledge(self, data: DataModule, inputs: torch.Tensor, teacher: nn.Module | None, rung: int) -> None:
+        """The terms of knowledge, once, with a student of a rung."""
+        asked = self._student(data, range(rung + 1))
+        own = asked.model if isinstance(asked, Following) else asked
+        pair = example(self.boosting.knowledge, own, asked, teacher, inputs, data.num_classes)
+        try_losses(Knowledge(self.boosting.knowledge, pair, len(data.training)), pair)
 
     def _try_loss(
         self,
@@ -249,6 +262,8 @@ def _boosting(config: DictConfig) -> BoostingConfig:
     faults: list[str] = []
     given = options(config)
     objective = config.get("objective")
+    if "knowledge" in given:
+        given["knowledge"] = collect(faults, "knowledge", lambda: _terms(config.knowledge))
     if isinstance(objective, DictConfig):
         given["objective"] = collect(faults, "objective", lambda: _instantiate(objective, _partial_=True))
     weak = collect(faults, "weak_learner", lambda: build(WeakLearnerConfig, given.pop("weak_learner", {})))
@@ -266,6 +281,24 @@ def _boosting(config: DictConfig) -> BoostingConfig:
     if faults:
         raise ConfigError(faults)
     return boosting
+
+
+def _terms(config: Any) -> dict[str, Term]:
+    """The terms of a mapping by name."""
+    if not isinstance(config, Mapping):
+        raise ConfigError([f"must be terms by name, not {config!r}"])
+    faults: list[str] = []
+    found = {str(name): collect(faults, str(name), partial(_term, one)) for name, one in config.items()}
+    if faults:
+        raise ConfigError(faults)
+    return found  # type: ignore[return-value]
+
+
+def _term(config: Any) -> Term:
+    made = _instantiate(config) if isinstance(config, DictConfig) and "_target_" in config else None
+    if not isinstance(made, Term):
+        raise ConfigError([f"is no term; `_target_` must be one, such as {path_of(FitNet)}"])
+    return made
 
 
 def options(config: DictConfig) -> dict[str, Any]:

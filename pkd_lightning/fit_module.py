@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -54,7 +54,8 @@ class FitModule(L.LightningModule):
         self._skipped = self._skipped_now = 0  # steps of the whole fit; those of the epoch under way
         self._batch = 0  # batches of the epoch under way that are done
         self._random: dict[str, Any] | None = None  # to be restored before the next step
-        self._waiting: list[tuple[Tensor, int]] = []  # losses whose gradients are not yet used, with their samples
+        # losses whose gradients are not yet used, with what is reported beside them and their samples
+        self._waiting: list[tuple[dict[str, Tensor], int]] = []
         self.saving: Saving | None = None  # `fit` sets it
 
     def forward(self, inputs: Tensor) -> Output:
@@ -69,6 +70,15 @@ class FitModule(L.LightningModule):
         """The loss (scalar) and the logits that accuracy is measured on (batch, classes)."""
         raise NotImplementedError
 
+    @property
+    def reported(self) -> Sequence[str]:
+        """Names of what `beside` gives, the same on all ranks."""
+        return ()
+
+    def beside(self) -> dict[str, Tensor]:
+        """What is reported of the training batch that `losses` was called with last, beside its loss: scalars."""
+        return {}
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """The loss of a batch, or in the fast mode all optimiser steps of an epoch, which is the iterator given."""
         if not self.automatic_optimization:
@@ -76,7 +86,7 @@ class FitModule(L.LightningModule):
             return None
         self._restore_random()
         loss, _ = self.losses(batch)
-        self._waiting.append((loss.detach(), batch.samples))
+        self._waiting.append(({"train_loss": loss.detach(), **self.beside()}, batch.samples))
         return loss * batch.share if ranks.size() > 1 else loss
 
     def configure_gradient_clipping(
@@ -90,8 +100,8 @@ class FitModule(L.LightningModule):
         clip = self.settings.gradient_clip
         usable = clip is None or bool(nn.utils.clip_grad_norm_(parameters, clip).isfinite())
         if usable:
-            for loss, samples in self._waiting:
-                self._count(loss, samples)
+            for values, samples in self._waiting:
+                self._count(values, samples)
         else:
             self._skipped_now += 1
             optimizer.zero_grad()
@@ -103,12 +113,13 @@ class FitModule(L.LightningModule):
         if last:
             self._trained()
 
-    def _count(self, loss: Tensor, samples: int) -> None:
-        """Add a training loss to the epoch's sum. It stays on the device: it is read once an epoch."""
-        if "train_loss" not in self._sums:
-            self._sums["train_loss"] = torch.zeros((), device=self.device)
-        self._sums["train_loss"].add_(loss, alpha=samples)
-        self._counts["train"] = self._counts.get("train", 0) + samples
+    def _count(self, values: Mapping[str, Tensor], samples: int) -> None:
+        """Add a batch's values to the epoch's sums. They stay on the device: they are read once an epoch."""
+        for name, value in values.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((), device=self.device)
+            self._sums[name].add_(value, alpha=samples)
+            self._counts[name] = self._counts.get(name, 0) + samples
 
     def _trained(self) -> None:
         """Say how many steps of the epoch were skipped; validation follows."""
@@ -153,7 +164,7 @@ class FitModule(L.LightningModule):
                 usable = bool(norm.isfinite())
             if usable:
                 scaler.step(optimizer)
-                self._count(loss.detach(), len(batch.labels))
+                self._count({"train_loss": loss.detach(), **self.beside()}, len(batch.labels))
             else:
                 self._skipped_now += 1
             scaler.update()
@@ -172,7 +183,8 @@ class FitModule(L.LightningModule):
         return {
             "batch": self._batch,
             "loss": self._of_all("train_loss"),
-            "count": int(ranks.total(torch.tensor(self._counts.get("train", 0)))),
+            "count": self._count_of_all("train_loss"),
+            "beside": {name: (self._of_all(name), self._count_of_all(name)) for name in self.reported},
             "skipped": [self._skipped, self._skipped_now],
             "random": ranks.gathered({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}),
         }
@@ -182,11 +194,16 @@ class FitModule(L.LightningModule):
         own = self._sums.get(name)
         return own if own is None or ranks.size() == 1 else ranks.total(own.detach().cpu().double())
 
+    def _count_of_all(self, name: str) -> int:
+        return int(ranks.total(torch.tensor(self._counts.get(name, 0))))
+
     def restore_progress(self, progress: dict[str, Any]) -> None:
         """Go on where `progress` was taken."""
         self._batch = progress["batch"]
-        if progress["loss"] is not None and ranks.first():
-            self._sums["train_loss"], self._counts["train"] = progress["loss"].to(self.device), progress["count"]
+        saved = {"train_loss": (progress["loss"], progress["count"]), **progress.get("beside", {})}
+        for name, (value, count) in saved.items() if ranks.first() else ():
+            if value is not None:
+                self._sums[name], self._counts[name] = value.to(self.device), count
         self._skipped, self._skipped_now = progress["skipped"]
         states = progress["random"] if isinstance(progress["random"], list) else [progress["random"]]
         if len(states) == ranks.size():  # for another number of ranks there are none: they draw anew
@@ -208,7 +225,7 @@ class FitModule(L.LightningModule):
             ("validation_accuracy", (logits.argmax(-1) == batch.labels).sum()),
         ):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._counts["validation"] = self._counts.get("validation", 0) + len(batch.labels)
+            self._counts[name] = self._counts.get(name, 0) + len(batch.labels)
         if self.saving is not None and not self.automatic_optimization:
             self.saving.after_step(self.trainer, self)
 
@@ -221,12 +238,13 @@ class FitModule(L.LightningModule):
         """The epoch's means over the batches so far, of all ranks."""
         sums, counts = self._sums, self._counts
         if ranks.size() > 1:
-            names, kinds = ("train_loss", "validation_loss", "validation_accuracy"), ("train", "validation")
-            own = [float(sums.get(name, 0)) for name in names] + [counts.get(kind, 0) for kind in kinds]
-            *of_all, training, validation = ranks.total(torch.tensor(own, dtype=torch.float64)).tolist()
-            sums, counts = dict(zip(names, of_all, strict=True)), {"train": training, "validation": validation}
-        of = {name: counts[name.split("_")[0]] for name in sums}
-        means = {name: float(value) / of[name] for name, value in sums.items() if of[name] > 0}
+            names = ("train_loss", "validation_loss", "validation_accuracy", *self.reported)
+            own = [float(of.get(name, 0)) for of in (sums, counts) for name in names]
+            of_all = ranks.total(torch.tensor(own, dtype=torch.float64)).tolist()
+            sums, counts = (
+                dict(zip(names, part, strict=True)) for part in (of_all[: len(names)], of_all[len(names) :])
+            )
+        means = {name: float(value) / counts[name] for name, value in sums.items() if counts[name] > 0}
         means.setdefault("train_loss", math.nan)  # where all steps were skipped
         return means
 

@@ -35,7 +35,7 @@ class Taps:
 
     Args:
         model: any torch module; it is not changed, and has no hooks while the taps are closed.
-        paths: names as in `model.named_modules()`.
+        paths: names as in `model.named_modules()`; `blocks.-1` is the last of `blocks`.
 
     Raises:
         ConfigError: where there is no such module, with the nearest.
@@ -45,12 +45,12 @@ class Taps:
         known = dict(model.named_modules()) if paths else {}
         faults = []
         for path in paths:
-            if path not in known or not path:
+            if _counted(path, known) not in known or not path:
                 near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.3)
                 faults.append(f"{path!r}: no module of the model; nearest: {', '.join(near) or 'none'}")
         if faults:
             raise ConfigError(faults)
-        self.modules = {path: known[path] for path in paths}
+        self.modules = {path: known[_counted(path, known)] for path in paths}
         self._found: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -85,3 +85,14 @@ class Taps:
                 gave = f"gave a {type(self._found[path]).__name__}" if path in self._found else "was not called"
                 raise ConfigError([f"{path!r}: this module {gave}, so there is no feature of that name"])
         return Output(logits, {**features, **self._found}) if self.modules else Output(logits, features)
+
+
+def _counted(path: str, known: Mapping[str, nn.Module]) -> str:
+    """A module's path with its own numbers: for `-1` the last of the modules there, for `-2` the one before."""
+    found: list[str] = []
+    for part in path.split("."):
+        parent = known.get(".".join(found))
+        children = [name for name, _ in parent.named_children()] if parent is not None else []
+        behind = int(part[1:]) if part[:1] == "-" and part[1:].isdecimal() else 0
+        found.append(children[-behind] if 0 < behind <= len(children) else part)
+    return ".".join(found)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,10 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
 
 
 def _without_defaults(given: dict[str, Any], cls: Any) -> dict[str, Any]:
-    defaults = {field.name: field.default for field in fields(cls)}
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(cls)
+    }
 
     def is_default(key: str, value: Any) -> bool:
         return key in defaults and (value == defaults[key] or (defaults[key] is None and value in ([], {})))

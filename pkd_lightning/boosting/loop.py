@@ -156,7 +156,8 @@ class BoostingLoop:
         logger.info("training a student: %s", description)
         with seeded(self.seed, stage.key, state.rung, "init"):
             model = self.ladder.build(state.rung, data.task.input_shape, data.num_classes, self.students)
-        training = self.round().attempt(model, self.trainer)
+        with seeded(self.seed, stage.key, state.rung, "knowledge"):
+            training = self.round().attempt(model, self.trainer)
         with (
             seeded(self.seed, stage.key, state.rung, "fit", *ranks.purpose()),
             self.tracker.stage(name, attempt) as loggers,

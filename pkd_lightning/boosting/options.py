@@ -1,10 +1,14 @@
 """Options of the boosting loop, of its round losses and of the search for a weak learner."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pkd_lightning.checks import Faults
+
+if TYPE_CHECKING:  # it needs torch, whose import takes a second
+    from pkd_lightning.knowledge.term import Term
 
 Require = Literal["auto", "condition", "improvement"]
 OnFailure = Literal["expand", "accept"]
@@ -71,6 +75,7 @@ class BoostingConfig:
             with: `none`, or `samples`: sample i by sum_j abs(K+(i,j) - K-(i,j)), of mean 1 over the training rows.
             Learned scales are solved for without weights.
         weak_learner: see `WeakLearnerConfig`.
+        knowledge: terms by name that are added to the loss of every round, see `pkd_lightning.knowledge.term.Term`.
         grow_from: directory of a run whose students are the first of this one, with their scales and residuals.
         grow_rounds: take so many of them; None for all.
         max_time: minutes after which no further round starts; None for no limit. Time of earlier processes counts.
@@ -88,6 +93,7 @@ class BoostingConfig:
     bound_quantile: float = 1.0
     weights: Weights = "none"
     weak_learner: WeakLearnerConfig = field(default_factory=WeakLearnerConfig)
+    knowledge: "Mapping[str, Term]" = field(default_factory=dict)
     grow_from: str | None = None
     grow_rounds: int | None = None
     max_time: float | None = None

@@ -17,9 +17,10 @@ from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.boosting.student import RoundTargets, StudentModule
 from pkd_lightning.boosting.weak_learner import Candidate, WeakLearnerCheck, fit_scales, judge, required
 from pkd_lightning.data.module import DataModule
-from pkd_lightning.earlier import reads
+from pkd_lightning.earlier import following, reads
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, predict
+from pkd_lightning.knowledge.attached import Knowledge, example
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import Difference, largest, quantile, scratch
 from pkd_lightning.prefixes import Scales, mix
@@ -66,17 +67,29 @@ class Round:
     def attempt(self, model: nn.Module, trainer: TrainerConfig) -> "Attempt":
         """All that is needed to train `model` and to judge it."""
         state, data, config = self.state, self.data, self.config
-        features = self.objective.teacher_features if self.later else ()
+        features = list(self.objective.teacher_features if self.later else ())
+        knowledge = self.knowledge(model)
+        informed = None if knowledge is None else self.teacher.asked([*features, *knowledge.teacher_features])
         targets = RoundTargets(
             self.teacher.asked(features), state.ensemble_logits,
             state.indicator(self.directory), max(state.bound, 1e-3), state.round,
             state.sample_weights() if config.weights == "samples" and self.later else None,
-            self.students() if reads(model) else (),
+            self.students() if reads(model) else (), informed,
         )  # fmt: skip
-        module = StudentModule(model, trainer, config, self.objective, self.combination, targets)
+        module = StudentModule(model, trainer, config, self.objective, self.combination, targets, knowledge)
         logits = scratch(data.validation.stop, data.num_classes, self.directory)
         check = WeakLearnerCheck(data, self.edges, config.weak_learner, logits[: len(data.training)])
         return Attempt(self, module, check, logits)
+
+    def knowledge(self, model: nn.Module) -> Knowledge | None:
+        """The terms of knowledge of a fit of `model`, with new parts; None where there are none."""
+        terms, data = self.config.knowledge, self.data
+        if not terms:
+            return None
+        inputs = data.task.prepare(data.inputs[[0, 0]])
+        asked = following(model, self.students() if reads(model) else ())
+        pair = example(terms, model, asked.cpu(), self.teacher.model.cpu(), inputs, data.num_classes)
+        return Knowledge(terms, pair, len(data.training))
 
     def edges(self, logits: Tensor, clipped: bool = True) -> Tensor:
         """Edges of a candidate with logits (training rows, L): (L,).

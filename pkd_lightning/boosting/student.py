@@ -12,6 +12,8 @@ from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.data.module import Batch
 from pkd_lightning.earlier import Earlier, following, outputs_for
 from pkd_lightning.fit_module import FitModule
+from pkd_lightning.knowledge.attached import OBJECTIVE, SHARE, VALUE, Knowledge, shares
+from pkd_lightning.knowledge.term import Pair
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.teacher import CachedTeacher, OnlineTeacher
 from pkd_lightning.trainer import TrainerConfig
@@ -22,6 +24,7 @@ class RoundTargets(nn.Module):
 
     Args:
         teacher: gives its logits g, and its features where the objective needs them.
+        informed: the teacher with the features that terms of knowledge need, too; asked for training rows alone.
         ensemble: (N, L) logits F_{t-1}.
         indicator: (N, L) bool, 1[K+ > K-].
         bound: B.
@@ -43,11 +46,12 @@ class RoundTargets(nn.Module):
         round_: int,
         weight: Tensor | None = None,
         students: Sequence[nn.Module] = (),
+        informed: CachedTeacher | OnlineTeacher | None = None,
     ) -> None:
         super().__init__()
         self.students = tuple(students)  # in a tuple: they are no part of the candidate
         # buffers, to be moved to the student's device at once
-        self.teacher = teacher
+        self.teacher, self.informed = teacher, informed or teacher
         for name, value in (("ensemble", ensemble), ("indicator", indicator), ("weight", weight)):
             self.register_buffer(name, value, persistent=False)
         self.bound, self.round = bound, round_
@@ -67,6 +71,8 @@ class StudentModule(FitModule):
         objective: the loss of rounds after the first.
         combination: how the student joins the ensemble.
         targets: see `RoundTargets`.
+        knowledge: the terms that are added to the loss of training rows. What they train beside the student is no part
+            of it.
     """
 
     def __init__(
@@ -77,9 +83,13 @@ class StudentModule(FitModule):
         objective: Objective,
         combination: Combination,
         targets: RoundTargets,
+        knowledge: Knowledge | None = None,
     ) -> None:
-        super().__init__(model, trainer, objective.student_features if targets.round > 0 else ())
-        self.objective = objective
+        own = objective.student_features if targets.round > 0 else ()
+        terms = knowledge.student_features if knowledge is not None else ()
+        super().__init__(model, trainer, list(dict.fromkeys((*own, *terms))))
+        self.objective, self.knowledge = objective, knowledge
+        self._beside: dict[str, Tensor] = {}
         self._targets = [targets]  # in a list: they are no part of what is trained, saved or averaged
         self.first = Distillation(config.alpha, config.temperature)
         initial = torch.tensor(combination.initial(targets.round) if targets.round > 0 else (0.0, 1.0))
@@ -97,8 +107,12 @@ class StudentModule(FitModule):
         self.targets.to(self.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The student's parameters, and the scales where they are learned; decay would pull those towards 1."""
+        """The student's parameters, those of the terms, and the scales where they are learned, without decay, which
+        would pull them towards 1.
+        """
         groups = super().parameter_groups()
+        if self.knowledge is not None and (attached := list(self.knowledge.parameters())):
+            groups.append({"params": attached})
         if self.learns_scales:
             groups.append({"params": [self.scale_values], "weight_decay": 0.0})
         return groups
@@ -124,11 +138,34 @@ class StudentModule(FitModule):
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The round's loss, and the logits of the ensemble with the student."""
         index, targets = batch.index, self.targets
-        student, teacher = self(batch.inputs), targets.teacher.outputs(index, batch.inputs)
+        knowledge = self.knowledge if self.training else None
+        asked = targets.teacher if knowledge is None else targets.informed
+        student, teacher = self(batch.inputs), asked.outputs(index, batch.inputs)
         ensemble = mix(targets.ensemble[index], student.logits, self._scales())
         view = RoundBatch(
             student.logits, ensemble, teacher.logits, batch.labels, targets.indicator[index], targets.bound,
             None if targets.weight is None else targets.weight[index], student.features, teacher.features,
         )  # fmt: skip
-        loss = self.first.student_loss if targets.round == 0 else self.objective.loss
-        return loss(view), ensemble
+        loss = (self.first.student_loss if targets.round == 0 else self.objective.loss)(view)
+        if knowledge is not None:
+            loss = self._with(knowledge, loss, Pair(student, teacher, batch.labels, index))
+        return loss, ensemble
+
+    def _with(self, knowledge: Knowledge, loss: Tensor, pair: Pair) -> Tensor:
+        """The loss with the terms of knowledge; in the first batch of an epoch each one's pull is measured."""
+        terms = knowledge.losses(pair, min(1.0, self.global_step / self.total_steps))
+        self._beside = {f"{VALUE}{name}": value.detach() for name, value in terms.items()}
+        if self._batch == 0:
+            found = shares({OBJECTIVE: loss, **terms}, list(self.model.parameters()))
+            self._beside |= {f"{SHARE}{name}": share for name, share in found.items()}
+        return sum(terms.values(), loss)
+
+    @property
+    def reported(self) -> Sequence[str]:
+        """Each term's weighted loss, and each one's share of the gradient's norm, that of the objective too."""
+        names = list(self.knowledge.terms) if self.knowledge is not None else []
+        return [f"{VALUE}{name}" for name in names] + [f"{SHARE}{name}" for name in (OBJECTIVE, *names) if names]
+
+    def beside(self) -> dict[str, Tensor]:
+        """What `reported` names, of the last training batch."""
+        return self._beside

@@ -1,0 +1,152 @@
+"""What a term of knowledge is: a loss of a student's and a teacher's outputs, with a weight."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from pkd_lightning.checks import Faults
+from pkd_lightning.outputs import Output
+
+
+class Pair(NamedTuple):
+    """What a term sees of one batch of training images.
+
+    Attributes:
+        student: its logits (batch, L), and what its modules at `Term.student_features` gave.
+        teacher: the same of the teacher, without gradients: features are of the very images that the student sees.
+        target: (batch,) labels.
+        index: (batch,) sample index, of the training rows.
+    """
+
+    student: Output
+    teacher: Output
+    target: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of that name
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of knowledge. Subclasses are frozen dataclasses of their options, and give `loss`.
+
+    It is added to the objective's loss of training rows. The best epoch is chosen by the objective's loss alone, which
+    is the same whatever terms there are.
+
+    Attributes:
+        weight: multiplies the loss.
+        schedule: of the weight, from progress of the fit in [0, 1] to a multiplier (a Hydra partial); None for 1.
+    """
+
+    weight: float = 1.0
+    schedule: Callable[[float], float] | None = None
+
+    def __post_init__(self) -> None:
+        self._faults().raise_if_any()
+
+    def _faults(self) -> Faults:
+        """What is wrong with the options; subclasses add to it."""
+        faults = Faults(self)
+        faults.number("weight", 0)
+        faults.called("schedule", optional=True)
+        if callable(self.schedule) and not faults.misspelt("schedule"):
+            faults.works("schedule", lambda: [float(self.weight_at(progress)) for progress in (0.0, 0.5, 1.0)])
+        return faults
+
+    @property
+    def student_features(self) -> Sequence[str]:
+        """Paths of the student's modules whose outputs the loss needs, as in `outputs.Taps`."""
+        return ()
+
+    @property
+    def teacher_features(self) -> Sequence[str]:
+        """Paths of the teacher's."""
+        return ()
+
+    def weight_at(self, progress: float) -> float:
+        """The weight after this part of the fit's steps, from 0 to 1."""
+        return self.weight if self.schedule is None else self.weight * self.schedule(progress)
+
+    def parts(self, pair: Pair, samples: int) -> nn.Module:
+        """What is trained with the student for this term's sake and dropped afterwards, such as a regressor.
+
+        Args:
+            pair: of two samples, for its shapes.
+            samples: number of training rows.
+
+        Raises:
+            ConfigError: where shapes do not go together.
+        """
+        return nn.Module()
+
+    def loss(self, pair: Pair, parts: nn.Module) -> Tensor:
+        """The scalar loss of a batch, without the weight; `parts` is what `parts` gave, on the student's device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FeatureTerm(Term):
+    """A term of intermediate tensors: of modules of the student and as many of the teacher, pair by pair.
+
+    Subclasses give `between`, and `made` where something is trained for a pair.
+
+    Args:
+        student: path of the student's module, or several: `blocks.0`, or `blocks.-1` for the last of several.
+        teacher: of the teacher's.
+    """
+
+    student: str | Sequence[str] = ()
+    teacher: str | Sequence[str] = ()
+
+    def _faults(self) -> Faults:
+        faults = super()._faults()
+        for name in ("student", "teacher"):
+            paths = getattr(self, name)
+            given = [paths] if isinstance(paths, str) else paths
+            if not isinstance(given, Sequence) or not all(isinstance(path, str) and path for path in given):
+                faults.found.append(f"{name}={paths!r}: must be the path of a module, or a list of them")
+            elif not given:
+                faults.found.append(f"{name}: is missing; the path of a module, such as blocks.-1")
+        if not faults.found and len(self.student_features) != len(self.teacher_features):
+            faults.found.append(
+                f"teacher={self.teacher!r}: {len(self.teacher_features)} modules for {len(self.student_features)}"
+                " of the student; they are taken in pairs"
+            )
+        return faults
+
+    @property
+    def student_features(self) -> Sequence[str]:
+        """Paths of the student's modules."""
+        return (self.student,) if isinstance(self.student, str) else tuple(self.student)
+
+    @property
+    def teacher_features(self) -> Sequence[str]:
+        """Paths of the teacher's modules, one for each of the student's."""
+        return (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher)
+
+    def taken(self, pair: Pair) -> list[tuple[Tensor, Tensor]]:
+        """The features of the student and of the teacher, pair by pair."""
+        paths = zip(self.student_features, self.teacher_features, strict=True)
+        return [(pair.student.features[own], pair.teacher.features[its]) for own, its in paths]
+
+    def parts(self, pair: Pair, samples: int) -> nn.Module:
+        """What `made` gives for each pair of features."""
+        return nn.ModuleList([self.made(own, its) for own, its in self.taken(pair)])
+
+    def made(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        """What is trained for a pair of features, given those of two samples.
+
+        Raises:
+            ConfigError: where their shapes do not go together.
+        """
+        return nn.Module()
+
+    def loss(self, pair: Pair, parts: nn.Module) -> Tensor:
+        """The mean of `between` over the pairs."""
+        assert isinstance(parts, nn.ModuleList)
+        losses = [self.between(*taken, part) for taken, part in zip(self.taken(pair), parts, strict=True)]
+        return sum(losses[1:], losses[0]) / len(losses)
+
+    def between(self, student: Tensor, teacher: Tensor, part: nn.Module) -> Tensor:
+        """The scalar loss of one pair of features (batch, ...)."""
+        raise NotImplementedError
