@@ -131,7 +131,7 @@ class FitResult:
 
     Attributes:
         epochs: epochs trained.
-        best_epoch: epoch (from 0) of the weights kept.
+        best_epoch: epoch (from 0) with the best validation loss.
         seconds: wall time.
     """
 
@@ -182,7 +182,8 @@ def fit(
     loggers: Sequence[Logger | L.Callback] = (),
     callbacks: Sequence[L.Callback] = (),
 ) -> FitResult:
-    """Train `module` on the training rows and leave it with the weights of its best epoch on the validation rows.
+    """Train `module` on the training rows and leave it with the weights of its best epoch on the validation rows, or of
+    its last (`TrainerConfig.weights`).
 
     A fit that was stopped goes on from its checkpoint, and one that has ended there gives what it gave.
 
@@ -228,7 +229,8 @@ def fit(
             if isinstance(end.__context__, KeyboardInterrupt):  # what Lightning makes of Ctrl-C
                 raise SystemExit(128 + signal.SIGINT) from end
             raise
-        best.restore(module)
+        if settings.weights == "best":
+            best.restore(module)
         result = FitResult(trainer.current_epoch, best.epoch, saving.seconds)
         saving.ended(module, asdict(result))
     return _checked(stage, result)

@@ -20,6 +20,7 @@ Accelerator = Literal["auto", "cpu", "gpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 MatmulPrecision = Literal["highest", "high", "medium"]
 Mode = Literal["auto", "fast", "step"]
+Weights = Literal["best", "last"]
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 
 
@@ -68,6 +69,7 @@ class TrainerConfig:
         schedule: progress in [0, 1] to a multiplier of the learning rate (see `pkd_lightning.schedules`).
         max_epochs: most epochs of one fit.
         patience: epochs without a better validation loss before a fit stops; None never stops it early.
+        weights: those a fit leaves: of the epoch with the `best` validation loss, or of its `last`.
         batch_size: samples per step. The last step of an epoch has what is left; a single sample joins the step before.
         gradient_clip: largest gradient norm; a step whose norm is not finite is skipped. None does neither.
         accelerator: `cpu`, `gpu`, or `auto`: a GPU where mamba_ssm's CUDA scan can run on it, else the CPU.
@@ -95,6 +97,7 @@ class TrainerConfig:
     schedule: Callable[[float], float]
     max_epochs: int = 50
     patience: int | None = 5
+    weights: Weights = "best"
     batch_size: int = 32
     gradient_clip: float | None = 1.0
     accelerator: Accelerator = "auto"
@@ -117,6 +120,7 @@ class TrainerConfig:
         faults = Faults(self)
         faults.whole("max_epochs", 1)
         faults.whole("patience", 1, optional=True)
+        faults.choice("weights", get_args(Weights))
         faults.whole("batch_size", 1)
         faults.whole("num_workers", 0)
         faults.number("gradient_clip", 0, optional=True, exclusive=True)

@@ -262,6 +262,24 @@ def test_a_fit_without_progress_stops_early_in_the_middle_of_the_schedule(tmp_pa
     assert module.total_steps == 9 * 28
 
 
+@pytest.mark.parametrize(("weights", "epoch"), [("best", 0), ("last", 2)])
+def test_the_weights_of_the_best_epoch_are_kept_or_those_of_the_last(weights: str, epoch: int, tmp_path: Path) -> None:
+    worse = partial(torch.optim.SGD, lr=0.05)
+    config = settings(
+        weights=weights, max_epochs=3, optimizer=worse, schedule=lambda progress: 1 if progress < 0.3 else -1
+    )
+    module, watch = TeacherModule(network(), config), Watch()
+    result = fit(module, images(), stage(tmp_path), callbacks=[watch])
+    assert (result.epochs, result.best_epoch) == (3, 0)  # the others climb
+    assert same(module.model.state_dict(), watch.weights[epoch])
+    again = TeacherModule(network(), config)  # what a fit leaves in its checkpoint
+    place = replace(stage(tmp_path), checkpoint=tmp_path / "fit.ckpt")
+    fit(again, images(), place)
+    fit(third := TeacherModule(network(), config), images(), place)
+    assert same(third.model.state_dict(), again.model.state_dict())
+    assert same(again.model.state_dict(), watch.weights[epoch])
+
+
 def test_the_epochs_lines_hold_the_means_over_all_samples(tmp_path: Path) -> None:
     data, config = images(), settings(optimizer=partial(torch.optim.SGD, lr=0.0), max_epochs=1)
     fit(TeacherModule(network(), config), data, stage(tmp_path))
