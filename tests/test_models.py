@@ -12,7 +12,7 @@ from pkd_lightning.cost import measure
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.classifier import Block, MambaClassifier, MambaClassifierConfig
 from pkd_lightning.models.mamba import Mamba
-from pkd_lightning.models.tokens import ConvolutionTokens, PatchTokens, PixelTokens, pooled_grid, possible_lengths
+from pkd_lightning.models.tokens import PatchTokens, PixelTokens, pooled_grid, possible_lengths
 
 Weights = dict[str, Tensor]
 
@@ -506,25 +506,6 @@ def test_pixel_tokens_of_colours():
     planes = PixelTokens((3, 2, 2), 12, 1, "all")(image)[0, :, 0].tolist()
     assert planes == [1, 1, 1, 11, 2, 2, 2, 12, 6, 6, 6, 16]
     assert PixelTokens((3, 2, 2), 3, 1, "all")(image)[0, :, 0].tolist() == [3.5, 4.5, 8.5]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_tokens_of_convolutions_in_training_lie_in_memory_as_the_blocks_read_them(channels, monkeypatch):
-    torch.manual_seed(0)
-    layer = ConvolutionTokens((channels, 9, 12), 6, 8, 3, 2, True)
-    images = torch.randn(5, channels, 9, 12)
-    expected = layer.project(torch.nn.functional.silu(layer.stem(images))).flatten(2).transpose(1, 2)
-    tokens = layer(images)
-    assert tokens.is_contiguous()
-    torch.testing.assert_close(tokens, expected)
-    assert layer(images[:0]).shape == (0, *tokens.shape[1:])
-    with torch.no_grad():  # a forward pass alone is faster in the other layout
-        assert torch.equal(layer(images), expected)
-        assert not layer(images).is_contiguous()
-    few = ConvolutionTokens((channels, 9, 12), 6, 7, 3, 2, True)
-    assert not few(images).is_contiguous()
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    assert not layer(images).is_contiguous()  # a graph has the convolutions alone
 
 
 @pytest.mark.parametrize(("size", "stride", "raster"), [(2, 2, (2, 3)), (2, 1, (3, 5)), (3, 2, (1, 2)), (4, 4, (1, 1))])

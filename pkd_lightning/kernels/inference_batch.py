@@ -12,8 +12,8 @@ from typing import NamedTuple
 from numba import njit, types
 
 from pkd_lightning.kernels import inference as k
+from pkd_lightning.kernels.convolution import convolve, planes
 from pkd_lightning.kernels.lanes import (
-    APART,
     INLINE,
     ONE,
     WIDE,
@@ -78,90 +78,6 @@ def _mixer(p, b, own):
     )  # fmt: skip
 
 
-@njit(**APART)
-def _convolution(w, weights, bias, channels, size, stride, outputs, rows, columns, source, by, to, begin, to_by):
-    """A convolution of source, vectors at strides `by` of (channel, row), to `to`, at strides `to_by` of the same.
-
-    Weights (outputs, channels, size, size). Four outputs by four columns at once.
-    """
-    taps = channels * size * size
-    next_ = stride * WIDTH
-    o = 0
-    while o < outputs:
-        four = o + 4 <= outputs
-        for r in range(rows):
-            for c in range(0, columns, 4):
-                at, left = begin + o * to_by[0] + r * to_by[1] + c * WIDTH, columns - c
-                a0 = spread(w, bias + o)
-                a1, a2, a3, b0, b1, b2, b3 = a0, a0, a0, a0, a0, a0, a0
-                c0, c1, c2, c3, d0, d1, d2, d3 = a0, a0, a0, a0, a0, a0, a0, a0
-                weight = weights + o * taps
-                if four:
-                    b0, c0, d0 = spread(w, bias + o + 1), spread(w, bias + o + 2), spread(w, bias + o + 3)
-                    b1, b2, b3, c1, c2, c3, d1, d2, d3 = b0, b0, b0, c0, c0, c0, d0, d0, d0
-                    for i in range(channels):
-                        for y in range(size):
-                            from_ = i * by[0] + (r * stride + y) * by[1] + c * next_
-                            for _ in range(size):
-                                x0, x1 = load(source, from_), load(source, from_ + next_)
-                                x2, x3 = load(source, from_ + 2 * next_), load(source, from_ + 3 * next_)
-                                v = spread(w, weight)
-                                a0, a1, a2, a3 = fma(v, x0, a0), fma(v, x1, a1), fma(v, x2, a2), fma(v, x3, a3)
-                                v = spread(w, weight + taps)
-                                b0, b1, b2, b3 = fma(v, x0, b0), fma(v, x1, b1), fma(v, x2, b2), fma(v, x3, b3)
-                                v = spread(w, weight + 2 * taps)
-                                c0, c1, c2, c3 = fma(v, x0, c0), fma(v, x1, c1), fma(v, x2, c2), fma(v, x3, c3)
-                                v = spread(w, weight + 3 * taps)
-                                d0, d1, d2, d3 = fma(v, x0, d0), fma(v, x1, d1), fma(v, x2, d2), fma(v, x3, d3)
-                                weight += 1
-                                from_ += WIDTH
-                    _put(to, at + to_by[0], left, b0, b1, b2, b3)
-                    _put(to, at + 2 * to_by[0], left, c0, c1, c2, c3)
-                    _put(to, at + 3 * to_by[0], left, d0, d1, d2, d3)
-                else:
-                    for i in range(channels):
-                        for y in range(size):
-                            from_ = i * by[0] + (r * stride + y) * by[1] + c * next_
-                            for _ in range(size):
-                                v = spread(w, weight)
-                                a0, a1 = fma(v, load(source, from_), a0), fma(v, load(source, from_ + next_), a1)
-                                a2 = fma(v, load(source, from_ + 2 * next_), a2)
-                                a3 = fma(v, load(source, from_ + 3 * next_), a3)
-                                weight += 1
-                                from_ += WIDTH
-                _put(to, at, left, a0, a1, a2, a3)
-        o += 4 if four else 1
-
-
-@njit(**INLINE)
-def _put(to, at, left, v0, v1, v2, v3):
-    """Up to four vectors, of which `left` are wanted."""
-    store(to, at, v0)
-    if left > 1:
-        store(to, at + WIDTH, v1)
-    if left > 2:
-        store(to, at + 2 * WIDTH, v2)
-    if left > 3:
-        store(to, at + 3 * WIDTH, v3)
-
-
-@njit(**INLINE)
-def _planes(p, images, at, lanes, planes):
-    """16 images of (N, channels, height, width) from `at` on as vectors, each plane with a rim of zeros."""
-    padding, height, width = p[k.PADDING], p[k.HEIGHT], p[k.WIDTH_]
-    stride, row = p[k.CHANNELS] * height * width, width + 2 * padding
-    plane = (height + 2 * padding) * row
-    if padding:
-        fill(planes, 0, p[k.CHANNELS] * plane, ZERO)
-    for c in range(p[k.CHANNELS]):
-        for y in range(height):
-            to = (c * plane + (y + padding) * row + padding) * WIDTH
-            for x in range(0, width, WIDTH):
-                count = min(WIDTH, width - x)
-                transpose(images, at + x, stride, lanes, count, planes, to + x * WIDTH, WIDTH, count, WIDTH)
-            at += width
-
-
 @njit(**INLINE)
 def _pixel_tokens(p, own, w, planes, tokens):
     """See `inference._pixel_tokens`."""
@@ -190,7 +106,7 @@ def _pixel_tokens(p, own, w, planes, tokens):
 @njit(**INLINE)
 def _tokens(p, own, w, images, at, lanes, space, tokens):
     """16 images to their tokens, [d_model][length] of vectors, by rows of the raster."""
-    _planes(p, images, at, lanes, space)
+    planes(images, at, p[k.CHANNELS], p[k.HEIGHT], p[k.WIDTH_], p[k.PADDING], lanes, space)
     if not p[k.CONVOLUTIONS]:
         _pixel_tokens(p, own, w, space, tokens)
         return
@@ -198,7 +114,7 @@ def _tokens(p, own, w, images, at, lanes, space, tokens):
     plane = (p[k.HEIGHT] + 2 * p[k.PADDING]) * row
     to_by = (p[k.ROWS] * p[k.COLUMNS] * WIDTH, p[k.COLUMNS] * WIDTH)
     if p[k.CONVOLUTIONS] == 1:
-        _convolution(w, own[TOKENS_AT], own[TOKENS_BIAS_AT], p[k.CHANNELS], p[k.KERNEL], p[k.STRIDE], p[k.MODEL],
+        convolve(w, own[TOKENS_AT], own[TOKENS_BIAS_AT], p[k.CHANNELS], p[k.KERNEL], p[k.STRIDE], p[k.MODEL],
                      p[k.ROWS], p[k.COLUMNS], space, (plane, row), tokens, 0, to_by)  # fmt: skip
         return
     stem = space[p[k.CHANNELS] * plane + 4 * p[k.STRIDE] * WIDTH :]
@@ -207,13 +123,13 @@ def _tokens(p, own, w, images, at, lanes, space, tokens):
     down = (p[k.STEM_ROWS] + 2 * rim) * across
     if rim:
         fill(stem, 0, p[k.STEM] * down // WIDTH, ZERO)
-    _convolution(w, own[STEM_AT], own[STEM_BIAS_AT], p[k.CHANNELS], p[k.KERNEL], p[k.STRIDE], p[k.STEM],
+    convolve(w, own[STEM_AT], own[STEM_BIAS_AT], p[k.CHANNELS], p[k.KERNEL], p[k.STRIDE], p[k.STEM],
                  p[k.STEM_ROWS], p[k.STEM_COLUMNS], space, (plane, row), stem, rim * across + rim * WIDTH,
                  (down, across))  # fmt: skip
     for i in range(0, p[k.STEM] * down, WIDE):  # the rim stays zero
         value = load_wide(stem, i)
         store(stem, i, value * sigmoid(value))
-    _convolution(w, own[TOKENS_AT], own[TOKENS_BIAS_AT], p[k.STEM], p[k.KERNEL_2], p[k.STRIDE_2], p[k.MODEL],
+    convolve(w, own[TOKENS_AT], own[TOKENS_BIAS_AT], p[k.STEM], p[k.KERNEL_2], p[k.STRIDE_2], p[k.MODEL],
                  p[k.ROWS], p[k.COLUMNS], stem, (down, across), tokens, 0, to_by)  # fmt: skip
 
 

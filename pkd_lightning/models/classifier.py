@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from pkd_lightning.checks import Faults, unknown_keys
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.kernels.scan import takes
 from pkd_lightning.kernels.scan.order import Order
 from pkd_lightning.models.building import ImageShape, InputShape, import_part
-from pkd_lightning.models.mamba import Mamba
+from pkd_lightning.models.mamba import Mamba, rms_weight
 from pkd_lightning.models.mixers import MAMBA, build_mixer, in_order
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
 from pkd_lightning.models.tokens import (
@@ -23,7 +24,8 @@ from pkd_lightning.models.tokens import (
     possible_lengths,
 )
 
-GRID = 2  # the `grid` head averages the tokens over a GRID x GRID raster
+CELLS: dict[Head, int] = {"mean": 1, "grid": 2}  # on each side, over which these heads average
+GRID = CELLS["grid"]  # the `grid` head averages the tokens over a GRID x GRID raster
 # in which orders the blocks read the tokens' raster, one block after another: (by columns, backwards)
 ORDERS: dict[Direction, tuple[tuple[bool, bool], ...]] = {
     "forward": ((False, False),),
@@ -297,8 +299,20 @@ class MambaClassifier(nn.Module):
         tokens, orders = self.tokens(images), ORDERS[self.config.direction]
         for i in range(self.config.n_blocks):
             tokens = self.blocks[i % len(self.blocks)](tokens, self.tokens.grid, *orders[i % len(orders)])
-        logits: Tensor = self.head(self._pool(self.norm(tokens)))
+        pooled = self._fused_pool(tokens)
+        logits: Tensor = self.head(self._pool(self.norm(tokens)) if pooled is None else pooled)
         return logits
+
+    def _fused_pool(self, tokens: Tensor) -> Tensor | None:
+        """The last norm and `_pool` by one kernel; None where there is none for it, or a call of the norm does more."""
+        weight = rms_weight(self.norm, self.config.d_model) if self.config.head in CELLS else None
+        if weight is None or torch.is_autocast_enabled("cpu"):
+            return None
+        if not takes(tokens, *(x for x in weight if x is not None)):
+            return None
+        from pkd_lightning.kernels.pool import pool_cpu  # numba takes a second to import
+
+        return pool_cpu(tokens, *weight, self.tokens.grid, CELLS[self.config.head])
 
     def _pool(self, tokens: Tensor) -> Tensor:
         if self.config.head == "flatten":

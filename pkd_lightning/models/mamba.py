@@ -45,6 +45,19 @@ def own_weights(layer: Any, kind: type[nn.Module]) -> tuple[Tensor, Tensor | Non
     return weight, bias
 
 
+def rms_weight(norm: nn.Module, channels: int) -> tuple[Tensor | None] | None:
+    """(weight,) of an RMS norm over `channels` as torch has it by default, or (None,) where there is no norm.
+
+    None where a call of the norm does more, or something else.
+    """
+    if only_forward(norm, nn.Identity):
+        return (None,)
+    own = own_weights(norm, nn.RMSNorm)
+    if own is None or norm.eps is not None or norm.normalized_shape != (channels,):
+        return None
+    return (own[0],)
+
+
 class MambaState(NamedTuple):
     """Between two steps of a block.
 
@@ -128,14 +141,10 @@ class Mamba(nn.Module):
         """
         if not self.fused or not only_forward(self, Mamba) or "mix" in self.__dict__:
             return None
-        scale = None
-        if not only_forward(norm, nn.Identity):
-            own = own_weights(norm, nn.RMSNorm)
-            if own is None or norm.eps is not None or norm.normalized_shape != (self.d_model,):
-                return None
-            scale = own[0]
-        weights = self.plain_weights()
-        return None if weights is None else fused_residual_block(tokens, weights, scale, order, residual)
+        scale, weights = rms_weight(norm, self.d_model), self.plain_weights()
+        if scale is None or weights is None:
+            return None
+        return fused_residual_block(tokens, weights, *scale, order, residual)
 
     def visible(self, tokens: Tensor) -> Tensor:
         """What fvcore sees of a block: `in_proj`. mamba_ssm fuses all else into one kernel. Shapes as in `forward`."""

@@ -131,16 +131,22 @@ def fused_residual_block(
     Arguments and result: see `mamba_block_cpu`.
     """
     given = (tokens, *weights) if norm is None else (tokens, *weights, norm)
-    if _traced(*given) or is_tracing() or {(x.dtype, x.device.type) for x in given} != {(torch.float32, "cpu")}:
+    if not takes(*given):
         return None
     if tokens.ndim != 3 or (order.columns and order.rows * order.columns != tokens.shape[1]):
         return None  # what is called instead says what is wrong
-    d_inner, d_state = weights[6].shape
-    if _choose(None, "cpu", d_state) != "cpu" or not _fuses(d_inner, tokens.shape[0]):
+    if not _fuses(weights[6].shape[0], tokens.shape[0]):
         return None
     from pkd_lightning.kernels.scan.block import mamba_block_cpu as block
 
     return block(tokens, *weights, norm=norm, order=order, residual=residual)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether kernels of the CPU may compute with these: float32 in its memory, not traced, no other backend chosen."""
+    if _traced(*tensors) or is_tracing() or {(x.dtype, x.device.type) for x in tensors} != {(torch.float32, "cpu")}:
+        return False
+    return _choose(None, "cpu", 1) == "cpu"
 
 
 def _fuses(d_inner: int, batch: int) -> bool:
