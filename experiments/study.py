@@ -35,16 +35,16 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from experiments.launching import Launcher
 from experiments.plan import COMPOSITION, KEEP, Job, Study, option_faults, read_study
 from pkd_lightning.checkpoint import read_json, write_json
 from pkd_lightning.checks import suggest
-from pkd_lightning.commands import spare_terminal
+from pkd_lightning.commands import end_with_reader, spare_terminal
 from pkd_lightning.errors import ConfigError, PKDError, RunError
 from pkd_lightning.process import stopped_by_signals
+from pkd_lightning.reporting.table import TableConsole
 from pkd_lightning.reporting.values import duration, number, percent
 from pkd_lightning.run import _job
 from pkd_lightning.rundir import RunDirectory
@@ -175,7 +175,7 @@ def print_states(study: Study, runs: Path) -> None:
         table.add_column(head, justify="left" if head in ("run", "state") else "right", no_wrap=True)
     for job in study.jobs:
         table.add_row(job.name, *state(job, runs))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    TableConsole(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def state(job: Job, runs: Path) -> list[str]:
@@ -287,4 +287,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     from experiments import study  # launchers send its functions to other processes by the name of their module
 
-    sys.exit(study.main())
+    with end_with_reader():
+        sys.exit(study.main())

@@ -97,7 +97,7 @@ def test_an_ensemble_is_loaded_and_asked_without_what_training_needs() -> None:
 def unread(*arguments: str) -> tuple[int, str]:
     """Exit code and stderr of the command line where nobody reads its stdout."""
     command = [sys.executable, "-m", "pkd_lightning.run", *arguments]
-    whole = {**os.environ, "PYTHONPATH": str(ROOT)}
+    whole = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}  # print keeps what it has, as for users
     process = subprocess.Popen(command, env=whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -109,7 +109,7 @@ def unread(*arguments: str) -> tuple[int, str]:
 
 def test_what_nobody_reads_on_ends_quietly(tmp_path: Path) -> None:
     tiny_run(tmp_path)
-    for arguments in (["--help"], [*TINY, f"run_root={tmp_path}"]):
+    for arguments in (["--help"], ["list", str(tmp_path)], [*TINY, f"run_root={tmp_path}"]):
         assert unread(*arguments) == (128 + signal.SIGPIPE, ""), arguments
 
 

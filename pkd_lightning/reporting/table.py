@@ -29,6 +29,14 @@ from pkd_lightning.reporting.values import (
 NOTHING = "–"  # noqa: RUF001  (an en dash: the cell has no meaning in this row)
 
 
+class TableConsole(Console):
+    """A console that leaves it to `commands.end_with_reader` where its reader, such as `head`, has ended."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again, in place of rich's exit code 1."""
+        raise  # rich calls this while it handles the error
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of the table.
@@ -147,7 +155,7 @@ def print_table(results: Row, console: Console | None = None) -> None:
         results: the content of `results.json`.
         console: where to print; a new one on standard output by default.
     """
-    console = console or Console()
+    console = console or TableConsole()
     rows = student_rows(results)
     teacher = teacher_row(results)
     columns = _fitting([*rows, teacher], console.width)

@@ -14,7 +14,6 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +23,7 @@ from pkd_lightning.errors import PKDError, RunError
 from pkd_lightning.reporting.files import read_plain
 from pkd_lightning.reporting.grouping import flat_settings, within
 from pkd_lightning.reporting.load import find_run_directories, results_so_far
+from pkd_lightning.reporting.table import TableConsole
 from pkd_lightning.reporting.values import percent, validation_of
 from pkd_lightning.rundir import OVERRIDES, VOLATILE, held
 from pkd_lightning.sweeps.records import Job, find_sweeps, pair, words
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own = words(dict(map(pair, (setting for setting in row.settings if setting not in shared))))
         table.add_row(*map(Text, (row.name, own, row.state, row.validation, row.age)))
     # in a pipe, which has no width, a row is a line
-    console = Console(width=None if sys.stdout.isatty() else 400)
+    console = TableConsole(width=None if sys.stdout.isatty() else 400)
     console.print(table)
     if shared:
         console.print(Text(f"set in all: {' '.join(shared)}"), soft_wrap=True)

@@ -15,6 +15,7 @@ from pkd_lightning.checkpoint import atomic_write
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting import page, style
 from pkd_lightning.reporting.grouping import short_keys, within
+from pkd_lightning.reporting.table import TableConsole
 from pkd_lightning.reporting.values import MISSING, count, duration, engineering, number, percent
 from pkd_lightning.rundir import VOLATILE
 from pkd_lightning.sweeps.figures import front_figure, swept_figures
@@ -223,7 +224,7 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
     """The table of settings where there are several seeds, else of jobs; what failed; what was chosen."""
-    console = console or Console()
+    console = console or TableConsole()
     title, head, rows, text = next(table for table in tables(summary) if table[0] in (SETTINGS, JOBS))
     if title == JOBS:
         head, rows = head[:-1], [row[:-1] for row in rows]  # without directories, which are long
