@@ -18,7 +18,17 @@ from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.inputs import Inputs
 from pkd_lightning.models.building import InputShape, Trust, brief, build_classifier, import_model, path_of, trusting
 from pkd_lightning.parallel import Parallel, packed
-from pkd_lightning.predicting import Limits, Pace, Prediction, as_sure_as, member_macs, predict, prefixes, stream
+from pkd_lightning.predicting import (
+    Limits,
+    Pace,
+    Prediction,
+    as_sure_as,
+    largest_prefix,
+    member_macs,
+    predict,
+    prefixes,
+    stream,
+)
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.tasks import ImageClassification, Task
 
@@ -210,17 +220,10 @@ class ProgressiveEnsemble(nn.Module):
         return last.logits, last.students
 
     def largest_prefix(self, costs: Sequence[float], budget: float) -> int:
-        """The number of students of the largest prefix whose summed `costs` (one a student) stay within `budget`.
-
-        Raises:
-            ValueError: where not even the first student does, or there are not as many costs as students.
-        """
+        """See `predicting.largest_prefix`; it is a ValueError, too, where there are not as many costs as students."""
         if len(costs) != len(self):
             raise ValueError(f"{len(costs)} costs for {len(self)} students")
-        count = sum(total <= budget for total in itertools.accumulate(costs))
-        if count == 0:
-            raise ValueError(f"a budget of {budget:g} does not pay for the first student, which costs {costs[0]:g}")
-        return count
+        return largest_prefix(costs, budget)
 
     def _count(self, members: int | None) -> int:
         if members is None:

@@ -79,12 +79,19 @@ class Limits:
             raise InputError(
                 f"budget_macs={self.budget_macs:g}: the multiply-accumulates of these students cannot be counted"
             )
-        count = sum(total <= self.budget_macs for total in accumulate(macs))
-        if count == 0:
-            raise InputError(
-                f"budget_macs={self.budget_macs:g}: does not pay for the first student, which costs {macs[0]:,}"
-            )
-        return count
+        return largest_prefix(macs, self.budget_macs, "budget_macs")
+
+
+def largest_prefix(costs: Sequence[float], budget: float, name: str = "budget") -> int:
+    """The number of students of the largest prefix whose summed `costs` (one a student) stay within `budget`.
+
+    Raises:
+        InputError: where not even the first student does, giving the budget this `name`.
+    """
+    count = sum(total <= budget for total in accumulate(costs))
+    if count == 0:
+        raise InputError(f"{name}={budget:g}: does not pay for the first student, which costs {costs[0]:,}")
+    return count
 
 
 @dataclass(frozen=True, eq=False)

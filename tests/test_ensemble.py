@@ -204,8 +204,10 @@ def test_largest_prefix_within_a_budget(budget, count):
 
 
 def test_a_budget_below_the_first_student():
-    with pytest.raises(ValueError, match=r"9 does not pay .* costs 10"):
+    with pytest.raises(ValueError, match=r"budget=9: does not pay .* costs 10"):
         make().largest_prefix([10, 1, 1, 1], 9)
+    with pytest.raises(ValueError, match="3 costs for 4 students"):
+        make().largest_prefix([10, 1, 1], 9)
 
 
 def test_largest_prefix_counts_millions_exactly():
