@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.export import FORMATS, export
-from pkd_lightning.export.facts import Job
+from pkd_lightning.export.facts import Job, facts_of
 from pkd_lightning.export.plain import scan
 from pkd_lightning.tasks import ImageClassification
 from tests.test_export import SCALES, Own, agrees, inputs_of, seeded, small, task_of, usable
@@ -93,6 +93,24 @@ def test_students_of_any_kind_are_traced(format: str, tmp_path: Path) -> None:
     done = export(ensemble, format, tmp_path)
     with FORMATS[format].opened(done.path, Job(ensemble, done.facts, done.path)) as call:
         agrees(ensemble, call, inputs_of((1, 8, 8)))
+
+
+def test_a_file_says_what_each_prefix_costs_where_students_read_earlier_ones() -> None:
+    own = 64 * 5 + 5 * 3, 64 * 3
+    members = [Own((1, 8, 8), 3, 5), Reader(), Own((1, 8, 8), 3, 5)]
+    ensemble = ProgressiveEnsemble(members, SCALES[:3], task_of((1, 8, 8), 3)).eval()
+    assert facts_of(ensemble, "x", "uint8").macs == [own[0], sum(own), 2 * own[0] + own[1]]  # each is asked once
+
+
+def test_what_cannot_be_counted_is_said_and_none(caplog: pytest.LogCaptureFixture) -> None:
+    class Uncounted(Own):
+        def __deepcopy__(self, memo: object) -> "Uncounted":
+            raise RuntimeError("no copies")
+
+    members = [Own((1, 8, 8), 3, 5), Uncounted((1, 8, 8), 3, 5)]
+    ensemble = ProgressiveEnsemble(members, SCALES[:2], task_of((1, 8, 8), 3)).eval()
+    assert facts_of(ensemble, "x", "uint8").macs == [None, None]
+    assert caplog.messages == ["the students' multiply-accumulates cannot be counted (RuntimeError: no copies)"]
 
 
 class Undecided(nn.Module):

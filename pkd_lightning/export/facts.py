@@ -1,20 +1,16 @@
 """What an exported file says of itself: name, sizes, labels, costs, versions."""
 
 import json
-import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 
 from pkd_lightning import __version__
-from pkd_lightning.cost import total_macs
-from pkd_lightning.earlier import following, reads
 from pkd_lightning.ensemble import ProgressiveEnsemble
-from pkd_lightning.models.building import Trust, brief
-
-logger = logging.getLogger(__name__)
+from pkd_lightning.models.building import Trust
 
 
 @dataclass(frozen=True)
@@ -28,8 +24,8 @@ class Facts:
         input_type: `uint8` or `float32`.
         labels: the label in the data set of each output.
         classes: its name, where the data set names its classes.
-        macs: multiply-accumulates of the first 1, 2, ... members for one input, see `cost.Cost.macs_total`; None where
-            they cannot be counted.
+        macs: multiply-accumulates of the first 1, 2, ... members for one input, see `cost.Cost.macs_total`; each None
+            where those of one member cannot be counted.
         params: parameters of each member.
         versions: of the packages the file was made with.
     """
@@ -80,16 +76,7 @@ def facts_of(ensemble: ProgressiveEnsemble, name: str, input_type: str, packages
         packages: those the format needs, besides torch.
     """
     task, members = ensemble.task, list(ensemble.members)
-    macs: list[int | None] = []
-    for t, member in enumerate(members):
-        try:
-            own = total_macs(following(member, members[:t]), task.input_shape)
-        except Exception as error:  # whatever the counter or the user's model raises inside of it
-            logger.warning("member %d: its multiply-accumulates cannot be counted (%s)", t + 1, brief(error))
-            macs.append(None)
-            continue
-        before = 0 if t == 0 or reads(member) else macs[-1]  # of one that reads, the whole prefix must run
-        macs.append(None if before is None else before + own)
+    macs: list[int | None] = [None] * len(members) if ensemble.macs is None else [*accumulate(ensemble.macs)]
     return Facts(
         name=name,
         members=len(members),
