@@ -23,7 +23,10 @@ FLOORS = (
     ("from a configuration to checked parts", ("experiment", "trial")),
     ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),
-    ("a teacher, an ensemble", ("teacher", "shared_teacher", "ensemble", "parallel", "compiled", "packing", "exits")),
+    (
+        "a teacher, an ensemble",
+        ("teacher", "shared_teacher", "ensemble", "saved", "parallel", "compiled", "packing", "exits"),
+    ),
     (
         "one fit, its weights and costs",
         ("fitting", "fit_checkpoint", "fit_module", "processes", "weights", "cost", "predicting", "trainer"),

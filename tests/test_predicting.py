@@ -16,10 +16,11 @@ from pkd_lightning import predicting
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.data.sets import LabelledSet
-from pkd_lightning.ensemble import PRETRAINED, ProgressiveEnsemble
+from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import DataError, InputError, RunError
 from pkd_lightning.outputs import Output
 from pkd_lightning.predicting import Limits, Pace, Prediction
+from pkd_lightning.saved import PRETRAINED
 from pkd_lightning.tasks import ImageClassification, SignalClassification
 from tests.support import patterns, tiny_run
 

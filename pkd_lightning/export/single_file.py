@@ -15,11 +15,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import HASH, content_hash, read_json, weights_of
-from pkd_lightning.ensemble import ProgressiveEnsemble, describe
+from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.export.facts import Job
 from pkd_lightning.models.building import path_of
 from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig
+from pkd_lightning.saved import describe
 
 
 def write(job: Job, path: Path) -> None:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 from torch import nn
 
 from pkd_lightning.checks import suggest
-from pkd_lightning.ensemble import PRETRAINED, ProgressiveEnsemble, load_student, pretrained_names
+from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.saved import PRETRAINED, load_student, pretrained_names
 
 FOLDER = PRETRAINED
 
