@@ -23,14 +23,16 @@ def pretrained_names() -> list[str]:
 
 
 def folder_of(place: Path | str) -> Path:
-    """The folder of the students at a path, the file of an export, or the folder of a pretrained ensemble's name.
+    """The folder of an ensemble's students: of a run, by its path or theirs; of a name among the pretrained ones.
+
+    The file of an export is such a folder itself, see `checkpoint`.
 
     Raises:
         RunError: where there is neither.
     """
     path = Path(place).expanduser()
     names = pretrained_names()
-    if path.is_file():  # an export's, which stands for its folder
+    if path.is_file():
         return path
     if path.exists():
         for folder in (path, path / "students"):

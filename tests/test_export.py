@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pkd_lightning.export as exporting
 from pkd_lightning import pretrained
+from pkd_lightning.checkpoint import read_json
 from pkd_lightning.data.digits import load_digits
 from pkd_lightning.data.idx import load_mnist
 from pkd_lightning.data.module import DataConfig, DataModule
@@ -295,7 +296,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_run_is_named_with_the_nearest_pretrained_one() -> None:
-    with pytest.raises(RunError, match=r"mnits: no such run; pretrained ones are mnist\. Did you mean 'mnist'"):
+    with pytest.raises(RunError, match=r"mnits: there is no such path.*those are: mnist\. Did you mean 'mnist'"):
         export("mnits", "safetensors")
 
 
@@ -360,6 +361,19 @@ def test_a_run_is_checked_on_its_own_test_images(run: Path, tmp_path: Path, capl
     assert "checked on random inputs" in caplog.text
     config.write_text("data: {source: {_target_: pkd_lightning.data.digits.load_digits}, root: null}")
     assert inputs_to_check(task_of((1, 9, 8), 10), tmp_path, None).shape[1:] == (1, 9, 8)
+
+
+def test_the_folder_of_a_runs_students_stands_for_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(exporting, "inputs_to_check", lambda task, *given: asked.append(given) or inputs_of((1, 8, 8)))
+    (tmp_path / "link").symlink_to(run)
+    for i, place in enumerate((run, run / "students", tmp_path / "link")):
+        done = export(place, "safetensors", tmp_path / str(i))
+        assert done.path.name == f"digits-{run.name}.safetensors"
+        assert read_json(done.path / "00.json") == read_json(run / "students" / "00.json")
+    assert asked == [(run.resolve(), None)] * 3
 
 
 def test_given_images_are_those_it_is_checked_on(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pkd_lightning import pretrained
 from pkd_lightning.checkpoint import atomic_write
 from pkd_lightning.checks import suggest
 from pkd_lightning.ensemble import ProgressiveEnsemble
@@ -24,6 +23,7 @@ from pkd_lightning.export import c_source, onnx_file, single_file, traced
 from pkd_lightning.export.facts import Facts, Job, facts_of
 from pkd_lightning.export.inputs import dtype_of, inputs_to_check
 from pkd_lightning.models.building import Trust
+from pkd_lightning.saved import folder_of
 
 __all__ = ["FORMATS", "Exported", "export"]
 
@@ -115,14 +115,15 @@ def export(
     missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise RunError(f"--format {format} needs {', '.join(missing)}: pip install 'pkd-lightning[export]'")
-    source = None if isinstance(ensemble, ProgressiveEnsemble) else find(ensemble)
-    loaded = ensemble if isinstance(ensemble, ProgressiveEnsemble) else ProgressiveEnsemble.load(str(source), trust)
+    source = None if isinstance(ensemble, ProgressiveEnsemble) else folder_of(ensemble).resolve()
+    loaded = ensemble if isinstance(ensemble, ProgressiveEnsemble) else ProgressiveEnsemble.load(ensemble, trust)
+    run = source.parent if source is not None and source.name == "students" else source
     prefix = prefix_of(loaded, members)
-    name = name or ("ensemble" if source is None else name_of(source))
+    name = name or ("ensemble" if run is None else name_of(run))
     path = Path(out) / f"{name}{'' if len(prefix) == len(loaded) else f'-{len(prefix)}'}{kind.suffix}"
     if path.exists() and not force:
         raise RunError(f"{path}: is there already; --force replaces it, --out names another folder")
-    inputs = inputs_to_check(prefix.task, source, images)
+    inputs = inputs_to_check(prefix.task, run, images)
     facts = facts_of(prefix, name, str(dtype_of(prefix.task)).removeprefix("torch."), kind.packages)
     job = Job(prefix, facts, path, source, trust)
     differences: list[float] = []
@@ -142,25 +143,10 @@ def export(
     return Exported(path, facts, max(differences, default=None))
 
 
-def find(run: Path | str) -> Path:
-    """Where a run lies, by its path or by the name of a pretrained one.
-
-    Raises:
-        RunError: where there is none.
-    """
-    if Path(run).exists():
-        return Path(run).resolve()
-    known = pretrained.names()
-    if str(run) in known:
-        return pretrained.FOLDER / str(run)
-    raise RunError(f"{run}: no such run; pretrained ones are {', '.join(known)}.{suggest(str(run), known)}")
-
-
-def name_of(source: Path) -> str:
+def name_of(run: Path) -> str:
     """A name for the files of a run: its experiment and hash, or that of its folder or file."""
-    if source.is_file():
-        return source.stem
-    run = source.parent if source.name == "students" else source
+    if run.is_file():
+        return run.stem
     return f"{run.parent.name}-{run.name}" if (run / "config.yaml").exists() else run.name
 
 

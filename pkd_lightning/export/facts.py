@@ -55,7 +55,7 @@ class Job:
         ensemble: all of its members.
         facts: of it.
         path: of the file in the end; it is written under another name.
-        source: what the ensemble was loaded from, as for `ProgressiveEnsemble.load`; None where it was given.
+        source: the folder of its students, or the file, that it was loaded from; None where it was given.
         trust: what it was loaded with.
     """
 

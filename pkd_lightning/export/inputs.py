@@ -32,12 +32,12 @@ def dtype_of(task: Task) -> torch.dtype:
     return torch.float32 if isinstance(task, SignalClassification) else torch.uint8
 
 
-def inputs_to_check(task: Task, source: Path | None, images: Path | None) -> Tensor:
+def inputs_to_check(task: Task, run: Path | None, images: Path | None) -> Tensor:
     """Raw inputs (N, *input_shape) to check an exported file on.
 
     Args:
         task: of the ensemble.
-        source: the run, whose own data is taken where it is at hand; else inputs are drawn at random.
+        run: the run, whose own data is taken where it is at hand; else inputs are drawn at random.
         images: a .npy file of inputs to take instead.
 
     Raises:
@@ -45,7 +45,7 @@ def inputs_to_check(task: Task, source: Path | None, images: Path | None) -> Ten
     """
     if images is not None:
         return _from_file(task, images)
-    found = None if source is None else _of_run(source, tuple(task.input_shape))
+    found = None if run is None else _of_run(run, tuple(task.input_shape))
     if found is not None and found.dtype == dtype_of(task):
         return found[torch.linspace(0, len(found) - 1, min(CHECKED, len(found))).long()].contiguous()
     logger.warning("checked on random inputs: the run's own data is not at hand (--images FILE.npy names others)")
@@ -67,9 +67,9 @@ def _from_file(task: Task, path: Path) -> Tensor:
     return values
 
 
-def _of_run(source: Path, shape: tuple[int, ...]) -> Tensor | None:
+def _of_run(run: Path, shape: tuple[int, ...]) -> Tensor | None:
     """The test part of a run's data, of `shape` each, where it can be had without a download."""
-    for load, root in _places(source):
+    for load, root in _places(run):
         try:
             data = load(root)
         except DataError:
@@ -80,14 +80,14 @@ def _of_run(source: Path, shape: tuple[int, ...]) -> Tensor | None:
     return None
 
 
-def _places(source: Path) -> Iterator[tuple[Load, Path | None]]:
+def _places(run: Path) -> Iterator[tuple[Load, Path | None]]:
     """The package's own functions that may load the data of a run, each with where it may lie."""
-    if source.parent == pretrained.FOLDER:
+    if run.parent == pretrained.FOLDER.resolve():
         path, root = None, None
-        load = FETCHED.get(source.name)
+        load = FETCHED.get(run.name)
     else:
         try:
-            data = OmegaConf.load(source / "config.yaml").data
+            data = OmegaConf.load(run / "config.yaml").data
             path, root = str(data.source._target_), data.get("root")
         except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
             return

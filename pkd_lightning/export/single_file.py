@@ -54,10 +54,7 @@ def opened(path: Path, job: Job) -> Iterator[Callable[[Tensor, int], Tensor]]:
 def _description(job: Job, t: int, member: nn.Module) -> Mapping[str, Any]:
     """What builds a student: as the run's folder has it, or of one of our classifiers by its options."""
     if job.source is not None:
-        folder = job.source
-        if not folder.is_file() and not (folder / "ensemble.json").exists():
-            folder = folder / "students"
-        description: Mapping[str, Any] = read_json(folder / f"{t:02d}.json")
+        description: Mapping[str, Any] = read_json(job.source / f"{t:02d}.json")
         return description
     if type(member) is not MambaClassifier:
         raise ConfigError(
