@@ -452,6 +452,59 @@ def test_curves_are_those_of_policies_calibrated_on_validation(monkeypatch):
     json.dumps(found, allow_nan=False)
 
 
+@pytest.fixture
+def finished(tmp_path):
+    """A run's directory, as far as its early exits go, and logits of its validation rows."""
+    (held, held_labels), (fresh, labels) = prefixes(300), prefixes(500, seed=1)
+    found = exit_results(observed(held, held_labels), observed(fresh, labels), MACS, CLASSES, seed=0)
+    (tmp_path / "students").mkdir()
+    (tmp_path / "students" / "ensemble.json").write_text(json.dumps({"num_classes": CLASSES}))
+    (tmp_path / "results.json").write_text(json.dumps({"exits": found}))
+    return tmp_path, held
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.8])
+@pytest.mark.parametrize("choose", CHOICES)
+@pytest.mark.parametrize("rule", SIMPLE, ids=lambda rule: rule.name)
+def test_what_a_run_has_calibrated_is_loaded_by_its_directory(finished, rule, choose, budget):
+    directory, held = finished
+    choice = "budgeted" if choose is budgeted_thresholds else "one_threshold"
+    policy, expected = (
+        ExitPolicy.of_run(directory, rule.name, budget, choice),
+        calibrate(rule, held, MACS, 10_000 * budget, choose),
+    )
+    assert policy.rule is rule
+    for name in ("thresholds", "macs", "num_classes", "budget", "mean_macs"):
+        assert getattr(policy, name) == pytest.approx(getattr(expected, name))
+    assert torch.equal(policy.apply(held).used, expected.apply(held).used)
+    if (rule, choose, budget) == (MAXIMUM, budgeted_thresholds, 0.25):
+        assert ExitPolicy.of_run(str(directory)).thresholds == policy.thresholds
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rule": "learned"}, "rule='learned': must be one of maximum, margin, entropy, patience"),
+        ({"choice": "both"}, "choice='both': must be one of budgeted, one_threshold"),
+        ({"budget": 0.3}, "budget=0.3: must be one of 0.1, 0.15, 0.25, 0.4, 0.6, 0.8"),
+        ({"budget": 2_500}, "budget=2500: must be"),
+    ],
+)
+def test_thresholds_that_a_run_has_not_are_named(finished, given, said):
+    with pytest.raises(ConfigError, match=said):
+        ExitPolicy.of_run(finished[0], **given)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"exits": {"rules": {}, "prefix_macs": [1, 2]}}', '{"exits": null}'])
+def test_results_without_early_exits_are_named(finished, content):
+    (finished[0] / "results.json").write_text(content)
+    with pytest.raises(RunError, match=r"results\.json: has no early exits"):
+        ExitPolicy.of_run(finished[0])
+    (finished[0] / "results.json").unlink()
+    with pytest.raises(RunError, match=r"results\.json: cannot be read"):
+        ExitPolicy.of_run(finished[0])
+
+
 def test_labels_of_the_test_part_change_accuracies_alone():
     (held, held_labels), (fresh, labels) = prefixes(300), prefixes(500, seed=1)
     one = exit_results(observed(held, held_labels), observed(fresh, labels), MACS, CLASSES, seed=0)

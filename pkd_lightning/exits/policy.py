@@ -19,6 +19,7 @@ from pkd_lightning.exits.calibration import (
     mean_cost,
     students_used,
 )
+from pkd_lightning.exits.curves import CHOICES
 from pkd_lightning.exits.learned import LearnedExit
 from pkd_lightning.exits.rules import SIMPLE, Rule, State, scores_of
 
@@ -149,7 +150,7 @@ class ExitPolicy:
         path = Path(directory) / f"{name}.json"
         given = read_json(path)
         try:
-            thresholds = tuple(math.inf if value is None else float(value) for value in given["thresholds"])
+            thresholds = _thresholds(given)
             rule = _rule_of(given, len(thresholds), path.with_name(f"{name}.safetensors"))
             macs = tuple(map(int, given["macs"]))
             numbers = float(given["budget"]), float(given["mean_macs"])
@@ -158,6 +159,41 @@ class ExitPolicy:
             raise RunError(f"{path}: {'; '.join(error.faults)}") from error
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise RunError(f"{path}: does not describe an early exit ({error!r})") from error
+
+    @classmethod
+    def of_run(
+        cls, run: Path | str, rule: str = "maximum", budget: float = 0.25, choice: str = "budgeted"
+    ) -> "ExitPolicy":
+        """What a finished run has calibrated on its validation rows, and reports in its results.json.
+
+        Args:
+            run: its directory.
+            rule: `maximum`, `margin`, `entropy` or `patience`. A learned exit is not kept: see `learn`.
+            budget: one of those in results.json, as a part of the whole ensemble's multiply-accumulates.
+            choice: of thresholds, `budgeted` or `one_threshold`.
+
+        Raises:
+            ConfigError: where there are no such thresholds, naming those there are.
+            RunError: where results.json is missing or damaged, or has no early exits.
+        """
+        path = Path(run) / "results.json"
+        results, ensemble = read_json(path), read_json(Path(run) / "students" / "ensemble.json")
+        known, faults = {one.name: one for one in SIMPLE}, list[str]()
+        try:
+            macs, classes = tuple(map(int, results["exits"]["prefix_macs"])), int(ensemble["num_classes"])
+            found = {name: results["exits"]["rules"][name] for name in known}
+            for name, value, allowed in (("rule", rule, known), ("choice", choice, CHOICES)):
+                if value not in allowed:
+                    faults.append(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+            points = {} if faults else {point["budget"]: point for point in found[rule][choice]}
+            if not faults and budget not in points:
+                faults.append(f"budget={budget:g}: must be one of {', '.join(f'{one:g}' for one in points)}")
+            if faults:
+                raise ConfigError(faults)
+            point = points[budget]
+            return cls(known[rule], _thresholds(point), macs, classes, budget * macs[-1], point["validation_macs"])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RunError(f"{path}: has no early exits, or not as this version writes them ({error!r})") from error
 
 
 @torch.no_grad()
@@ -198,6 +234,11 @@ def _macs_faults(macs: Sequence[int]) -> list[str]:
     if macs and macs[0] > 0 and list(macs) == sorted(macs):
         return []
     return [f"macs={list(macs)}: must be those of growing prefixes, above 0 and not falling"]
+
+
+def _thresholds(given: Any) -> Thresholds:
+    """Those of a saved policy or of results.json."""
+    return tuple(math.inf if value is None else float(value) for value in given["thresholds"])
 
 
 def _rule_of(given: Any, prefixes: int, weights: Path) -> Rule:
