@@ -15,9 +15,14 @@ from pkd_lightning.kernels.scan.states import CHUNK
 from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier
 from pkd_lightning.models.mamba import Mamba, only_forward, own_weights
+from pkd_lightning.models.options import Norm
 from pkd_lightning.models.tokens import ConvolutionTokens, PatchTokens, PixelTokens
 
-NORMS = {nn.Identity: k.NO_NORM, nn.RMSNorm: k.RMS, nn.LayerNorm: k.LAYER}
+NORMS: dict[Norm, tuple[type[nn.Module], int]] = {
+    "none": (nn.Identity, k.NO_NORM),
+    "rms": (nn.RMSNorm, k.RMS),
+    "layer": (nn.LayerNorm, k.LAYER),
+}
 HEADS = {"flatten": k.FLATTEN, "mean": k.MEAN, "grid": k.GRID}
 WORKED = k.STEPS + k.AT_ONCE  # rows of a chunk's buffers
 
@@ -62,10 +67,11 @@ def plan_of(student: nn.Module, shape: ImageShape, weights: Weights) -> tuple[li
     plan[k.ROWS], plan[k.COLUMNS] = tokens.grid
     plan[k.MODEL], plan[k.MODEL_V] = config.d_model, vectors(config.d_model)
     room = max(_plan_tokens(plan, tokens, weights), _plan_head(plan, student, weights))
-    plan[k.NORM], plan[k.RESIDUAL], plan[k.BLOCKS] = NORMS[type(student.norm)], config.residual, config.n_blocks
-    plan[k.LAST_NORM_AT], plan[k.EPSILON_AT] = _norm(student.norm, weights)
+    kind, plan[k.NORM] = NORMS[config.norm]
+    plan[k.RESIDUAL], plan[k.BLOCKS] = config.residual, config.n_blocks
+    plan[k.LAST_NORM_AT], plan[k.EPSILON_AT] = _norm(student.norm, kind, weights)
     zeros = weights.add(torch.zeros(max(_widest(block) for block in student.blocks)))
-    blocks = [_plan_block(plan, block, zeros, weights) for block in student.blocks]  # type: ignore[arg-type]
+    blocks = [_plan_block(plan, block, kind, zeros, weights) for block in student.blocks]  # type: ignore[arg-type]
     orders = ORDERS[config.direction]
     for i in range(config.n_blocks):
         own, needed = blocks[i % len(blocks)]
@@ -93,14 +99,18 @@ def _convolution(layer: nn.Module, weights: Weights) -> tuple[int, int]:
     weight, bias = _layer(layer, nn.Conv2d)
     if bias is None:
         raise ValueError("a Conv2d without a bias")
+    assert isinstance(layer, nn.Conv2d)
+    square = all(len(set(sides)) == 1 for sides in (layer.kernel_size, layer.stride, layer.padding))
+    if not square or (layer.dilation, layer.groups, layer.padding_mode) != ((1, 1), 1, "zeros"):
+        raise ValueError("a Conv2d that is not as it was built")
     return weights.add(weight.permute(2, 3, 1, 0)), weights.add(bias)
 
 
-def _norm(norm: nn.Module, weights: Weights) -> tuple[int, int]:
+def _norm(norm: nn.Module, kind: type[nn.Module], weights: Weights) -> tuple[int, int]:
     """Where the weight of a norm, then its bias, and its epsilon begin."""
-    if only_forward(norm, nn.Identity):
+    if kind is nn.Identity and only_forward(norm, kind):
         return 0, 0
-    weight, bias = _layer(norm, nn.RMSNorm if isinstance(norm, nn.RMSNorm) else nn.LayerNorm)
+    weight, bias = _layer(norm, kind)
     begin = weights.add(weight)
     weights.add(torch.zeros_like(weight) if bias is None else bias)
     epsilon = torch.finfo(weight.dtype).eps if norm.eps is None else norm.eps
@@ -115,7 +125,7 @@ def _plan_tokens(plan: list[int], tokens: nn.Module, weights: Weights) -> int:
     if isinstance(tokens, PixelTokens):
         plan[k.POOL_ROWS], plan[k.POOL_COLUMNS] = tokens.block
         plan[k.AVERAGE] = tokens.average_channels
-        if plan[k.MODEL] == 1:
+        if only_forward(tokens.embed, nn.Identity):
             plan[k.TOKENS_AT], plan[k.TOKENS_BIAS_AT] = weights.add(torch.ones(1)), weights.add(torch.zeros(1))
         else:
             plan[k.TOKENS_AT], plan[k.TOKENS_BIAS_AT] = _linear(tokens.embed, weights)
@@ -163,17 +173,21 @@ def _widest(block: nn.Module) -> int:
     return max(mixer.d_inner, mixer.d_model, mixer.dt_rank + 2 * (vectors(mixer.d_state) + 1) * WIDTH)
 
 
-def _plan_block(plan: list[int], block: Block, zeros: int, weights: Weights) -> tuple[list[int], int]:
-    """What the kernel is told of a block, and the room that it needs."""
+def _plan_block(
+    plan: list[int], block: Block, kind: type[nn.Module], zeros: int, weights: Weights
+) -> tuple[list[int], int]:
+    """What the kernel is told of a block, and the room that it needs. kind: of its norm."""
     mixer = block.mixer
     assert isinstance(mixer, Mamba)
-    given = mixer.plain_weights() if only_forward(mixer, Mamba) and only_forward(block, Block) else None
+    if not only_forward(block, Block) or block.residual != plan[k.RESIDUAL]:
+        raise ValueError("a block that is not as it was built")
+    given = mixer.plain_weights() if only_forward(mixer, Mamba) and "mix" not in mixer.__dict__ else None
     if given is None:
         raise ValueError(f"the mixer {type(mixer).__name__}, which is not as it was built")
     in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D, out_proj = given
     inner, states, rank, width = mixer.d_inner, mixer.d_state, mixer.dt_rank, mixer.d_conv
     own = [0] * k.BLOCK
-    own[k.NORM_AT], own[k.BLOCK_EPSILON_AT] = _norm(block.norm, weights)
+    own[k.NORM_AT], own[k.BLOCK_EPSILON_AT] = _norm(block.norm, kind, weights)
     own[k.INNER], own[k.INNER_V], own[k.STATES], own[k.STATES_V] = inner, vectors(inner), states, vectors(states)
     own[k.RANK], own[k.CONV], own[k.ZEROS_AT] = rank, width, zeros
     own[k.OVER_STATES] = inner * (vectors(states) + 1) < vectors(inner) * states
@@ -223,11 +237,12 @@ def batch_plan_of(student: MambaClassifier, shape: ImageShape, weights: Weights)
             rim = 2 * int(tokens.project.padding[0])
             sides = ((side + 2 * padding - size) // stride + 1 + rim for side in shape[1:])
             room += begin.out_channels * math.prod(sides) + k.AT_ONCE * (tokens.project.stride[0] + 1)
-    plan[batch.LAST_NORM_AT], plan[batch.EPSILON_AT] = _norm(student.norm, weights)
+    kind, _ = NORMS[student.config.norm]
+    plan[batch.LAST_NORM_AT], plan[batch.EPSILON_AT] = _norm(student.norm, kind, weights)
     plan[batch.HEAD_AT], plan[batch.HEAD_BIAS_AT] = weights.add(head.weight), weights.add(head.bias)
     room = max(room, head.out_features + head.in_features)
     blocks: list[Any] = list(student.blocks)
-    own = [_batch_block(block, weights) for block in blocks]
+    own = [_batch_block(block, kind, weights) for block in blocks]
     for i in range(student.config.n_blocks):
         block, needed = own[i % len(own)]
         plan += block
@@ -240,14 +255,14 @@ def _convolution_of(layer: nn.Conv2d, weights: Weights) -> tuple[int, int]:
     return weights.add(layer.weight), weights.add(layer.bias)
 
 
-def _batch_block(block: Any, weights: Weights) -> tuple[list[int], int]:
+def _batch_block(block: Any, kind: type[nn.Module], weights: Weights) -> tuple[list[int], int]:
     """A block's places by the order of `inference_batch`, and the vectors of room that it needs."""
     mixer: Mamba = block.mixer
     in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D, out_proj = mixer.plain_weights() or ()
     inner, states, width = mixer.d_inner, mixer.d_state, mixer.d_conv
     A = -torch.exp(A_log.detach().float()) * float(LOG2E)
     A = F.pad(A.where(~A.isnan(), math.nan), (0, states % 2))  # of one kind of NaN; the states in pairs
-    norm, epsilon = _norm(block.norm, weights)
+    norm, epsilon = _norm(block.norm, kind, weights)
     parts = (in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D, out_proj)
     own = [norm, *(weights.add(part) for part in parts), epsilon]
     room = inner * (states + 1 + batch.width(width) + 6 * CHUNK) + (mixer.dt_rank + mixer.d_model) * CHUNK

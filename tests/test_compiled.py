@@ -196,11 +196,45 @@ def depthwise(student):
     student.blocks[0].mixer = nn.Identity()
 
 
+def hook(place):
+    return lambda student: student.get_submodule(place).register_forward_hook(lambda *_: None)
+
+
+def mixing_otherwise(student):
+    student.blocks[0].mixer.mix = lambda xz: xz[..., :5]
+
+
+def without_residual(student):
+    student.blocks[0].residual = False
+
+
+def another_norm(place, norm):
+    return lambda student: setattr(student.get_submodule(place), "norm", norm)
+
+
+def convolving(**options):
+    return lambda student: setattr(student.tokens, "project", nn.Conv2d(3, 5, 3, **options))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [(hooked, "the mixer Mamba, which is not as it was built"), (replaced, "a Sequential that is no plain Linear"),
-        (unbiased, "a head without a bias"),
-     (depthwise, "the mixer Identity")],
+     (unbiased, "a head without a bias"),
+     (depthwise, "the mixer Identity"),
+     (mixing_otherwise, "the mixer Mamba, which is not as it was built"),
+     (hook(""), "a MambaClassifier that is no plain MambaClassifier"),
+     (hook("tokens"), "a tokeniser with hooks"),
+     (hook("tokens.project"), "a Conv2d that is no plain Conv2d"),
+     (hook("blocks.0"), "a block that is not as it was built"),
+     (without_residual, "a block that is not as it was built"),
+     (hook("blocks.0.norm"), "a Identity that is no plain Identity"),
+     (hook("norm"), "a Identity that is no plain Identity"),
+     (another_norm("", nn.RMSNorm(5)), "a RMSNorm that is no plain Identity"),
+     (another_norm("blocks.0", nn.LayerNorm(5)), "a LayerNorm that is no plain Identity"),
+     (another_norm("blocks.0", nn.Softmax(-1)), "a Softmax that is no plain Identity"),
+     (convolving(bias=False), "a Conv2d without a bias"),
+     (convolving(padding=1, dilation=2), "a Conv2d that is not as it was built"),
+     (convolving(padding=1, dilation=2, padding_mode="circular"), "a Conv2d that is not as it was built")],
 )  # fmt: skip
 @torch.inference_mode()
 def test_a_student_without_a_kernel_is_called_as_it_is(change, reason, caplog):
@@ -213,6 +247,18 @@ def test_a_student_without_a_kernel_is_called_as_it_is(change, reason, caplog):
     assert kinds == [CompiledStudent, MambaClassifier, CompiledStudent]
     for members in (1, 2, 3):
         close(compiled(images, members), made(images, members))
+
+
+@torch.inference_mode()
+def test_a_student_elsewhere_than_on_the_cpu_or_with_an_embedding_of_ones_own_is_not_compiled():
+    with pytest.raises(ValueError, match="no plain Conv2d on the CPU"):
+        CompiledStudent(model(**PATCHES).to("meta"), (3, 8, 8))
+    student, images = model(seq_len=16), torch.randn(2, 3, 8, 8)
+    student.tokens.embed = nn.Linear(1, 1)
+    close(CompiledStudent(student, (3, 8, 8))(images), student(images))
+    student.tokens.embed = nn.Tanh()
+    with pytest.raises(ValueError, match="a Tanh that is no plain Linear"):
+        CompiledStudent(student, (3, 8, 8))
 
 
 @torch.inference_mode()
