@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -288,6 +289,24 @@ def test_a_compiled_ensemble_predicts_and_costs_the_same():
 def test_a_batch_gives_the_logits_of_the_student(options):
     student, images = model(**options), torch.randn(19, 3, 8, 8)  # a whole group, and three by themselves
     close(CompiledStudent(student, (3, 8, 8))(images), student(images))
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@torch.inference_mode()
+def test_the_kernels_write_nothing_beyond_their_working_memory(options, monkeypatch):
+    guard = 12345.0
+
+    @contextmanager
+    def guarded(room):
+        space = torch.full((room + 2**14,), guard)
+        yield space.data_ptr()
+        assert (space[room:] == guard).all()
+        used.append(room)
+
+    used = []
+    monkeypatch.setattr("pkd_lightning.compiled._space", guarded)
+    CompiledStudent(model(**options), (3, 8, 8))(torch.randn(16 + 1, 3, 8, 8))
+    assert len(used) == 2
 
 
 @pytest.mark.parametrize("count", [1, FILLED - 1, FILLED, 15, 16, 17, 16 + FILLED - 1, 16 + FILLED, 33])
