@@ -13,7 +13,9 @@ from pkd_lightning import pretrained
 from pkd_lightning.compiled import FILLED, CompiledStudent
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.kernels.inference import STEPS
+from pkd_lightning.kernels.lanes import WIDTH
 from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.packing import Weights, batch_plan_of, plan_of
 from pkd_lightning.tasks import ImageClassification
 
 PATCHES = {"tokeniser": "patches", "patch_size": 3, "patch_stride": 1}
@@ -291,21 +293,34 @@ def test_a_batch_gives_the_logits_of_the_student(options):
     close(CompiledStudent(student, (3, 8, 8))(images), student(images))
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+# shape and options of students whose working memory is that of a block, of the tokeniser, of the head
+ROOMS = {
+    "block": ((3, 11, 11), {**PATCHES, "d_model": 17, "expand": 1, "d_state": 32, "d_conv": 7}),
+    "stem": ((3, 48, 48), {**STEM, "padding": True, "stem_channels": 17, "d_model": 2}),
+    "head": ((1, 64, 64), {"seq_len": 4096, "d_model": 5}),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"), [*(((3, 8, 8), options) for options in CASES.values()), *ROOMS.values()], ids=[*CASES, *ROOMS]
+)
 @torch.inference_mode()
-def test_the_kernels_write_nothing_beyond_their_working_memory(options, monkeypatch):
-    guard = 12345.0
+def test_the_kernels_write_nothing_beyond_their_working_memory(shape, options, monkeypatch):
+    student, guard, used = model(shape, **options), 12345.0, []
+    _, of_one = plan_of(student, shape, Weights(WIDTH))
+    _, of_batch = batch_plan_of(student, shape, Weights(1))
 
     @contextmanager
     def guarded(room):
-        space = torch.full((room + 2**14,), guard)
-        yield space.data_ptr()
-        assert (space[room:] == guard).all()
+        own = (of_one if used else of_batch) + 10 * WIDTH  # and the prefix's logits
         used.append(room)
+        space = torch.full((own + 2**15,), guard)
+        yield space.data_ptr()
+        assert own <= room
+        assert (space[own:] == guard).all()
 
-    used = []
     monkeypatch.setattr("pkd_lightning.compiled._space", guarded)
-    CompiledStudent(model(**options), (3, 8, 8))(torch.randn(16 + 1, 3, 8, 8))
+    CompiledStudent(student, shape)(torch.randn(16 + 1, *shape))
     assert len(used) == 2
 
 
