@@ -121,7 +121,7 @@ def test_colours_and_greys_are_converted_as_pillow_does() -> None:
 
 
 def test_sixteen_bits_are_scaled_to_eight() -> None:
-    levels = np.array([[0, 257, 514, 65535]] * 6, np.uint16)
+    levels = np.array([[0, 257, 457, 65535]] * 6, np.uint16)  # 457 / 257 = 1.8
     same(Image.fromarray(levels), torch.tensor([0, 1, 2, 255]).expand(1, 1, 6, 4).byte(), GREY)
 
 
@@ -135,6 +135,13 @@ def test_a_picture_of_another_size_is_resized_with_antialiasing_and_it_is_said(c
     assert 100 < float(read[0].float().mean()) < 155
     assert read[0].float().std() < 30
     assert caplog.messages == [f"resized to 4x6: {tmp_path / 'wide.png'} from 40x60, and 1 more"]
+
+
+def test_resizing_overshoots_no_edge() -> None:
+    edge = np.full((60, 40), 100, np.uint8)
+    edge[:, 18:] = 200
+    levels = read_inputs(Image.fromarray(edge), GREY)
+    assert (int(levels.min()), int(levels.max())) == (100, 200)
 
 
 def test_a_picture_of_the_right_size_is_not_resized(caplog: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import pickle
 import threading
 
@@ -83,6 +84,15 @@ def test_an_error_in_a_thread_is_raised(students, images):
     for call in (lambda: packed(students, images, [[0], [1, 2, 3]]), lambda: by_rows(students, images, 2)):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             call()
+
+
+def test_a_forked_process_starts_threads_of_its_own(students, images):
+    packed(students, images, [[0, 3], [1, 2]])
+    assert parallel._pools
+    child = os.fork()
+    if child == 0:  # it has the pools without their threads: what it asked them would wait for ever
+        os._exit(len(parallel._pools))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,13 @@ def test_a_prefix_stays_as_it_was_when_further_students_are_asked(
         assert prefix.students.tolist() == [t] * 30
 
 
+def test_the_pace_is_of_the_images_that_a_student_was_asked_for(ensemble: ProgressiveEnsemble, images: Tensor) -> None:
+    ensemble.predict(images, confidence=0.7)
+    counts = [count for (count,) in asked(ensemble)]
+    assert len(set(counts)) == 3
+    assert set(ensemble.pace.least) == set(enumerate(counts))
+
+
 def test_a_pace_is_of_as_many_images(ensemble: ProgressiveEnsemble, images: Tensor) -> None:
     pace = Pace()
     for seconds in (9.0, 3.0, 4.0):
@@ -339,6 +346,17 @@ def test_a_pace_is_of_as_many_images(ensemble: ProgressiveEnsemble, images: Tens
     assert pace.expected(30, [1.0]) == 3.0
     assert pace.expected(1, [1.0]) == 1.0  # as long as the one before, where nothing more is known
     assert Pace([10, 40]).expected(1, [1.0]) == 4.0
+
+
+def test_a_pace_of_students_that_take_or_cost_nothing_and_of_a_call_that_is_faster() -> None:
+    assert Pace([0, 40]).expected(1, [2.0]) == 80.0
+    pace = Pace()
+    for first, second in ((9.0, 9.0), (0.0, 3.0)):
+        pace.note(0, 1, first)
+        pace.note(1, 1, second)
+    assert pace.expected(1, [0.0]) == 3.0
+    assert pace.expected(1, [1e-10]) == 3.0  # no less than at its best
+    assert Limits(confidence=1).confidence == 1
 
 
 # ---------------------------------------------------------------------------------- classes
