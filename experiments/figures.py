@@ -19,6 +19,7 @@ from experiments.tables import PAPER, Results, chosen, of_teacher, per_round
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.load import read_metrics
+from pkd_lightning.reporting.values import prefix_cost
 
 ERRORS = (0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)  # percent, ticks
 
@@ -98,7 +99,7 @@ def fractions(study: str, run: str) -> Figure:
         axes = figure.add_subplot()
         for label, (key, color, shift) in counts.items():
             costs = [row[key] for row in results["rounds"]]
-            shares = [100 * cost / results["teacher"][key] for cost in (*costs, sum(costs))]
+            shares = [100 * cost / results["teacher"][key] for cost in (*costs, prefix_cost(results, key)[-1])]
             bars = axes.bar([place + shift for place in range(len(names))], shares, 0.4, color=color, label=label)
             axes.bar_label(bars, [f"{value:.2g}" for value in shares], fontsize=7)
         axes.set_xticks(range(len(names)), names)

@@ -95,7 +95,8 @@ def evaluate(
             **vars(latency(partial(ensemble, members=t + 1), sample)),
         }
         cost = measure(asked, data.task.input_shape)
-        prefix_cost = cost if reads(member) else prefix_cost + cost  # of one that reads, the whole prefix must run
+        together = t > 0 and reads(member)  # of one that reads, the whole prefix must run
+        prefix_cost = cost if together else prefix_cost + cost
         exits.add(prefix_logits, prefix_cost.macs_total)
         rounds.append(
             {
@@ -104,6 +105,7 @@ def evaluate(
                 **vars(cost),
                 **vars(latency(asked, sample)),
                 **{f"prefix_{name}": value for name, value in prefix.items()},
+                **({f"prefix_{name}": value for name, value in vars(prefix_cost).items()} if together else {}),
             }
         )
     fractions = {name: _fraction(value, vars(teacher_cost)[name]) for name, value in vars(prefix_cost).items()}

@@ -17,6 +17,7 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.building import build_classifier
 from pkd_lightning.outputs import Output
+from pkd_lightning.reporting.values import prefix_cost
 from pkd_lightning.tasks import ImageClassification
 from tests.outside.reading import Reading
 from tests.support import ACCEPT, tiny_run
@@ -135,6 +136,9 @@ def test_a_run_trains_saves_evaluates_and_loads_them(tmp_path: Path, monkeypatch
     own = [64 * w + w + CLASSES * inputs + CLASSES for w, inputs in zip(WIDTHS, (4, 12, 21), strict=True)]
     assert [row["params"] for row in rounds] == [sum(own[: t + 1]) for t in range(3)]  # of what must run
     assert results["ensemble"]["params"] == sum(own)
+    for key in ("params", "flops_published", "macs_total"):
+        assert prefix_cost(results, key) == [row[key] for row in rounds]  # each contains all before it
+    assert [row.get("reads") for row in rounds] == [None, [0], [0, 1]]
     (run,) = (path.parent for path in tmp_path.rglob("results.json"))
     for t, count in enumerate(own):
         saved = load_file(run / "students" / f"{t:02d}.safetensors")

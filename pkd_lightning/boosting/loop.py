@@ -15,7 +15,7 @@ from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import combination_of
 from pkd_lightning.boosting.objectives import objective_of
 from pkd_lightning.boosting.options import BoostingConfig
-from pkd_lightning.boosting.partial import partial_results
+from pkd_lightning.boosting.partial import params_together, partial_results
 from pkd_lightning.boosting.parts import PARTS, own_matrices, remove_parts, write_parts
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.round import Round
@@ -24,7 +24,7 @@ from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner
 from pkd_lightning.checkpoint import HASH, atomic_write, check_hash, content_hash, write_json
 from pkd_lightning.data.module import DataModule
-from pkd_lightning.earlier import following
+from pkd_lightning.earlier import following, reads
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_students, save_description, save_student
 from pkd_lightning.errors import RunError
 from pkd_lightning.fit_checkpoint import remove_all
@@ -274,13 +274,17 @@ class BoostingLoop:
         def accuracy(logits: torch.Tensor) -> float:
             return ranks.mean(float((logits[rows].argmax(-1) == labels).float().mean()), len(labels))
 
+        params = sum(p.numel() for p in candidate.model.parameters())
+        together = state.round > 0 and reads(candidate.model)
+        if together:  # all that must run
+            params += params_together(state.records)
         return {
             "round": state.round,
             "class_index": state.rung,  # the name it has had in results.json from the first version on
             "attempts": attempts,
             "epochs": candidate.fit.epochs,
             "config": self.ladder.rungs[state.rung],
-            "params": sum(p.numel() for p in candidate.model.parameters()),
+            "params": params,
             "validation_accuracy": accuracy(candidate.logits),
             "prefix_validation_accuracy": accuracy(state.ensemble_logits),
             "validation_loss": candidate.validation_loss,
@@ -291,6 +295,7 @@ class BoostingLoop:
             "edges": describe(candidate.edges, candidate.unclipped_edges),
             "accepted_by": candidate.accepted_by,
             "seconds": seconds,
+            **({"reads": list(range(state.round)), "prefix_params": params} if together else {}),
         }
 
     def line(self, record: dict[str, Any]) -> str:

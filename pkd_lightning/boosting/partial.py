@@ -1,5 +1,6 @@
 """What is known of a run between two rounds, in the form of results.json, for the report of an unfinished run."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pkd_lightning import ranks
@@ -58,10 +59,17 @@ def partial_results(
         "stop_reason": state and state.stop_reason,
     }
     if rounds:
-        total = sum(row["params"] for row in rounds)
-        accuracy = rounds[-1]["prefix_accuracy"]
-        results["ensemble"] = {"members": len(rounds), "accuracy": accuracy, "params": total, **UNKNOWN}
+        accuracy, params = rounds[-1]["prefix_accuracy"], params_together(rounds)
+        results["ensemble"] = {"members": len(rounds), "accuracy": accuracy, "params": params, **UNKNOWN}
     return results
+
+
+def params_together(records: Sequence[Mapping[str, Any]]) -> int:
+    """Parameters of the students of all these rounds. Those of one that reads earlier ones contain theirs."""
+    total = 0
+    for record in records:
+        total = record.get("prefix_params", total + record["params"])
+    return total
 
 
 def _teacher(teacher: Teacher | None, data: DataModule) -> dict[str, Any]:

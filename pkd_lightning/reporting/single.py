@@ -116,6 +116,17 @@ def _origins(rounds: Sequence[Row]) -> Iterator[str]:
             yield f"Students {numbers[0]} to {numbers[-1]} are from {run}."
 
 
+def _readers(rounds: Sequence[Row]) -> Iterator[str]:
+    """Which students read which earlier ones."""
+    for read, rows in groupby(enumerate(rounds, 1), lambda row: bool(row[1].get("reads"))):
+        numbers = [number for number, _ in rows]
+        if read and len(numbers) == 1:
+            yield f"Student {numbers[0]} reads all students before it; its costs contain theirs."
+        elif read:
+            who = f"Students {numbers[0]} to {numbers[-1]}"
+            yield f"{who} each read all students before them; their costs contain theirs."
+
+
 def _summary(results: Row) -> list[str]:
     teacher, rounds = results["teacher"], results["rounds"]
     ensemble = results.get("ensemble") or {}
@@ -203,7 +214,8 @@ def _table_notes(results: Row) -> list[str]:
     return [
         "Prefix: the first t students together. Rung: place of the student's model class in the ladder. Edges met: "
         "classes with a positive edge; the first student's edges are zero by definition. "
-        f"Accuracies are on the {where}. Latency: {LATENCY}"
+        f"Accuracies are on the {where}. Latency: {LATENCY}",
+        *_readers(results["rounds"]),
     ]
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 from pkd_lightning.reporting.load import COST_KEYS, Row
@@ -51,8 +50,15 @@ def acceptance(entry: Row) -> str:
 
 
 def prefix_cost(results: Row, key: str) -> list[float]:
-    """Cost of the first t students, t = 1..T: the sum of theirs. NaN from the first student whose cost is unknown."""
-    return list(accumulate(number(entry, key) for entry in results["rounds"]))
+    """Cost of the first t students, t = 1..T: the sum of theirs, NaN from the first student whose cost is unknown.
+
+    Of a student that reads earlier ones the prefix is recorded: its own cost contains theirs.
+    """
+    totals: list[float] = []
+    for entry in results["rounds"]:
+        own = number(entry, key) + (totals[-1] if totals else 0)
+        totals.append(number(entry, f"prefix_{key}") if f"prefix_{key}" in entry else own)
+    return totals
 
 
 def validation_of(results: Row) -> float:
