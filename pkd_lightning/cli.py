@@ -29,6 +29,7 @@ _PACKAGE = Path(__file__).parent
 CONF = str(next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir()))
 
 TRAINER = {option.name: option.default for option in fields(TrainerConfig)}
+OF_STUDENTS = re.compile(r"student\.(common|rungs\.\d+)\.reuse=")  # it is in no ladder's file
 OF_TEACHER = re.compile(r"(~?)teacher\.trainer(?:\.(\w+))?((?:\.\w+)*)(=?)")
 
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)  # for Hydra's own folder of a sweep
@@ -146,8 +147,11 @@ def set_or_add(argument: str) -> str:
     """An override of the teacher's trainer, of which the composed configuration has only the teacher's own options.
 
     `teacher.trainer.KEY=VALUE` sets the option or adds it. `~teacher.trainer.KEY` leaves it out: it has its default,
-    not the students' value. Misspelt ones stay as they are, for Hydra to refuse.
+    not the students' value. Misspelt ones stay as they are, for Hydra to refuse. `student.common.reuse=VALUE` and
+    `student.rungs.0.reuse=VALUE` are set or added, too.
     """
+    if OF_STUDENTS.match(argument):
+        return f"++{argument}"
     found = OF_TEACHER.match(argument)
     if found is None:
         return argument

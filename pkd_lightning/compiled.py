@@ -98,9 +98,15 @@ class CompiledPrefixes:
 
 
 def compile_students(members: Sequence[nn.Module], input_shape: InputShape) -> list[nn.Module]:
-    """Each student compiled; where there is no kernel for one, itself, and the log says why."""
-    compiled: list[nn.Module] = []
-    for t, member in enumerate(members):
+    """Each student compiled; where there is no kernel for one, itself, and the log says why.
+
+    A kernel gives logits alone, so that the students whose modules a later one reads stay as they are.
+    """
+    last = max((t for t, member in enumerate(members) if getattr(member, "reads", None)), default=0)
+    if last:
+        logger.info("students 1 to %d are not compiled: student %d reads what their modules give", last, last + 1)
+    compiled: list[nn.Module] = list(members[:last])
+    for t, member in enumerate(members[last:], last):
         try:
             compiled.append(member if isinstance(member, CompiledStudent) else CompiledStudent(member, input_shape))
         except ValueError as error:

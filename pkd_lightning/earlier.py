@@ -4,6 +4,9 @@ A student reads earlier ones where it has an attribute `reads`, the paths of mod
 outputs it wants; there may be none. It is then called `student(inputs, earlier=outputs)`, with an `Output` of each
 earlier student for the same inputs, in the order of their rounds: B-DISTIL's composition of functions
 (arXiv 2302.10093). Any other student is called with the inputs alone.
+
+It may have a method `follow(students)`, which is called once when it is built, with the earlier students: to make
+layers by their sizes. Our own classifier does, see `models.reuse`.
 """
 
 from collections.abc import Callable, Sequence

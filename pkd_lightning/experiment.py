@@ -72,8 +72,8 @@ class Experiment:
         for index in range(0 if faults else len(self.student)):
             name, rungs = f"student.rungs.{index}", range(index + 1)
             collect(faults, name, partial(attempt, name, partial(self._student, data, rungs), trainer=self.trainer))
-            if self.student.repeat and not faults and isinstance(self._student(data, rungs), Following):
-                build = partial(self._student, data, [*rungs, index])  # after one of its own rung
+            build = partial(self._student, data, [*rungs, index])  # after one of its own rung
+            if self.student.repeat and not faults and isinstance(build(), Following):
                 collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
         build = partial(self.teacher.build, data.task.input_shape, data.num_classes)
         teacher = collect(faults, "teacher.model", build)  # once, where it is not trained: it may be large

@@ -62,6 +62,8 @@ def plan_of(student: nn.Module, shape: ImageShape, weights: Weights) -> tuple[li
     if not only_forward(student, MambaClassifier):
         raise ValueError(f"a {type(student).__name__} that is no plain MambaClassifier")
     assert isinstance(student, MambaClassifier)
+    if student.reuse is not None:
+        raise ValueError("a MambaClassifier that reads earlier students")
     config, tokens, plan = student.config, student.tokens, [0] * k.PLAN
     plan[k.CHANNELS], plan[k.HEIGHT], plan[k.WIDTH_] = shape
     plan[k.ROWS], plan[k.COLUMNS] = tokens.grid

@@ -81,6 +81,13 @@ class Student:
         self.place, self.num_classes = place, num_classes
         if type(model) is not MambaClassifier or _changed(model):
             raise self._no_form("itself", model)
+        if model.reuse is not None:
+            raise ConfigError(
+                [
+                    f"member {place}: it reads earlier students (reuse={model.config.reuse}), which --format c does not"
+                    f" write; the formats onnx and pt2 do, and --members {place - 1} leaves it out"
+                ]
+            )
         self.model, self.image_shape = model, as_image(input_shape)
         self.arrays: dict[str, Tensor] = {}
         self.structs: list[str] = []

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from pkd_lightning.earlier import InTurn, reads
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.export.facts import Job
 from pkd_lightning.export.inputs import dtype_of
 from pkd_lightning.export.plain import PlainEnsemble
 from pkd_lightning.models.building import brief, path_of
-from pkd_lightning.outputs import output_of
 
 T = TypeVar("T")
 FACTS = "pkd.json"  # extra file of a pt2 file
@@ -42,22 +42,23 @@ def attempted(model: PlainEnsemble, attempt: Callable[[nn.Module, Tensor], T], c
     prepared = model.prepare(inputs)
     for t, member in enumerate(model.members):
         try:
-            attempt(_Logits(member), prepared)
+            attempt(_Logits(list(model.members)[:t] if reads(member) else [], member), prepared)
         except Exception as own:
             raise ConfigError([f"member {t + 1}: {cannot} a {path_of(type(member))} ({brief(own)})"]) from own
     raise ConfigError([f"{cannot} the ensemble ({brief(found)})"]) from found
 
 
 class _Logits(nn.Module):
-    """A member alone."""
+    """A member alone, or after those that it reads."""
 
-    def __init__(self, member: nn.Module) -> None:
+    def __init__(self, before: Sequence[nn.Module], member: nn.Module) -> None:
         super().__init__()
-        self.member = member
+        self.members = nn.ModuleList([*before, member])
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Its logits."""
-        return output_of(self.member(inputs)).logits
+        turn = InTurn(list(self.members))
+        return [turn.ask(inputs).logits for _ in self.members][-1]
 
 
 def traced(model: nn.Module, inputs: Tensor) -> ExportedProgram:

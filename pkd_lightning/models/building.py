@@ -108,7 +108,8 @@ def build_classifier(
     `num_classes` where its signature names them.
 
     A model with lazy layers is called once, on one input, so that it comes with all its parameters; where it reads
-    earlier students, together with those that `earlier` gives.
+    earlier students, together with those that `earlier` gives. One that reads them and has a method `follow` makes its
+    layers there: it is called with these students, which may be none.
 
     Raises:
         ConfigError: from `make`, or where it refuses its arguments, gives no torch module, or leaves a layer lazy.
@@ -124,6 +125,8 @@ def build_classifier(
         raise ConfigError([f"{_name(make)}: cannot be built ({error})"]) from error
     if not isinstance(model, nn.Module):
         raise ConfigError([f"{_name(make)}: gives a {type(model).__name__}, not a torch module"])
+    if reads(model) and hasattr(model, "follow"):
+        model.follow(list(earlier()))  # type: ignore[operator]
     if _lazy(model):
         evaluated(following(model, earlier() if reads(model) else ()), torch.zeros(1, *input_shape))
         if left := _lazy(model):

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.checks import Faults, unknown_keys
+from pkd_lightning.earlier import Earlier
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.kernels.scan import takes
 from pkd_lightning.kernels.scan.order import Order
-from pkd_lightning.models.building import ImageShape, InputShape, import_part
+from pkd_lightning.models.building import ImageShape, InputShape, import_part, path_of
 from pkd_lightning.models.mamba import Mamba, rms_weight
 from pkd_lightning.models.mixers import MAMBA, build_mixer, in_order
-from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Tokeniser
+from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Reuse, Tokeniser
+from pkd_lightning.models.reuse import READ, ReusedTokens
 from pkd_lightning.models.tokens import (
     ConvolutionTokens,
     PatchTokens,
@@ -65,6 +67,8 @@ class MambaClassifierConfig:
             i-th, and after the last the first again.
         mixer_options: options of the mixer itself.
         head: `flatten`: all tokens; `mean`: their average; `grid`: their average in each cell of a 2x2 raster.
+        reuse: what the tokens take from those that the heads of earlier students read, see `models.reuse`: `none`;
+            `concat`: both in one linear layer; `gate`: a gated sum. The first student of an ensemble has none to read.
     """
 
     n_blocks: int = 1
@@ -88,6 +92,7 @@ class MambaClassifierConfig:
     mixer: str | Sequence[str] = MAMBA
     mixer_options: Mapping[str, object] = field(default_factory=dict)
     head: Head = "flatten"
+    reuse: Reuse = "none"
 
     def faults(self, image_shape: ImageShape | None = None) -> list[str]:
         """Every reason why this model cannot be built; those that depend on the image only where its shape is given."""
@@ -98,7 +103,7 @@ class MambaClassifierConfig:
         for name in ("dt_rank", "seq_len", "patch_stride", "stem_channels"):
             faults.whole(name, 1, optional=True)
         hints = get_type_hints(type(self))
-        for name in ("tokeniser", "pixel_channels", "norm", "direction", "head"):
+        for name in ("tokeniser", "pixel_channels", "norm", "direction", "head", "reuse"):
             faults.choice(name, get_args(hints[name]))
         for name in ("residual", "shared", "padding"):
             faults.flag(name)
@@ -239,6 +244,9 @@ class MambaClassifier(nn.Module):
     With `tokeniser=pixels, d_model=1, norm=none, head=flatten` this is the classifier of Mamba-PKD (arXiv 2503.01727,
     Table 1).
 
+    Attributes:
+        reads: what it reads of earlier students, see `pkd_lightning.earlier`; None where it reads none.
+
     Args:
         image_shape: (channels, height, width), or (channels, length) of signals, which are read as images of one row.
         num_classes: number of classes L.
@@ -247,6 +255,8 @@ class MambaClassifier(nn.Module):
     Raises:
         ConfigError: listing every impossible or unknown option.
     """
+
+    reads: tuple[str, ...] | None = None
 
     def __init__(self, image_shape: InputShape, num_classes: int, **options: object) -> None:
         super().__init__()
@@ -281,6 +291,26 @@ class MambaClassifier(nn.Module):
         self.norm = make_norm(config.norm, config.d_model)
         features = {"flatten": self.tokens.length, "mean": 1, "grid": GRID * GRID}[config.head] * config.d_model
         self.head = nn.Linear(features, num_classes)
+        self.reuse: ReusedTokens | None = None
+        if config.reuse != "none":
+            self.reads = (READ,)  # until `follow` tells it that there are none
+
+    def follow(self, students: Sequence[nn.Module]) -> None:
+        """Make the layers that read earlier students, where it has the option `reuse`; after none it reads none.
+
+        Raises:
+            ConfigError: where one is no `MambaClassifier`.
+        """
+        how, sources = self.config.reuse, []
+        if how == "none":
+            return
+        for t, student in enumerate(students):
+            if not isinstance(student, MambaClassifier):
+                kind = path_of(type(student))
+                raise ConfigError([f"reuse={how!r}: reads MambaClassifiers, and student {t + 1} is a {kind}; use none"])
+            sources.append((student.tokens.grid, student.config.d_model))
+        self.reads = (READ,) if sources else None
+        self.reuse = ReusedTokens(how, self.config.d_model, self.tokens.grid, sources) if sources else None
 
     @staticmethod
     def faults(options: dict[str, object], image_shape: InputShape | None = None) -> list[str]:
@@ -292,11 +322,18 @@ class MambaClassifier(nn.Module):
             return [*found, *config.faults(), f"{image_shape}: it reads images (C, H, W) and signals (C, length)"]
         return found + config.faults(None if image_shape is None else as_image(image_shape))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, channels, height, width), or signals, to logits (batch, num_classes)."""
+    def forward(self, images: Tensor, earlier: Earlier = ()) -> Tensor:
+        """Map images (batch, channels, height, width), or signals, to logits (batch, num_classes).
+
+        `earlier` is what the students gave that it follows.
+        """
         if images.ndim == 3:  # signals
             images = images.unsqueeze(2)
         tokens, orders = self.tokens(images), ORDERS[self.config.direction]
+        if self.reuse is not None:
+            tokens = self.reuse(tokens, earlier)
+        elif earlier:
+            raise ConfigError(["a student that has not been told which ones it follows: call its `follow` first"])
         for i in range(self.config.n_blocks):
             tokens = self.blocks[i % len(self.blocks)](tokens, self.tokens.grid, *orders[i % len(orders)])
         pooled = self._fused_pool(tokens)
