@@ -284,6 +284,7 @@ def assert_alike(one: Path, other: Path) -> None:
         ["boosting=paper", "boosting.weak_learner.on_failure=accept", "boosting.bound_quantile=0.9"],
         ["boosting.weights=samples", "boosting.objective=additive", "boosting.combine=sum"],
         ["teacher.online=true", "+trainer.lightning.accumulate_grad_batches=2"],
+        ["student.common.reuse=gate"],
         ["data.validation_fraction=0.02", "trainer.batch_size=3"],  # ranks without samples of a batch
     ],
 )

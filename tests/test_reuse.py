@@ -20,7 +20,7 @@ from pkd_lightning.export.facts import Job
 from pkd_lightning.fit_module import compiled
 from pkd_lightning.models.building import build_classifier
 from pkd_lightning.models.classifier import MambaClassifier
-from pkd_lightning.models.reuse import Resize
+from pkd_lightning.models.reuse import Resize, ReusedTokens
 from pkd_lightning.outputs import Output
 from pkd_lightning.report import write_report
 from pkd_lightning.reporting.values import prefix_cost
@@ -37,7 +37,7 @@ SHAPE, CLASSES = (1, 12, 12), 3
 RUNGS: list[dict[str, Any]] = [
     {"tokeniser": "patches", "patch_size": 3, "d_model": 3, "norm": "rms", "head": "mean"},
     {"tokeniser": "patches", "patch_size": 3, "patch_stride": 1, "d_model": 5, "norm": "layer", "head": "grid"},
-    {"tokeniser": "patches", "patch_size": 4, "d_model": 4, "n_blocks": 2, "direction": "cross"},
+    {"tokeniser": "patches", "patch_size": 4, "d_model": 4, "norm": "rms", "n_blocks": 2, "direction": "cross"},
 ]
 PATCHES = {"tokeniser": "patches", "patch_size": 4, "d_model": 4, "norm": "rms", "head": "mean"}
 
@@ -314,6 +314,16 @@ def test_killed_in_the_middle_of_fits_it_gives_the_same_bits(
         run_until_done(tmp_path / "parts", *flags)
     assert "round-02" in {kill.split()[0] for kill in kills}
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_single_rung_that_repeats_is_tried_after_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: ReusedTokens, tokens: Tensor, earlier: Any) -> Tensor:
+        raise RuntimeError("it reads in vain")
+
+    monkeypatch.setattr(ReusedTokens, "forward", broken)
+    with pytest.raises(ConfigError, match=r"student\.rungs\.0: .*it reads in vain"):
+        tiny_run(tmp_path, *REUSE, "student.repeat=true", "student.rungs=[{d_model: 3}]")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_grows_with_students_that_read_those_it_has(tmp_path: Path) -> None:
