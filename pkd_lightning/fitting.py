@@ -152,6 +152,8 @@ class Stage:
         description: for progress and log.
         checkpoint: file of its checkpoints; None: it is not saved.
         identity: what it depends on besides its options, such as earlier students.
+        label: its name in the run's metrics and trackers, where another stands there: one of several teachers.
+        options: where those of its trainer are, if that does not follow from its name.
     """
 
     name: str
@@ -161,6 +163,13 @@ class Stage:
     description: str = ""
     checkpoint: Path | None = None
     identity: str = ""
+    label: str = ""
+    options: str = ""
+
+    @property
+    def shown(self) -> str:
+        """Its name in the run's metrics and trackers."""
+        return self.label or self.name
 
     @property
     def key(self) -> str:
@@ -193,7 +202,7 @@ def fit(
     """
     settings = module.settings
     best = BestWeights()
-    lines = [EpochLines(stage.metrics, stage.name, stage.attempt)] if ranks.first() else []
+    lines = [EpochLines(stage.metrics, stage.shown, stage.attempt)] if ranks.first() else []
     looking = [one for one in loggers if isinstance(one, L.Callback)]
     watchers: list[L.Callback] = [best, *lines, *callbacks]
     if settings.patience is not None:
@@ -284,9 +293,9 @@ def _ended_before(stage: Stage, module: FitModule, saving: Saving, saved: dict[s
 
 def _checked(stage: Stage, result: FitResult) -> FitResult:
     if result.best_epoch < 0:
+        options = stage.options or ("teacher.trainer" if stage.name == "teacher" else "trainer")
         raise RunError(
-            f"{stage.name}: the loss was not finite in any epoch; lower"
-            f" {'teacher.' if stage.name == 'teacher' else ''}trainer.optimizer.lr or gradient_clip"
+            f"{stage.name}: the loss was not finite in any epoch; lower {options}.optimizer.lr or gradient_clip"
         )
     return result
 

@@ -87,9 +87,9 @@ class SharedTeacher:
             for path in _versions(stage.checkpoint):
                 self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, self.checkpoint.with_name(path.name))
-                add_lines(stage.metrics, self.lines, stage.name)
-        add_lines(self.lines, stage.metrics, stage.name)
-        return replace(stage, metrics=self.lines, checkpoint=self.checkpoint)
+                add_lines(stage.metrics, self.lines, stage.shown, stage.name)
+        add_lines(self.lines, stage.metrics, stage.name, stage.shown)
+        return replace(stage, metrics=self.lines, checkpoint=self.checkpoint, label="")
 
     @property
     def begun(self) -> bool:
@@ -98,14 +98,14 @@ class SharedTeacher:
 
     def save(self, model: nn.Module, record: dict[str, Any], stage: Stage) -> None:
         """Keep what a run has trained, whose lines are those of `stage`."""
-        add_lines(stage.metrics, self.lines, stage.name)
+        add_lines(stage.metrics, self.lines, stage.shown, stage.name)
         save_weights(model, self.weights)
         weights = content_hash(weights_of(model))
         write_json(self.record, {**record, "data": self.data, "weights": weights}, hashed=True)
 
     def give(self, weights: Path, record: Path, stage: Stage) -> None:
         """Give a run the teacher: a hard link to its weights, or a copy where that fails, its record and its lines."""
-        add_lines(self.lines, stage.metrics, stage.name)
+        add_lines(self.lines, stage.metrics, stage.name, stage.shown)
         weights.parent.mkdir(parents=True, exist_ok=True)
         weights.unlink(missing_ok=True)
         try:
@@ -120,12 +120,20 @@ def _versions(checkpoint: Path) -> list[Path]:
     return sorted(checkpoint.parent.glob(f"{checkpoint.name}*"))
 
 
-def add_lines(source: Path, target: Path, stage: str) -> None:
-    """Add the epochs' lines of a stage in one file to another, but for those that are there, whatever they took."""
+def add_lines(source: Path, target: Path, stage: str, name: str | None = None) -> None:
+    """Add the epochs' lines of a stage in one file to another, but for those that are there, whatever they took.
+
+    Args:
+        source: file that has them.
+        target: file that they are added to.
+        stage: its name in `source`.
+        name: its name in `target`; None: the same.
+    """
     if source == target:
         return
-    there = {_identity(line) for line in _lines(target, stage)}
-    new = [json.dumps(line) for line in _lines(source, stage) if _identity(line) not in there]
+    named = ({**line, "stage": name or stage} for line in _lines(source, stage))
+    there = {_identity(line) for line in _lines(target, name or stage)}
+    new = [json.dumps(line) for line in named if _identity(line) not in there]
     if new:
         target.parent.mkdir(parents=True, exist_ok=True)
         append_line(target, "\n".join(new))

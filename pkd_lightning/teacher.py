@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,19 +126,24 @@ class OnlineTeacher(nn.Module):
     Args:
         model: the teacher. It is no part of this module's state.
         features: paths of the modules whose outputs are features.
+        labels: (N,) by sample index, for a model that is called with `labels` of its inputs.
     """
 
-    def __init__(self, model: nn.Module, features: Sequence[str] = ()) -> None:
+    labels: Tensor | None
+
+    def __init__(self, model: nn.Module, features: Sequence[str] = (), labels: Tensor | None = None) -> None:
         super().__init__()
         self._model = [model]  # in a list: not one of this module's own
         self._taps = Taps(model, features)
+        self.register_buffer("labels", labels, persistent=False)
 
     @torch.no_grad()
     def outputs(self, index: Tensor, inputs: Tensor) -> Output:
         """Logits (batch, L) and features of `inputs`, which are the samples `index` (batch,)."""
         model = self._model[0].to(inputs.device).eval()
+        call = model if self.labels is None else partial(model, labels=self.labels[index])
         with self._taps:
-            logits, features = self._taps.call(model, inputs)
+            logits, features = self._taps.call(call, inputs)
         return Output(logits.float(), features)
 
 
@@ -211,17 +217,21 @@ def find_or_train(
     shared: Path,
     stage: Stage,
     tracker: Tracker,
+    module: Callable[[nn.Module, TrainerConfig], FitModule] = TeacherModule,
 ) -> float:
     """Give `model` the weights of the run's teacher: its own, else the shared one, else trained now. Seconds it took.
+
+    `module` trains it. What else its training depends on, `stage.identity`, is kept with it as the data are.
 
     Raises:
         RunError: where the run's own was trained on other data.
     """
+    basis = f"{data.fingerprint} {stage.identity}".strip()
     weights, done = directory / "teacher.safetensors", directory / "teacher.json"
     if ranks.agreed(done.exists):
         logger.info("teacher found, trained before")
     else:
-        teacher = SharedTeacher(shared, data.fingerprint)
+        teacher = SharedTeacher(shared, basis)
         with teacher.lock() if ranks.first() else nullcontext(Lock()) as lock:
             if ranks.agreed(teacher.found):
                 logger.info(
@@ -232,7 +242,7 @@ def find_or_train(
                     logger.info("the teacher's training was begun before and has not ended: this run takes it over")
                 # without locks another process may be training it, too: each in its run directory, then
                 place = ranks.agreed(lambda: teacher.begin(stage) if lock.held else stage)
-                record = train(model, settings, data, place, stage, tracker)
+                record = train(model, settings, data, place, stage, tracker, module)
                 if ranks.first():
                     teacher.save(model, record, place)
                     if place.checkpoint is not None:
@@ -241,23 +251,31 @@ def find_or_train(
                 teacher.give(weights, done, stage)
     ranks.wait()
     record = read_json(done)
-    if record["data"] != data.fingerprint:
-        raise RunError(f"{directory}: its teacher was trained on other data; change `name`, or delete the directory")
+    if record["data"] != basis:
+        other = "on other data" if not stage.identity else "on other data, or by another teacher"
+        raise RunError(f"{directory}: its teacher was trained {other}; change `name`, or delete the directory")
     load_weights(model, weights)
     return float(record["seconds"])
 
 
 def train(
-    model: nn.Module, settings: TrainerConfig, data: DataModule, place: Stage, stage: Stage, tracker: Tracker
+    model: nn.Module,
+    settings: TrainerConfig,
+    data: DataModule,
+    place: Stage,
+    stage: Stage,
+    tracker: Tracker,
+    module: Callable[[nn.Module, TrainerConfig], FitModule] = TeacherModule,
 ) -> dict[str, float]:
     """Train the teacher, with its files at `place`; the run, whose stage it is, gets the epochs' lines as they come."""
-    logger.info("training the teacher on %s samples", f"{data.whole[0]:,}")
+    who = stage.description or "teacher"
+    logger.info("training the %s on %s samples", who, f"{data.whole[0]:,}")
     shown = place.metrics != stage.metrics and ranks.first()
-    own = [EpochLines(stage.metrics, stage.name, stage.attempt)] if shown else []
-    module = TeacherModule(model, settings)
-    with seeded(stage.seed, stage.name, "fit", *ranks.purpose()), tracker.stage(stage.name) as loggers:
-        result = fit(module, data, place, loggers, own)
-    logger.info("teacher trained: %d epochs, %.0f s", result.epochs, result.seconds)
+    own = [EpochLines(stage.metrics, stage.shown, stage.attempt)] if shown else []
+    trained = module(model, settings)
+    with seeded(stage.seed, stage.name, "fit", *ranks.purpose()), tracker.stage(stage.shown) as loggers:
+        result = fit(trained, data, place, loggers, own)
+    logger.info("%s trained: %d epochs, %.0f s", who, result.epochs, result.seconds)
     return {"epochs": result.epochs, "best_epoch": result.best_epoch, "seconds": result.seconds}
 
 
