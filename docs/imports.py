@@ -25,7 +25,7 @@ FLOORS = (
     ("rounds of boosting", ("boosting",)),
     (
         "a teacher, an ensemble",
-        ("teacher", "shared_teacher", "ensemble", "saved", "parallel", "compiled", "packing", "exits"),
+        ("teacher", "teachers", "shared_teacher", "ensemble", "saved", "parallel", "compiled", "packing", "exits"),
     ),
     (
         "one fit, its weights and costs",

@@ -30,7 +30,7 @@ CONF = str(next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 
 TRAINER = {option.name: option.default for option in fields(TrainerConfig)}
 OF_STUDENTS = re.compile(r"student\.(common|rungs\.\d+)\.reuse=")  # it is in no ladder's file
-OF_TEACHER = re.compile(r"(~?)teacher\.trainer(?:\.(\w+))?((?:\.\w+)*)(=?)")
+OF_TEACHER = re.compile(r"(~?)teacher\.(?:(?:members|assistants)\.\w+\.)?trainer(?:\.(\w+))?((?:\.\w+)*)(=?)")
 
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)  # for Hydra's own folder of a sweep
 
@@ -144,7 +144,7 @@ def for_hydra(argument: str) -> str:
 
 
 def set_or_add(argument: str) -> str:
-    """An override of the teacher's trainer, of which the composed configuration has only the teacher's own options.
+    """An override of the trainer of a teacher's model, of which the composed configuration has only its own options.
 
     `teacher.trainer.KEY=VALUE` sets the option or adds it. `~teacher.trainer.KEY` leaves it out: it has its default,
     not the students' value. Misspelt ones stay as they are, for Hydra to refuse. `student.common.reuse=VALUE` and

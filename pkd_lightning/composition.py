@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.checks import Faults
@@ -16,6 +16,7 @@ PARTS = ("data", "teacher", "student", "boosting", "trainer", "logger")
 SETTINGS = ("name", "seed", "run_root", "threads")
 PATHS = ("data.root", "teacher.checkpoint")  # null, or a path
 NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)  # what an interpolation can name
+GENERATIONS = 100  # of a teacher, at most
 SHARED = ("lr", "weight_decay")  # what optimisers of any kind have; where the teacher's own are null, it has none
 PACKAGE = "the file's first line must be `# @package _global_`"
 
@@ -26,28 +27,72 @@ def complete(config: DictConfig) -> DictConfig:
     Its optimiser and its schedule are merged with the students' where they are the same `_target_`. Another schedule is
     the teacher's alone, another optimiser has the students' learning rate and weight decay. What is inherited is an
     interpolation, `${trainer.batch_size}`. A `teacher.trainer` that is whole, as in a run's config.yaml, stays as it
-    is; one that is no mapping does, too, for `assemble` to name.
+    is; one that is no mapping does, too, for `assemble` to name. The trainers of `models_of` a teacher are completed in
+    the same way. Assistants have `alpha` and `temperature` of `boosting`, generations are assistants.
     """
     whole = copy.deepcopy(config)
-    students, own = mapping(whole, "trainer"), mapping(whole, "teacher.trainer")
-    if students is None or own is None or OmegaConf.is_interpolation(whole.teacher, "trainer"):
-        return whole
+    generations = _with_generations(whole)
+    for place in models_of(whole):
+        model = mapping(whole, place)
+        if model is not None:
+            own_generation = place in generations
+            with read_write(whole), open_dict(whole):
+                if place != "teacher" and "trainer" not in model:
+                    model.trainer = {}
+                if place.startswith("teacher.assistants."):
+                    for name in ("alpha", "temperature"):
+                        if name not in model and name in (mapping(whole, "boosting") or ()):
+                            model[name] = f"${{boosting.{name}}}"
+                _complete_trainer(whole, model, "teacher.trainer" if own_generation else "trainer")
+    return whole
+
+
+def models_of(config: DictConfig) -> list[str]:
+    """Where `config` has the teacher's models: `teacher`, or its members, then its assistants in their order."""
+    teacher = mapping(config, "teacher")
+    several = teacher is not None and "members" in teacher
+    members, assistants = (
+        [f"teacher.{group}.{name!s}" for name in mapping(config, f"teacher.{group}") or ()]
+        for group in ("members", "assistants")
+    )
+    return [*(members if several else ["teacher"]), *assistants]
+
+
+def _with_generations(whole: DictConfig) -> set[str]:
+    """Put `teacher.generations` before the assistants, as the assistants they are; returns where they stand."""
+    teacher, count = mapping(whole, "teacher"), _value(whole, "teacher.generations", [])
+    if teacher is None or "members" in teacher or type(count) is not int or not 0 < count <= GENERATIONS:
+        return set()
+    given = mapping(teacher, "assistants")
+    others: Any = {} if given is None else OmegaConf.to_container(given)
+    if not all(isinstance(other, dict) for other in others.values()):
+        return set()  # for `assemble` to name
+    names = [f"generation_{number}" for number in range(1, count + 1)]
+    generations = {name: {"model": "${teacher.model}", "trainer": {}} | others.pop(name, {}) for name in names}
+    with read_write(whole), open_dict(whole):
+        teacher.assistants = {**generations, **others}
+    return {f"teacher.assistants.{name}" for name in names}
+
+
+def _complete_trainer(whole: DictConfig, model: DictConfig, source: str) -> None:
+    """Complete `model.trainer` by the options that `whole` has at `source`."""
+    students, own = mapping(whole, source), mapping(model, "trainer")
+    if students is None or own is None or OmegaConf.is_interpolation(model, "trainer"):
+        return
     made: Any = OmegaConf.to_container(own)
     if not (students.keys() <= own.keys() and {"_target_", "_partial_"} <= set(mapping(own, "optimizer") or ())):
-        made = _inherited("trainer", students, made)
+        made = _inherited(source, students, made)
         for key, shared in (("optimizer", SHARED), ("schedule", ())):
             theirs, its = mapping(students, key), mapping(own, key)
             if theirs is not None and its is not None and isinstance(made[key], dict):
                 same = _value(its, "_target_", []) in (None, _value(theirs, "_target_", []))
                 names = [name for name in theirs if same or name in ("_partial_", *shared)]
-                made[key] = _inherited(f"trainer.{key}", names, made[key])
+                made[key] = _inherited(f"{source}.{key}", names, made[key])
     if isinstance(made.get("optimizer"), dict):
         for name in SHARED:
             if made["optimizer"].get(name, ...) is None:
                 del made["optimizer"][name]
-    with read_write(whole):
-        whole.teacher.trainer = made
-    return whole
+    model.trainer = made
 
 
 def _inherited(place: str, names: Iterable[Any], own: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -109,7 +154,7 @@ def _unknown(key: str, raw: dict[Any, Any]) -> list[str]:
 
 def without_bars(config: DictConfig) -> DictConfig:
     """`config` for a job of several that share the terminal: no fit shows its progress."""
-    for key in ("trainer", "teacher.trainer"):
+    for key in ("trainer", *(f"{place}.trainer" for place in models_of(config))):
         if isinstance(OmegaConf.select(config, key), DictConfig):
             OmegaConf.update(config, f"{key}.progress", False, force_add=True)
     return config

@@ -70,6 +70,11 @@ def workspace(entity: str, project: str, rounds: int = 7, swept: Sequence[str] =
         for stage in stages
         for name in ("validation_loss", "validation_accuracy", "train_loss")
     ]
+    several = [
+        panels.LinePlot(title=f"{name.replace('_', ' ')} of several teachers and of assistants",
+                        metric_regex=rf"(teacher|assistant)-.*/{name}")
+        for name in ("validation_loss", "validation_accuracy")
+    ]  # fmt: skip
     return workspaces.Workspace(
         entity=entity,
         project=project,
@@ -78,6 +83,7 @@ def workspace(entity: str, project: str, rounds: int = 7, swept: Sequence[str] =
             workspaces.Section(name="Runs side by side", panels=comparison, is_open=True),
             workspaces.Section(name="Students", panels=students, is_open=True),
             workspaces.Section(name="Curves by round", panels=curves),
+            workspaces.Section(name="Several teachers", panels=several),
         ],
         runset_settings=workspaces.RunsetSettings(
             pinned_columns=[f"summary:ensemble/{name}" for name in ("validation_accuracy", "macs_total")]

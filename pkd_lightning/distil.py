@@ -19,13 +19,16 @@ from pkd_lightning.experiment import TORCH_THREADS, Experiment, assemble, open_t
 from pkd_lightning.fitting import Stage
 from pkd_lightning.growth import source_of
 from pkd_lightning.live import LivePage
+from pkd_lightning.loggers import Tracker
 from pkd_lightning.naming import Naming
 from pkd_lightning.processes import together
 from pkd_lightning.report import write_report
 from pkd_lightning.results import PROGRESS
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.sweeps.pruning import this_trial
-from pkd_lightning.teacher import prepare_teacher
+from pkd_lightning.teacher import Teacher, prepare_teacher
+from pkd_lightning.teachers.options import TeachersConfig
+from pkd_lightning.teachers.preparing import prepare_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,7 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
                 tracker = LivePage(given, partial(write_page, directory.path))  # in other ranks it writes nothing
                 checkpoint = directory.path / "fits" / "teacher.ckpt"
                 stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl", checkpoint=checkpoint)
-                shared = directory.shared_teacher(data.fingerprint)
-                teacher = prepare_teacher(experiment.teacher, data, directory.path / "teacher", shared, stage, tracker)
+                teacher = taught_by(experiment, data, directory, stage, tracker)
                 source = ranks.agreed(lambda: source_of(config, experiment.boosting, directory))
                 loop = BoostingLoop(
                     experiment.boosting, experiment.student, experiment.trainer, data, teacher,
@@ -72,6 +74,16 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
             loop.close()
             directory.finish()
     return directory
+
+
+def taught_by(
+    experiment: Experiment, data: DataModule, directory: RunDirectory, stage: Stage, tracker: Tracker
+) -> Teacher:
+    """Load or train the teacher, or each of those that teach."""
+    own, shared = directory.path / "teacher", directory.shared_teachers(data.fingerprint)
+    if isinstance(experiment.teacher, TeachersConfig):
+        return prepare_teachers(experiment.teacher, data, own, shared, stage, tracker)
+    return prepare_teacher(experiment.teacher, data, own, shared["teacher"], stage, tracker)
 
 
 def begin(config: DictConfig, experiment: Experiment, data: DataModule, run: Path) -> None:

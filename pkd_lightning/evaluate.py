@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pkd_lightning import __version__
 from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.composition import complete
 from pkd_lightning.cost import Cost, latency, measure
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.earlier import following, reads
@@ -27,6 +28,8 @@ from pkd_lightning.matrix import chunks, scratch
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.results import SCHEMA
 from pkd_lightning.teacher import Teacher
+from pkd_lightning.teachers.combining import cost_of
+from pkd_lightning.teachers.preparing import Part, Teachers
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "numba", "wandb")
@@ -69,12 +72,14 @@ def evaluate(
     predict(teacher.model, data, data.test, device, out=teacher_logits)
     check_finite(teacher_logits, "the teacher")
     teacher.model.cpu()
-    teacher_cost = measure(teacher.model, data.task.input_shape)
+    teacher_cost = cost_of(teacher.model, data.task.input_shape)
     teacher_row = {
         **data.task.quality(teacher_logits, labels),
         **vars(teacher_cost),
         **vars(latency(teacher.model, sample)),
     }
+    if isinstance(teacher, Teachers):
+        teacher_row |= each_of(teacher, data, device, directory)
 
     rounds: list[dict[str, Any]] = []
     prefix_cost = Cost(0, 0, 0)
@@ -111,6 +116,35 @@ def evaluate(
     fractions = {name: _fraction(value, vars(teacher_cost)[name]) for name, value in vars(prefix_cost).items()}
     ensemble_row = {"members": len(ensemble), **prefix, **vars(prefix_cost), "fraction_of_teacher": fractions}
     return {"teacher": teacher_row, "rounds": rounds, "ensemble": ensemble_row, **exits.results(seed)}
+
+
+def each_of(teachers: Teachers, data: DataModule, device: torch.device, directory: Path) -> dict[str, Any]:
+    """Members, what they differ in, and the chain of assistants, on the test part: of the teacher's part of results."""
+    labels = data.labels[data.test.start : data.test.stop]
+    logits = scratch(len(labels), data.num_classes, directory)
+
+    def row(part: Part) -> dict[str, Any]:
+        model = part.teacher.model
+        predict(model, data, data.test, device, out=logits)
+        check_finite(logits, f"the teacher {part.name!r}")
+        model.cpu()
+        return {
+            "name": part.name,
+            "option": part.option,
+            **data.task.quality(logits, labels),
+            "validation_accuracy": part.validation_accuracy,
+            **vars(cost_of(model, data.task.input_shape)),
+            "seconds": part.teacher.seconds,
+        }
+
+    found: dict[str, Any] = {"validation_accuracy": teachers.validation_accuracy}
+    if teachers.members:
+        found["combine"] = teachers.combine if isinstance(teachers.combine, str) else dict(teachers.combine)
+        found["disagreement"] = dict(teachers.disagreement or {})
+    for name, parts in (("members", teachers.members), ("chain", teachers.chain)):
+        if parts:
+            found[name] = [row(part) for part in parts]
+    return found
 
 
 class ExitCurves:
@@ -179,7 +213,7 @@ def collect_results(
     """The whole of results.json, whose version is `schema`. `seconds`: wall time of this process's part."""
     state = loop.state
     measured = evaluate(teacher, ensemble, data, state.records, loop.trainer.device, loop.directory, config.seed)
-    measured["teacher"]["config"] = OmegaConf.to_container(config.teacher.model, resolve=True)
+    measured["teacher"]["config"] = _models(config, measured["teacher"])
     rounds = [record["seconds"] for record in state.records]
     return {
         "schema": SCHEMA,
@@ -202,6 +236,19 @@ def collect_results(
         **measured,
         "stop_reason": state.stop_reason,
     }
+
+
+def _models(config: DictConfig, row: dict[str, Any]) -> Any:
+    """The options of the teacher's model, None where it is several; those of each of several are put into its row."""
+    whole = complete(config)
+
+    def options(place: str) -> Any:
+        found = OmegaConf.select(whole, f"{place}.model")
+        return None if found is None else OmegaConf.to_container(found, resolve=True)
+
+    for each in (*row.get("members", ()), *row.get("chain", ())):
+        each["config"] = options(each["option"])
+    return row["chain"][-1]["config"] if "chain" in row else options("teacher")
 
 
 def versions() -> dict[str, str]:

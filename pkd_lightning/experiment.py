@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,9 @@ from pkd_lightning.loggers import About, NoTracker, SilentTracker, Tracker
 from pkd_lightning.models.building import path_of
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
-from pkd_lightning.teacher import TeacherConfig, is_trained
+from pkd_lightning.teacher import TeacherConfig
+from pkd_lightning.teachers.options import SEVERAL, C, TeachersConfig, is_several, teachers_of
+from pkd_lightning.teachers.trying import try_teacher, try_teachers
 from pkd_lightning.trainer import TrainerConfig
 from pkd_lightning.trial import try_model
 
@@ -49,7 +52,7 @@ class Experiment:
     """The validated parts of an experiment."""
 
     data: DataConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | TeachersConfig
     student: Ladder
     boosting: BoostingConfig
     trainer: TrainerConfig
@@ -75,12 +78,10 @@ class Experiment:
             build = partial(self._student, data, [*rungs, index])  # after one of its own rung
             if self.student.repeat and not faults and isinstance(build(), Following):
                 collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
-        build = partial(self.teacher.build, data.task.input_shape, data.num_classes)
-        teacher = collect(faults, "teacher.model", build)  # once, where it is not trained: it may be large
-        if teacher is not None:
-            loaded = self.teacher.checkpoint is not None or is_trained(teacher)
-            trainer = None if loaded else self.teacher.trainer
-            collect(faults, "teacher.model", partial(attempt, "teacher.model", build, trainer=trainer, model=teacher))
+        if isinstance(self.teacher, TeachersConfig):
+            teacher = try_teachers(self.teacher, data, attempt, faults)
+        else:
+            teacher = try_teacher(self.teacher, data, attempt, faults)
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
         self._try_round(data, inputs, teacher, faults)
@@ -208,10 +209,11 @@ def assemble(config: DictConfig) -> Experiment:
     boosting = part("boosting", _boosting)
     part("logger", _tracker)
     if trainer is not None and teacher is not None:
-        for key in ("devices", "num_nodes", "strategy"):
-            if getattr(teacher.trainer, key) != getattr(trainer, key):
-                given = getattr(teacher.trainer, key)
-                faults.append(f"teacher.trainer.{key}={given}: is that of the run; set trainer.{key}")
+        each = teacher.first | teacher.chain if isinstance(teacher, TeachersConfig) else {"teacher": teacher}
+        for option, key in product(each, ("devices", "num_nodes", "strategy")):
+            given = getattr(each[option].trainer, key)
+            if given != getattr(trainer, key):
+                faults.append(f"{option}.trainer.{key}={given}: is that of the run; set trainer.{key}")
     if student is not None:
         rounds = OmegaConf.select(config, "boosting.rounds")  # checked even where another boosting option is at fault
         if OmegaConf.select(config, "boosting.grow_from") is not None:
@@ -242,8 +244,12 @@ def _tracker(config: DictConfig) -> Callable[..., Tracker]:
     return make
 
 
-def _teacher(config: DictConfig) -> TeacherConfig:
-    given = options(config)
+def _teacher(config: DictConfig) -> TeacherConfig | TeachersConfig:
+    return teachers_of(config, _classifier) if is_several(config) else _classifier(TeacherConfig, config, SEVERAL)
+
+
+def _classifier(cls: type[C], config: DictConfig, without: Sequence[str] = ()) -> C:
+    given = options(config, without)
     faults: list[str] = []
     trainer = collect(faults, "trainer", lambda: build(TrainerConfig, options(config.get("trainer"))))
     check = getattr(getattr(given.get("model"), "func", None), "faults", None)
@@ -255,7 +261,7 @@ def _teacher(config: DictConfig) -> TeacherConfig:
             faults.append(f"{place}={value}: must be finite")
     if faults:
         raise ConfigError(faults)
-    return build(TeacherConfig, {**given, "trainer": trainer})
+    return build(cls, {**given, "trainer": trainer})
 
 
 def _boosting(config: DictConfig) -> BoostingConfig:
@@ -301,8 +307,10 @@ def _term(config: Any) -> Term:
     return made
 
 
-def options(config: DictConfig) -> dict[str, Any]:
+def options(config: DictConfig, without: Sequence[str] = ()) -> dict[str, Any]:
     """The entries of a node as Python values, those with a `_target_` instantiated: to something that can be called.
+
+    Keys of `without` are left out.
 
     Raises:
         ConfigError: where an interpolation or a `_target_` fails.
@@ -313,6 +321,8 @@ def options(config: DictConfig) -> dict[str, Any]:
     faults: list[str] = []
     for key in config:
         name = str(key)
+        if name in without:
+            continue
         try:
             value = config[name]
             if isinstance(value, DictConfig) and "_target_" in value:

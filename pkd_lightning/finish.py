@@ -16,6 +16,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import explain_end, log_to_terminal
 from pkd_lightning.commands import spare_terminal
+from pkd_lightning.composition import models_of
 from pkd_lightning.errors import RunError
 from pkd_lightning.process import stopped_by_signals
 from pkd_lightning.reporting.table import print_table
@@ -71,7 +72,7 @@ def config_of(run: Path) -> DictConfig:
         config = OmegaConf.load(run / "config.yaml")
         assert isinstance(config, DictConfig)
         OmegaConf.update(config, "run_root", str(run.parents[1]))
-        for owner in ("trainer", "teacher.trainer"):
+        for owner in ("trainer", *(f"{place}.trainer" for place in models_of(config))):
             OmegaConf.update(config, f"{owner}.devices", 1, force_add=True)
             OmegaConf.update(config, f"{owner}.num_nodes", 1, force_add=True)
     except (OSError, YAMLError, OmegaConfBaseException, AssertionError) as error:

@@ -27,6 +27,7 @@ from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.locks import holder, sign, taken, unsign
 from pkd_lightning.process import in_multirun, task
 from pkd_lightning.results import PROGRESS
+from pkd_lightning.teachers.identity import determining
 from pkd_lightning.trainer import TrainerConfig, device_of
 
 OBJECTIVES = "pkd_lightning.boosting.objectives."
@@ -66,9 +67,11 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
         data["root"] = str(Path(data["root"]).expanduser().resolve())
     if boosting.get("grow_from") is not None:
         boosting["grow_from"] = str(Path(boosting["grow_from"]).expanduser().resolve())
-    if teacher.get("checkpoint") is not None:
-        content = Path(teacher["checkpoint"]).expanduser().read_bytes()
-        teacher["checkpoint"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    models = _models(teacher)
+    for model in models:
+        if model.get("checkpoint") is not None:
+            content = Path(model["checkpoint"]).expanduser().read_bytes()
+            model["checkpoint"] = hashlib.blake2b(content, digest_size=16).hexdigest()
     if isinstance(boosting.get("objective"), dict) and boosting["objective"].get("_target_", "").startswith(OBJECTIVES):
         own = boosting.pop("objective")  # as options of `boosting` would have it
         boosting.update({key: value for key, value in own.items() if key != "_partial_"})
@@ -81,15 +84,39 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     plain["boosting"] = _without_defaults(boosting, BoostingConfig)
     if teacher.get("online") is False:
         del teacher["online"]
-    for owner in (plain, teacher):
+    for owner in (plain, *models):
         device = device_of(owner["trainer"].get("accelerator", "auto"))
         owner["trainer"] = _without_defaults({**owner["trainer"], "accelerator": device}, TrainerConfig)
+        for key in VOLATILE:
+            if owner is not plain and key.startswith("trainer."):
+                owner["trainer"].pop(key.removeprefix("trainer."), None)
+    plain["teacher"] = _plain_teacher(teacher)
     for key in VOLATILE:
         *parents, leaf = key.split(".")
         node: Any = plain
         for parent in parents:
             node = node.get(parent, {})
         node.pop(leaf, None)
+    return plain
+
+
+def _models(teacher: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models of a plain teacher: its own, or its members, then its assistants."""
+    first = teacher["members"].values() if "members" in teacher else [teacher]
+    return [*first, *(teacher.get("assistants") or {}).values()]
+
+
+def _plain_teacher(teacher: dict[str, Any]) -> dict[str, Any]:
+    """What a plain teacher of completed options means; members and assistants stand by their places in the order."""
+    plain = {key: value for key, value in teacher.items() if key not in ("generations", "members", "assistants")}
+    if plain.get("combine") == "mean":
+        del plain["combine"]
+    for key in ("members", "assistants"):
+        if teacher.get(key):
+            plain[key] = {
+                str(place): {name: _without_defaults({k: v for k, v in model.items() if v is not None}, BoostingConfig)}
+                for place, (name, model) in enumerate(teacher[key].items(), 1)
+            }
     return plain
 
 
@@ -145,28 +172,30 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        teacher: what determines the teacher and its logits, beside the data's content: its own options, data, threads,
-            and the seed where it is trained. How a loaded one would be trained, and when it is asked, does not count.
+        teachers: what determines each of those that teach and its logits, beside the data's content, by where its
+            options are: `teacher`, `teacher.members.NAME`, `teacher.assistants.NAME`.
     """
 
     def __init__(self, config: DictConfig) -> None:
         plain = plain_config(config)
         self.root = Path(config.run_root).expanduser()
         self.path = self.root / str(config.name) / plain_hash(plain)
-        own = {key: value for key, value in plain["teacher"].items() if key != "online"}
-        self.teacher = {"teacher": own, "data": plain["data"], "threads": plain.get("threads")}
-        if own.get("checkpoint") is None:
-            self.teacher["seed"] = plain.get("seed")
-        else:
-            own["trainer"] = {"accelerator": own["trainer"]["accelerator"]}
+        self.teachers = determining(plain)
 
-    def shared_teacher(self, data: str) -> Path:
-        """The directory of the teacher and its logits, for all runs below `run_root` that want the same.
+    def shared_teachers(self, data: str) -> dict[str, Path]:
+        """The directory of each of `teachers` and its logits, for all runs below `run_root` that want the same.
 
         Args:
             data: fingerprint of the data. It counts, so that other files under the same names have another teacher.
         """
-        return self.root / "teachers" / plain_hash({**self.teacher, "fingerprint": data})
+        return {
+            option: self.root / "teachers" / plain_hash({**one, "fingerprint": data})
+            for option, one in self.teachers.items()
+        }
+
+    def shared_teacher(self, data: str) -> Path:
+        """That of the teacher, which is one model."""
+        return self.shared_teachers(data)["teacher"]
 
     @property
     def finished(self) -> bool:
@@ -199,7 +228,8 @@ class RunDirectory:
 
     def tidy(self) -> None:
         """Remove what killed processes left, and of a finished run what only going on needs; only under the lock."""
-        for folder in (self.path, *(self.path / name for name in ("teacher", "students", "figures"))):
+        several = (self.path / "teacher").glob("*/*/")
+        for folder in (self.path, *(self.path / name for name in ("teacher", "students", "figures")), *several):
             remove_temporaries(folder)
         left = [self.path / "report.html.partial"]
         if self.finished:

@@ -282,6 +282,9 @@ def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
         for name, value in results[part].items()
         if isinstance(value, (int, float))
     }
+    each = [*results["teacher"].get("members", ()), *results["teacher"].get("chain", ())]
+    found |= {f"teacher/{row['name']}/{key}": row[key] for row in each for key in ("accuracy", "validation_accuracy")}
+    found |= {f"teacher/disagreement/{key}": value for key, value in results["teacher"].get("disagreement", {}).items()}
     if results["rounds"]:
         found["ensemble/validation_accuracy"] = results["rounds"][-1]["prefix_validation_accuracy"]
     return {**found, "seconds": results["wall_seconds"]["total"]}

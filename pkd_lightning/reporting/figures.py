@@ -284,7 +284,8 @@ def loss_stages(metrics: list[Row]) -> dict[str, list[Row]]:
 
     def place(stage: str) -> tuple[int, int, str]:
         found = re.fullmatch(r"round-(\d+)", stage)
-        return (0, 0, "") if stage == "teacher" else (1, int(found[1]), "") if found else (2, 0, stage)
+        first = {"teacher": 0, "assistant": 1}.get(stage.partition("-")[0], 3)
+        return (2, int(found[1]), "") if found else (first, 0, stage)
 
     return {stage: stages[stage] for stage in sorted(stages, key=place)}
 

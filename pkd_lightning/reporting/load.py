@@ -1,6 +1,7 @@
 """Read what a run left behind, and say exactly what is wrong with it when it cannot be read."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,8 @@ def _doing(metrics: Path) -> str:
         stage, epoch, attempt = str(row["stage"]), int(row["epoch"]) + 1, int(row.get("attempt") or 0)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError):
         return ""
-    name = "the teacher" if stage == "teacher" else f"round {int(stage[-2:]) + 1}" if stage[-2:].isdecimal() else stage
+    found = re.fullmatch(r"round-(\d+)", stage)
+    name = "the teacher" if stage == "teacher" else f"round {int(found[1]) + 1}" if found else stage.replace("-", " ")
     return f" Its last epoch was epoch {epoch} of {name}{f', attempt {attempt + 1}' if attempt else ''}."
 
 

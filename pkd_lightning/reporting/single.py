@@ -20,6 +20,7 @@ from pkd_lightning.reporting.table import (
     student_rows,
     teacher_row,
 )
+from pkd_lightning.reporting.teachers import TEACHERS_HEAD, teacher_parts, teachers_notes, teachers_table
 from pkd_lightning.reporting.values import (
     LATENCY,
     MISSING,
@@ -57,6 +58,7 @@ def run_page(run: RunRecord, figures: Path | None) -> str:
         page.section_heading("Results"),
         *_tables(results),
         page.paragraphs(_table_notes(results)),
+        *_teachers(results),
         *_exits(results),
         page.section_heading("Setting"),
         *_setting(run),
@@ -165,7 +167,7 @@ def _missing_curves(run: RunRecord) -> list[str]:
     lines = []
     if not run.metrics and not any("metrics.jsonl is missing" in note for note in run.notes):
         lines.append("metrics.jsonl holds no epochs: loss curves are missing")
-    if run.metrics and "teacher" not in stages:
+    if run.metrics and not any(stage.split("-")[0] in ("teacher", "assistant") for stage in stages):
         lines.append("metrics.jsonl has no losses of the teacher: it was not trained in this run")
     absent = [f"round-{index:02d}" for index in range(len(run.results["rounds"]))]
     absent = [stage for stage in absent if stage not in stages]
@@ -193,6 +195,15 @@ def _tables(results: Row) -> list[str]:
         table = page.table([column.title for column in columns], cells, text, [len(rows) - 1])
         made += [page.section_heading(title, 3), table]
     return made
+
+
+def _teachers(results: Row) -> list[str]:
+    """The table of several teachers, or of a chain of assistants, where there are any."""
+    rows = teachers_table(results)
+    if not rows:
+        return []
+    table = page.table(list(TEACHERS_HEAD), rows)
+    return [page.section_heading("Teachers", 3), table, page.paragraphs(teachers_notes(results))]
 
 
 def _exits(results: Row) -> list[str]:
@@ -236,7 +247,8 @@ def _setting(run: RunRecord) -> list[str]:
         "versions": _inline(results.get("versions")),
     }
     parts = [page.details("Time, hardware, versions", page.pairs(facts)).replace("<details", "<details open", 1)]
-    configs = [("teacher", results["teacher"].get("config"))]
+    configs = [(name, row.get("config")) for name, row in teacher_parts(results) if isinstance(row.get("config"), dict)]
+    configs = configs or [("teacher", results["teacher"].get("config"))]
     configs += [(str(index), entry.get("config")) for index, entry in enumerate(results["rounds"], 1)]
     keys = list(dict.fromkeys(key for _, config in configs if isinstance(config, Mapping) for key in config))
     if keys:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pkd_lightning.reporting.load import COST_KEYS, Row
+from pkd_lightning.reporting.teachers import TEACHERS_HEAD, teachers_notes, teachers_table
 from pkd_lightning.reporting.values import (
     ACCEPTED_FULL,
     ACCEPTED_SHORT,
@@ -171,6 +173,23 @@ def print_table(results: Row, console: Console | None = None) -> None:
     console.print(table)
     for line in _footnotes(results, {column.key for column in columns}, [*rows, teacher]):
         console.print(Text(line))
+    _print_teachers(results, console)
+
+
+def _print_teachers(results: Row, console: Console) -> None:
+    """Print several teachers, or a chain of assistants, where there are any."""
+    rows = teachers_table(results)
+    if not rows:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, head in enumerate(TEACHERS_HEAD.values()):
+        justify: Literal["left", "right"] = "right" if index else "left"
+        table.add_column(Text(head), justify=justify, no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    for note in teachers_notes(results):
+        console.print(Text(note))
 
 
 def condition_sentence(results: Row) -> str:

@@ -1,0 +1,1 @@
+"""Several teachers as one, and chains of assistants between a teacher and the students."""
