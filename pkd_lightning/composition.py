@@ -100,6 +100,11 @@ def _inherited(place: str, names: Iterable[Any], own: Mapping[Any, Any]) -> dict
     return {name: f"${{{place}.{name}}}" for name in names if NAME.fullmatch(str(name))} | dict(own)
 
 
+def no_teacher(teacher: Mapping[Any, Any]) -> bool:
+    """Whether the options of a teacher say that there is none, as those of `teacher=none` do: its model is null."""
+    return "model" in teacher and teacher["model"] is None
+
+
 def mapping(config: DictConfig, key: str) -> DictConfig | None:
     """The options that `config` holds at `key`; None where there are none, or where that cannot be told."""
     found = _value(config, key, [])

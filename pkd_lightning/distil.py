@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from pkd_lightning import ranks
 from pkd_lightning.boosting.loop import BoostingLoop
-from pkd_lightning.boosting.objectives import objective_of
 from pkd_lightning.boosting.partial import partial_results
 from pkd_lightning.checkpoint import write_json
 from pkd_lightning.data.module import DataModule
@@ -78,8 +77,10 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
 
 def taught_by(
     experiment: Experiment, data: DataModule, directory: RunDirectory, stage: Stage, tracker: Tracker
-) -> Teacher:
-    """Load or train the teacher, or each of those that teach."""
+) -> Teacher | None:
+    """Load or train the teacher, or each of those that teach; None where there is none."""
+    if experiment.teacher is None:
+        return None
     own, shared = directory.path / "teacher", directory.shared_teachers(data.fingerprint)
     if isinstance(experiment.teacher, TeachersConfig):
         return prepare_teachers(experiment.teacher, data, own, shared, stage, tracker)
@@ -89,8 +90,9 @@ def taught_by(
 def begin(config: DictConfig, experiment: Experiment, data: DataModule, run: Path) -> None:
     """Write what is known of a run before its teacher, for whoever looks at it from then on."""
     if not (run / PROGRESS).exists():
-        objective = objective_of(experiment.boosting).name
-        write_json(run / PROGRESS, partial_results(str(config.name), config.seed, experiment.boosting, objective, data))
+        distils = experiment.teacher is not None
+        known = partial_results(str(config.name), config.seed, experiment.boosting, data, distils=distils)
+        write_json(run / PROGRESS, known)
 
 
 def write_page(run: Path, figures: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pkd_lightning import __version__
 from pkd_lightning.boosting.loop import BoostingLoop
+from pkd_lightning.boosting.objectives import objective_name
 from pkd_lightning.composition import complete
 from pkd_lightning.cost import Cost, latency, measure
 from pkd_lightning.data.module import DataModule
@@ -36,7 +37,7 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "hydra-core", "
 
 
 def evaluate(
-    teacher: Teacher,
+    teacher: Teacher | None,
     ensemble: ProgressiveEnsemble,
     data: DataModule,
     records: Sequence[Mapping[str, Any]],
@@ -50,7 +51,7 @@ def evaluate(
     ones are in unnamed files (see `matrix.scratch`).
 
     Args:
-        teacher: the teacher.
+        teacher: the teacher; None: the part `teacher` is None, and nothing is compared with it.
         ensemble: the students.
         data: its test rows are read here and nowhere else in a run.
         records: what the loop recorded of each round.
@@ -65,21 +66,12 @@ def evaluate(
     Raises:
         RunError: where logits of the test rows are not finite, naming the model and the rows.
     """
-    logger.info("evaluating the teacher and %d students on %s test samples", len(ensemble), f"{len(data.test):,}")
+    who = "" if teacher is None else "the teacher and "
+    logger.info("evaluating %s%d students on %s test samples", who, len(ensemble), f"{len(data.test):,}")
     labels = data.labels[data.test.start : data.test.stop]
     sample = data.task.prepare(data.inputs[data.test.start : data.test.start + 1])
-    teacher_logits, prefix_logits, logits = (scratch(len(labels), data.num_classes, directory) for _ in range(3))
-    predict(teacher.model, data, data.test, device, out=teacher_logits)
-    check_finite(teacher_logits, "the teacher")
-    teacher.model.cpu()
-    teacher_cost = cost_of(teacher.model, data.task.input_shape)
-    teacher_row = {
-        **data.task.quality(teacher_logits, labels),
-        **vars(teacher_cost),
-        **vars(latency(teacher.model, sample)),
-    }
-    if isinstance(teacher, Teachers):
-        teacher_row |= each_of(teacher, data, device, directory)
+    teacher_row, teacher_logits = (None, None) if teacher is None else _evaluated(teacher, data, device, directory)
+    prefix_logits, logits = (scratch(len(labels), data.num_classes, directory) for _ in range(2))
 
     rounds: list[dict[str, Any]] = []
     prefix_cost = Cost(0, 0, 0)
@@ -113,8 +105,10 @@ def evaluate(
                 **({f"prefix_{name}": value for name, value in vars(prefix_cost).items()} if together else {}),
             }
         )
-    fractions = {name: _fraction(value, vars(teacher_cost)[name]) for name, value in vars(prefix_cost).items()}
-    ensemble_row = {"members": len(ensemble), **prefix, **vars(prefix_cost), "fraction_of_teacher": fractions}
+    ensemble_row = {"members": len(ensemble), **prefix, **vars(prefix_cost)}
+    if teacher_row is not None:
+        costs = vars(prefix_cost).items()
+        ensemble_row["fraction_of_teacher"] = {name: _fraction(value, teacher_row[name]) for name, value in costs}
     return {"teacher": teacher_row, "rounds": rounds, "ensemble": ensemble_row, **exits.results(seed)}
 
 
@@ -145,6 +139,23 @@ def each_of(teachers: Teachers, data: DataModule, device: torch.device, director
         if parts:
             found[name] = [row(part) for part in parts]
     return found
+
+
+def _evaluated(
+    teacher: Teacher, data: DataModule, device: torch.device, directory: Path
+) -> tuple[dict[str, Any], Tensor]:
+    """The teacher's quality and cost, and its logits of the test rows."""
+    labels = data.labels[data.test.start : data.test.stop]
+    sample = data.task.prepare(data.inputs[data.test.start : data.test.start + 1])
+    logits = scratch(len(labels), data.num_classes, directory)
+    predict(teacher.model, data, data.test, device, out=logits)
+    check_finite(logits, "the teacher")
+    teacher.model.cpu()
+    cost = vars(cost_of(teacher.model, data.task.input_shape))
+    row = {**data.task.quality(logits, labels), **cost, **vars(latency(teacher.model, sample))}
+    if isinstance(teacher, Teachers):
+        row |= each_of(teacher, data, device, directory)
+    return row, logits
 
 
 class ExitCurves:
@@ -205,7 +216,7 @@ def check_finite(logits: Tensor, whose: str) -> None:
 def collect_results(
     config: DictConfig,
     data: DataModule,
-    teacher: Teacher,
+    teacher: Teacher | None,
     ensemble: ProgressiveEnsemble,
     loop: BoostingLoop,
     seconds: float,
@@ -213,7 +224,9 @@ def collect_results(
     """The whole of results.json, whose version is `schema`. `seconds`: wall time of this process's part."""
     state = loop.state
     measured = evaluate(teacher, ensemble, data, state.records, loop.trainer.device, loop.directory, config.seed)
-    measured["teacher"]["config"] = _models(config, measured["teacher"])
+    if teacher is not None:
+        measured["teacher"]["config"] = _models(config, measured["teacher"])
+    before = 0.0 if teacher is None else teacher.seconds
     rounds = [record["seconds"] for record in state.records]
     return {
         "schema": SCHEMA,
@@ -221,7 +234,7 @@ def collect_results(
         "dataset": data.name,
         "split": data.config.split,
         "seed": config.seed,
-        "objective": loop.objective.name,
+        "objective": objective_name(loop.config),
         "combine": config.boosting.combine,
         "versions": versions(),
         "hardware": hardware(),
@@ -229,9 +242,9 @@ def collect_results(
         "sizes": {**dict(zip(("train", "validation", "test"), data.whole, strict=True)), "originals": data.originals},
         # a resumed run did part of its work in another process, so the parts can exceed this process's time
         "wall_seconds": {
-            "teacher": teacher.seconds,
+            "teacher": teacher and teacher.seconds,
             "rounds": rounds,
-            "total": max(seconds, teacher.seconds + sum(rounds)),
+            "total": max(seconds, before + sum(rounds)),
         },
         **measured,
         "stop_reason": state.stop_reason,

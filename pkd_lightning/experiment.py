@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -22,9 +22,10 @@ from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import combination_of
 from pkd_lightning.boosting.objectives import Objective, RoundBatch, objective_of
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
+from pkd_lightning.boosting.weak_learner import faults_without_teacher
 from pkd_lightning.checkpoint import not_finite
 from pkd_lightning.checks import build, collect, under, unknown_keys
-from pkd_lightning.composition import complete, mapping, top_level_faults
+from pkd_lightning.composition import complete, mapping, no_teacher, top_level_faults
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError, Pruned
@@ -49,10 +50,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Experiment:
-    """The validated parts of an experiment."""
+    """The validated parts of an experiment; without a teacher, that part is None."""
 
     data: DataConfig
-    teacher: TeacherConfig | TeachersConfig
+    teacher: TeacherConfig | TeachersConfig | None
     student: Ladder
     boosting: BoostingConfig
     trainer: TrainerConfig
@@ -78,9 +79,10 @@ class Experiment:
             build = partial(self._student, data, [*rungs, index])  # after one of its own rung
             if self.student.repeat and not faults and isinstance(build(), Following):
                 collect(faults, name, partial(attempt, name, build, trainer=self.trainer))
+        teacher: nn.Module | None = None
         if isinstance(self.teacher, TeachersConfig):
             teacher = try_teachers(self.teacher, data, attempt, faults)
-        else:
+        elif self.teacher is not None:
             teacher = try_teacher(self.teacher, data, attempt, faults)
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
@@ -214,6 +216,8 @@ def assemble(config: DictConfig) -> Experiment:
             given = getattr(each[option].trainer, key)
             if given != getattr(trainer, key):
                 faults.append(f"{option}.trainer.{key}={given}: is that of the run; set trainer.{key}")
+    if boosting is not None and no_teacher(config.teacher):
+        faults += under("boosting", faults_without_teacher(boosting))
     if student is not None:
         rounds = OmegaConf.select(config, "boosting.rounds")  # checked even where another boosting option is at fault
         if OmegaConf.select(config, "boosting.grow_from") is not None:
@@ -244,7 +248,20 @@ def _tracker(config: DictConfig) -> Callable[..., Tracker]:
     return make
 
 
-def _teacher(config: DictConfig) -> TeacherConfig | TeachersConfig:
+def _check_no_teacher(config: DictConfig) -> None:
+    """Check the options of a teacher that is none."""
+    given = {key: value for key, value in options(config).items() if key not in ("model", "trainer")}
+    faults = unknown_keys(given, [field.name for field in fields(TeacherConfig)])
+    cure = "there is no teacher, its model is null; choose one, teacher=NAME"
+    faults += [f"{key}={given[key]!r}: {cure}" for key in ("checkpoint", "online") if given.get(key)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def _teacher(config: DictConfig) -> TeacherConfig | TeachersConfig | None:
+    if not is_several(config) and no_teacher(config):
+        _check_no_teacher(config)
+        return None
     return teachers_of(config, _classifier) if is_several(config) else _classifier(TeacherConfig, config, SEVERAL)
 
 

@@ -56,12 +56,14 @@ SUMMARY = ("accuracy", "prefix_accuracy", "prefix_agreement", "prefix_nll", "pre
 
 def summary_of(row: Mapping[str, Any]) -> dict[str, float]:
     """What a tracker shows of a round of results.json, each class's edge included; no cost that is missing."""
-    edges = {f"edge/class_{j}": edge for j, edge in enumerate(row["edges"]["per_class"])}
+    edges: dict[str, float] = {}
+    if row["edges"] is not None:  # there are none without a teacher
+        edges = {f"edge/class_{j}": edge for j, edge in enumerate(row["edges"]["per_class"])}
+        edges["edges_satisfied"] = row["edges"]["satisfied"]
     return {
-        **{name: row[name] for name in SUMMARY if row[name] is not None},
+        **{name: row[name] for name in SUMMARY if row.get(name) is not None},
         "rung": row["class_index"] + 1,
         "attempts": row["attempts"],
-        "edges_satisfied": row["edges"]["satisfied"],
         **edges,
     }
 

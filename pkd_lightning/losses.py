@@ -25,14 +25,16 @@ def distillation_loss(
 ) -> Tensor:
     """L_KD = alpha * CE(f, y) + (1 - alpha) * `soft_loss` (Mamba-PKD, arXiv 2503.01727, first round).
 
-    alpha = 1 is cross-entropy, alpha = 0 the soft loss alone. `weight` multiplies each sample's loss; the mean is over
-    the batch all the same, so weights of mean 1 over the data leave the loss its size.
+    alpha = 1 is cross-entropy, and `teacher` is not read; alpha = 0 is the soft loss alone. `weight` multiplies each
+    sample's loss; the mean is over the batch all the same, so weights of mean 1 over the data leave the loss its size.
     """
     if weight is None:
         hard = F.cross_entropy(student, target)
     else:  # its two steps, in float32 even where autocast would take bfloat16 for the first: weights of 1 change no bit
         log_p = F.log_softmax(student, dim=-1, dtype=torch.promote_types(student.dtype, torch.float32))
         hard = F.nll_loss(weight[:, None] * log_p, target)
+    if alpha == 1:
+        return hard
     return alpha * hard + (1 - alpha) * soft_loss(student, teacher, temperature, weight)
 
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pkd_lightning import ranks
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.checkpoint import atomic_write, remove_temporaries, unlocked, write_json
-from pkd_lightning.composition import complete, top_level_faults
+from pkd_lightning.composition import complete, no_teacher, top_level_faults
 from pkd_lightning.errors import RunError, full_disk
 from pkd_lightning.locks import holder, sign, taken, unsign
 from pkd_lightning.process import in_multirun, task
@@ -97,6 +97,8 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
         for parent in parents:
             node = node.get(parent, {})
         node.pop(leaf, None)
+    if no_teacher(teacher):  # how it would be trained does not count
+        plain["teacher"] = {"model": None}
     return plain
 
 

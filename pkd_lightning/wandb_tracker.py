@@ -148,7 +148,9 @@ class WandbTracker:
     def progress(self, results: Mapping[str, Any]) -> None:
         """A step a round, as they come: what is known before the test part is read."""
         for row in results["rounds"]:
-            known = {name: row[name] for name in KNOWN} | {"edges_satisfied": row["edges"]["satisfied"]}
+            known = {name: row[name] for name in KNOWN}
+            if row["edges"] is not None:  # there are none without a teacher
+                known["edges_satisfied"] = row["edges"]["satisfied"]
             self.log({f"rounds/{name}": value for name, value in known.items()}, "students", row["round"] + 1)
 
     def summarise(self, results: Mapping[str, Any]) -> None:
@@ -275,16 +277,17 @@ def stage_name(name: str, attempt: int) -> str:
 
 
 def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The final figures: of the ensemble, of the teacher, and the time."""
+    """The final figures: of the ensemble, of the teacher where there is one, and the time."""
     found = {
         f"{part}/{name}": value
         for part in ("ensemble", "teacher")
-        for name, value in results[part].items()
+        for name, value in (results[part] or {}).items()
         if isinstance(value, (int, float))
     }
-    each = [*results["teacher"].get("members", ()), *results["teacher"].get("chain", ())]
+    teacher = results["teacher"] or {}
+    each = [*teacher.get("members", ()), *teacher.get("chain", ())]
     found |= {f"teacher/{row['name']}/{key}": row[key] for row in each for key in ("accuracy", "validation_accuracy")}
-    found |= {f"teacher/disagreement/{key}": value for key, value in results["teacher"].get("disagreement", {}).items()}
+    found |= {f"teacher/disagreement/{key}": value for key, value in teacher.get("disagreement", {}).items()}
     if results["rounds"]:
         found["ensemble/validation_accuracy"] = results["rounds"][-1]["prefix_validation_accuracy"]
     return {**found, "seconds": results["wall_seconds"]["total"]}

@@ -47,6 +47,7 @@ NEEDS = {
     "teacher/resnet18": "cifar10",
     "teacher/mamba_medium": "cifar10",
 }
+BESIDE = {"teacher/none": ["boosting.alpha=1"]}  # what an option needs of others
 
 
 def overrides_of(option: str) -> list[str]:
@@ -56,7 +57,7 @@ def overrides_of(option: str) -> list[str]:
         return [f"experiment={name}", *FAKE[data]]
     data = name if group == "data" else NEEDS.get(option, "digits")
     choices = [f"data={data}"] if group == "data" else [f"{group}={name}", f"data={data}"]
-    return [*choices, *FAKE[data]]
+    return [*choices, *FAKE[data], *BESIDE.get(option, [])]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

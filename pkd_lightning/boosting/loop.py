@@ -50,7 +50,7 @@ class BoostingLoop:
         ladder: the rungs that students are built from.
         trainer: how each candidate is fitted.
         data: the data module.
-        teacher: the teacher; its logits are read, and on resume its fingerprint.
+        teacher: the teacher; its logits are read, and on resume its fingerprint. None: students learn from labels.
         directory: the run directory; `boosting.ckpt` and `students/` are kept there, and a loop restored from them.
         seed: the run's seed.
         tracker: where the fits' curves go.
@@ -65,20 +65,23 @@ class BoostingLoop:
         ladder: Ladder,
         trainer: TrainerConfig,
         data: DataModule,
-        teacher: Teacher,
+        teacher: Teacher | None,
         directory: Path,
         seed: int,
         tracker: Tracker,
         source: Source | None = None,
         observer: Observer | None = None,
     ) -> None:
+        if teacher is None:
+            config = replace(config, alpha=1.0)
         self.config, self.ladder, self.trainer, self.data = config, ladder, trainer, data
         self.teacher, self.directory = teacher, directory
         self.seed, self.tracker, self.source, self.observer = seed, tracker, source, observer
         self.objective, self.combination = objective_of(config), combination_of(config)
         self.state = BoostingState.fresh(
-            len(data.training), len(data.validation), data.num_classes, teacher.fingerprint,
-            directory if ranks.size() == 1 else None,
+            len(data.training), len(data.validation), data.num_classes,
+            f"none, {data.fingerprint}" if teacher is None else teacher.fingerprint,
+            directory if ranks.size() == 1 else None, teacher is not None,
         )  # fmt: skip
 
     def run(self, ended_early: str | None = None) -> ProgressiveEnsemble:
@@ -119,6 +122,10 @@ class BoostingLoop:
             )
         else:
             self.accept(candidate, attempts, ranks.agreed(lambda: time.perf_counter() - start))
+        self.keep()
+
+    def keep(self) -> None:
+        """Save the students there are, and remove what only going on with their fits would need."""
         self.save()
         if ranks.first():
             remove_all(self.directory / "fits")
@@ -230,9 +237,20 @@ class BoostingLoop:
         self, candidate: Candidate, attempts: int, seconds: float, before: Mapping[str, Any] | None = None
     ) -> None:
         """Update the residual matrices, the ensemble's logits and the records by a student; `before` has eta and B."""
+        state = self.state
+        measures = {} if self.teacher is None else self.update(candidate, self.teacher, before)
+        state.add_logits(candidate.logits, candidate.scales)
+        state.scales.append(candidate.scales)
+        state.records.append(self.record(candidate, attempts, seconds, **measures))
+        state.round += 1
+
+    def update(self, candidate: Candidate, teacher: Teacher, before: Mapping[str, Any] | None) -> dict[str, float]:
+        """Update the residual matrices by a student: eta, and the largest abs(f - g)."""
         state, n = self.state, len(self.data.training)
+        assert state.residuals is not None
+        assert state.validation_residuals is not None
         residual, on_validation = (
-            Difference(candidate.logits[rows], self.teacher.logits[rows]) for rows in (slice(n), slice(n, None))
+            Difference(candidate.logits[rows], teacher.logits[rows]) for rows in (slice(n), slice(n, None))
         )
         largest_residual = largest(residual)
         if before is not None:
@@ -249,10 +267,7 @@ class BoostingLoop:
             eta = theoretical_eta(self.data.whole[0], self.config.rounds, max(state.bound, 1e-3))
         state.residuals.update(residual, eta)
         state.validation_residuals.update(on_validation, eta)
-        state.add_logits(candidate.logits, candidate.scales)
-        state.scales.append(candidate.scales)
-        state.records.append(self.record(candidate, attempts, seconds, eta, largest_residual))
-        state.round += 1
+        return {"eta": eta, "largest_residual": largest_residual}
 
     def end(self) -> None:
         """Note where no further round follows, and why."""
@@ -265,9 +280,14 @@ class BoostingLoop:
             state.stop_reason = f"ended early, after boosting.max_time={limit:g} minutes"
 
     def record(
-        self, candidate: Candidate, attempts: int, seconds: float, eta: float, largest_residual: float
+        self,
+        candidate: Candidate,
+        attempts: int,
+        seconds: float,
+        eta: float | None = None,
+        largest_residual: float | None = None,
     ) -> dict[str, Any]:
-        """What a round reports, all of it from training and validation rows."""
+        """What a round reports, all of it from training and validation rows; what needs a teacher is None without."""
         state, rows = self.state, slice(self.data.validation.start, self.data.validation.stop)
         labels = self.data.labels[rows]
 
@@ -289,7 +309,7 @@ class BoostingLoop:
             "prefix_validation_accuracy": accuracy(state.ensemble_logits),
             "validation_loss": candidate.validation_loss,
             "scales": list(candidate.scales),
-            "bound": state.bound,
+            "bound": None if self.teacher is None else state.bound,
             "largest_residual": largest_residual,
             "eta": eta,
             "edges": describe(candidate.edges, candidate.unclipped_edges),
@@ -301,12 +321,16 @@ class BoostingLoop:
     def line(self, record: dict[str, Any]) -> str:
         """One line for the terminal."""
         edges = record["edges"]
+        of_classes = (
+            "" if edges is None
+            else f" edges {edges['satisfied']}/{edges['classes']} [{edges['min']:.2g}, {edges['max']:.2g}];"
+        )  # fmt: skip
         return (
             f"round {record['round'] + 1}/{self.config.rounds}: rung {record['class_index'] + 1},"
             f" {record['params']:,} parameters, {record['epochs']} epochs, attempt {record['attempts']},"
             f" {record['seconds']:.1f} s; validation {record['validation_accuracy']:.1%} alone,"
-            f" {record['prefix_validation_accuracy']:.1%} ensemble; edges {edges['satisfied']}/{edges['classes']}"
-            f" [{edges['min']:.2g}, {edges['max']:.2g}]; accepted: {str(record['accepted_by']).replace('_', ' ')}"
+            f" {record['prefix_validation_accuracy']:.1%} ensemble;{of_classes}"
+            f" accepted: {str(record['accepted_by']).replace('_', ' ')}"
         )
 
     def ensemble(self) -> ProgressiveEnsemble:
@@ -320,7 +344,7 @@ class BoostingLoop:
         """Write what loads and reports the students so far; after `boosting.ckpt`, so that it is never ahead of it."""
         experiment = self.directory.parent.name
         results = partial_results(
-            experiment, self.seed, self.config, self.objective.name, self.data, self.teacher, self.state
+            experiment, self.seed, self.config, self.data, self.teacher, self.state, self.teacher is not None
         )
         if ranks.first():
             self._write_description(results)
@@ -381,8 +405,9 @@ class BoostingLoop:
         try:
             state = torch.load(path, weights_only=True)
             check_hash(path, state, state.pop(HASH, None))
-            if PARTS in state or (ranks.size() > 1 and "S" in state):
-                own = own_matrices(state, self.data.whole[:2], self.data.num_classes, self.directory)
+            if PARTS in state or (ranks.size() > 1 and "ensemble_logits" in state):
+                sizes, residuals = self.data.whole[:2], self.teacher is not None
+                own = own_matrices(state, sizes, self.data.num_classes, self.directory, residuals)
                 state = {**state, **own}
             self.load_state_dict(state)
         except Exception as error:  # torch raises many kinds for a damaged file

@@ -21,7 +21,7 @@ class RoundBatch(NamedTuple):
     Attributes:
         student: (batch, classes) logits f_t.
         ensemble: (batch, classes) logits a * F_{t-1} + c * f_t of the ensemble with the student.
-        teacher: (batch, classes) logits g.
+        teacher: (batch, classes) logits g; without a teacher an empty tensor, (0,).
         target: (batch,) labels.
         indicator: (batch, classes) bool, 1[K+ > K-].
         bound: B of the students so far, see `boosting.bound_quantile`.
@@ -68,6 +68,11 @@ class Objective:
         """What reports call it."""
         return type(self).__name__.lower()
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss reads the teacher's logits or features; a run with teacher=none needs one that does not."""
+        return True
+
     def loss(self, batch: RoundBatch) -> Tensor:
         """The scalar loss of a batch."""
         raise NotImplementedError
@@ -87,6 +92,11 @@ class Distillation(Objective):
 
     def __post_init__(self) -> None:
         self._faults().raise_if_any()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Not where labels are all there is to the loss, alpha = 1."""
+        return self.alpha < 1 or bool(self.teacher_features)
 
     def _faults(self) -> Faults:
         faults = Faults(self)
@@ -118,6 +128,11 @@ class Published(Distillation):
     accept_by = "condition"
     first_term: FirstTerm = BoostingConfig.first_term
     gamma: float = BoostingConfig.gamma
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Always: the barrier is of the residual, and K+ and K- are."""
+        return True
 
     def _faults(self) -> Faults:
         faults = super()._faults()
@@ -204,6 +219,11 @@ def objective_of(config: BoostingConfig) -> Objective:
     if faults or objective is None:
         raise ConfigError(faults)
     return objective
+
+
+def objective_name(config: BoostingConfig) -> str:
+    """What reports call the loss that students are trained by."""
+    return objective_of(config).name
 
 
 def _made(given: Any, config: BoostingConfig) -> Objective:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pkd_lightning import ranks
+from pkd_lightning.boosting.objectives import objective_name
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.state import BoostingState
 from pkd_lightning.data.module import DataModule
@@ -17,10 +18,10 @@ def partial_results(
     experiment: str,
     seed: int,
     config: BoostingConfig,
-    objective: str,
     data: DataModule,
     teacher: Teacher | None = None,
     state: BoostingState | None = None,
+    distils: bool = True,
 ) -> dict[str, Any]:
     """The rounds so far. Accuracies are of the validation part, as `part` says: the test part is read once, at the end.
 
@@ -28,10 +29,10 @@ def partial_results(
         experiment: its name.
         seed: of the run.
         config: the boosting options.
-        objective: its name.
         data: its validation labels and sizes are read.
         teacher: its logits of the validation rows are read; None: it is not there yet.
         state: of the loop; None: it has not begun.
+        distils: whether there is a teacher, or will be.
     """
     rounds = [
         {
@@ -49,12 +50,12 @@ def partial_results(
         "dataset": data.name,
         "split": data.config.split,
         "seed": seed,
-        "objective": objective,
+        "objective": objective_name(config),
         "combine": config.combine,
         "sizes": dict(zip(("train", "validation", "test"), data.whole, strict=True)),
         "wall_seconds": {"teacher": teacher and teacher.seconds, "rounds": [row["seconds"] for row in rounds]},
         "planned_rounds": config.rounds,
-        "teacher": {**_teacher(teacher, data), **UNKNOWN},
+        "teacher": {**_teacher(teacher, data), **UNKNOWN} if distils else None,
         "rounds": rounds,
         "stop_reason": state and state.stop_reason,
     }

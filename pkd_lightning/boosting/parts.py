@@ -33,13 +33,11 @@ def write_parts(state: BoostingState, sizes: tuple[int, int], directory: Path) -
     """
     from safetensors.torch import save
 
-    n = len(state.residuals.S)
-    tensors = {
-        "S": state.residuals.S,
-        "validation_S": state.validation_residuals.S,
-        "ensemble": state.ensemble_logits[:n],
-        "validation_ensemble": state.ensemble_logits[n:],
-    }
+    n = len(ranks.own(sizes[0]))
+    tensors = {"ensemble": state.ensemble_logits[:n], "validation_ensemble": state.ensemble_logits[n:]}
+    for name, matrices in (("S", state.residuals), ("validation_S", state.validation_residuals)):
+        if matrices is not None:
+            tensors[name] = matrices.S
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     path = directory / PARTS / f"round-{state.round:02d}-{ranks.rank()}of{ranks.size()}.safetensors"
     hash_ = content_hash(tensors)
@@ -59,8 +57,17 @@ def remove_parts(directory: Path, but: list[dict[str, Any]]) -> None:
         (directory / PARTS).rmdir()
 
 
-def own_matrices(state: Mapping[str, Any], sizes: tuple[int, int], classes: int, directory: Path) -> dict[str, Tensor]:
+def own_matrices(
+    state: Mapping[str, Any], sizes: tuple[int, int], classes: int, directory: Path, residuals: bool = True
+) -> dict[str, Tensor]:
     """The rows of this rank of the matrices in a checkpoint that several ranks have written, or one.
+
+    Args:
+        state: what the checkpoint holds.
+        sizes: number of training and of validation rows of all ranks.
+        classes: L.
+        directory: of the run.
+        residuals: whether there are residual matrices, which are of a teacher.
 
     Raises:
         RunError: where a file is missing or damaged.
@@ -69,9 +76,9 @@ def own_matrices(state: Mapping[str, Any], sizes: tuple[int, int], classes: int,
     n, m = sizes
     read = _from_parts(state[PARTS], directory) if PARTS in state else _from_whole(state, n, m, classes, directory)
     training, validation = ranks.own(n), ranks.own(m)
+    of_teacher = {"S": read("S", training), "validation_S": read("validation_S", validation)} if residuals else {}
     return {
-        "S": read("S", training),
-        "validation_S": read("validation_S", validation),
+        **of_teacher,
         "ensemble_logits": torch.cat([read("ensemble", training), read("validation_ensemble", validation)]),
     }
 

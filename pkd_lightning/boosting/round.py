@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 
 from pkd_lightning import ranks
@@ -14,7 +15,7 @@ from pkd_lightning.boosting.combine import Combination
 from pkd_lightning.boosting.objectives import Objective
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.state import BoostingState
-from pkd_lightning.boosting.student import RoundTargets, StudentModule
+from pkd_lightning.boosting.student import NoTeacher, RoundTargets, StudentModule
 from pkd_lightning.boosting.weak_learner import Candidate, WeakLearnerCheck, fit_scales, judge, required
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.earlier import following, reads
@@ -39,7 +40,7 @@ class Round:
         objective: the loss of rounds after the first.
         combination: how a student joins the ensemble.
         data: the data module.
-        teacher: the teacher.
+        teacher: the teacher, if there is one.
         state: of the loop before the round.
         directory: where large matrices of logits are kept for the time being.
         students: gives the students so far, for candidates that read them.
@@ -49,7 +50,7 @@ class Round:
     objective: Objective
     combination: Combination
     data: DataModule
-    teacher: Teacher
+    teacher: Teacher | None
     state: BoostingState
     directory: Path
     students: Callable[[], Sequence[nn.Module]] = tuple
@@ -66,16 +67,10 @@ class Round:
 
     def attempt(self, model: nn.Module, trainer: TrainerConfig) -> "Attempt":
         """All that is needed to train `model` and to judge it."""
-        state, data, config = self.state, self.data, self.config
-        features = list(self.objective.teacher_features if self.later else ())
+        data, config = self.data, self.config
+        features = self.objective.teacher_features if self.later else ()
         knowledge = self.knowledge(model)
-        informed = None if knowledge is None else self.teacher.asked([*features, *knowledge.teacher_features])
-        targets = RoundTargets(
-            self.teacher.asked(features), state.ensemble_logits,
-            state.indicator(self.directory), max(state.bound, 1e-3), state.round,
-            state.sample_weights() if config.weights == "samples" and self.later else None,
-            self.students() if reads(model) else (), informed,
-        )  # fmt: skip
+        targets = self.targets(features, self.students() if reads(model) else (), knowledge)
         module = StudentModule(model, trainer, config, self.objective, self.combination, targets, knowledge)
         logits = scratch(data.validation.stop, data.num_classes, self.directory)
         check = WeakLearnerCheck(data, self.edges, config.weak_learner, logits[: len(data.training)])
@@ -88,16 +83,36 @@ class Round:
             return None
         inputs = data.task.prepare(data.inputs[[0, 0]])
         asked = following(model, self.students() if reads(model) else ())
-        pair = example(terms, model, asked.cpu(), self.teacher.model.cpu(), inputs, data.num_classes)
+        teacher = None if self.teacher is None else self.teacher.model.cpu()
+        pair = example(terms, model, asked.cpu(), teacher, inputs, data.num_classes)
         return Knowledge(terms, pair, len(data.training))
 
-    def edges(self, logits: Tensor, clipped: bool = True) -> Tensor:
-        """Edges of a candidate with logits (training rows, L): (L,).
+    def targets(
+        self,
+        features: Sequence[str] = (),
+        students: Sequence[nn.Module] = (),
+        knowledge: Knowledge | None = None,
+    ) -> RoundTargets:
+        """What students are trained against: with these features of the teacher, and these earlier students."""
+        state, informed = self.state, None
+        if knowledge is not None and self.teacher is not None:
+            informed = self.teacher.asked([*features, *knowledge.teacher_features])
+        return RoundTargets(
+            NoTeacher() if self.teacher is None else self.teacher.asked(features), state.ensemble_logits,
+            state.indicator(self.directory), max(state.bound, 1e-3), state.round,
+            state.sample_weights() if self.config.weights == "samples" and self.later else None,
+            students, informed,
+        )  # fmt: skip
+
+    def edges(self, logits: Tensor, clipped: bool = True) -> Tensor | None:
+        """Edges of a candidate with logits (training rows, L): (L,); None without a teacher.
 
         Where residuals are clipped, by the B that the round has if the candidate is accepted: what is judged is then
         what enters the update, as B-DISTIL's proof has it, and abs(l) <= B holds for the B that eta is made of. Without
         it, one exploding entry would decide the edge of its class.
         """
+        if self.teacher is None or self.state.residuals is None:
+            return None
         residual = Difference(logits, self.teacher.logits[: len(logits)])
         if clipped and self.config.bound_quantile < 1:
             residual = replace(residual, bound=self.bound_with(residual))
@@ -111,17 +126,44 @@ class Round:
         """Distillation loss on the validation rows of the ensemble with a student."""
         rows = slice(self.data.validation.start, self.data.validation.stop)
         mixed = mix(self.state.ensemble_logits[rows], logits[rows], scales)
-        teacher, labels = self.teacher.logits[rows], self.data.labels[rows]
+        teacher, labels = self.teacher_logits(rows), self.data.labels[rows]
         loss = distillation_loss(mixed, teacher, labels, self.config.alpha, self.config.temperature)
         return ranks.mean(float(loss), len(labels))
+
+    def teacher_logits(self, rows: slice) -> Tensor:
+        """The teacher's logits of these rows; an empty tensor without one, where alpha is 1 and nobody reads it."""
+        return torch.empty(0) if self.teacher is None else self.teacher.logits[rows]
 
     def scales(self, logits: Tensor, learned: Scales) -> Scales:
         """(a, c) of a student with these logits: fitted on the training rows, or as they were in its training."""
         if not (self.combination.learned and self.later):
             return learned
         rows = slice(len(self.data.training))
-        ensemble, teacher, labels = self.state.ensemble_logits[rows], self.teacher.logits[rows], self.data.labels[rows]
+        ensemble, teacher, labels = self.state.ensemble_logits[rows], self.teacher_logits(rows), self.data.labels[rows]
         return fit_scales(ensemble, logits[rows], teacher, labels, self.config)
+
+    def measured(self, model: nn.Module, logits: Tensor, learned: Scales, fit: FitResult) -> Candidate:
+        """A trained student as it would join the ensemble, accepted by nothing yet.
+
+        Args:
+            model: the student.
+            logits: (training + validation rows, L), its own.
+            learned: (a, c) as they were in its training.
+            fit: what its fit gave.
+
+        Raises:
+            RunError: where its logits, or the loss of the ensemble with it, are not finite.
+        """
+        n, name = len(self.data.training), f"round-{self.state.round:02d}"
+        if not math.isfinite(largest(logits)):
+            raise RunError(f"{name}: the student's logits are not all finite")
+        edges = self.edges(logits[:n])
+        unclipped = self.edges(logits[:n], clipped=False) if self.config.bound_quantile < 1 else edges
+        scales = self.scales(logits, learned)
+        loss = self.validation_loss(logits, scales)
+        if not math.isfinite(loss):  # its NaN would be in every later prefix
+            raise RunError(f"{name}: the validation loss of the ensemble with the student is not finite")
+        return Candidate(model, scales, logits, edges, unclipped, loss, fit, None)
 
 
 @dataclass(frozen=True)
@@ -155,29 +197,21 @@ class Attempt:
         Raises:
             RunError: where its logits, or the loss of the ensemble with it, are not finite.
         """
-        round_, state, logits = self.round, self.round.state, self.logits
-        n = len(round_.data.training)
+        round_, logits, weak = self.round, self.logits, self.round.config.weak_learner
         self._predict()
-        if not math.isfinite(largest(logits)):
-            raise RunError(f"round-{state.round:02d}: the student's logits are not all finite")
-        edges = round_.edges(logits[:n])
-        unclipped = round_.edges(logits[:n], clipped=False) if round_.config.bound_quantile < 1 else edges
-        scales = round_.scales(logits, self.module.scales)
-        loss, previous = round_.validation_loss(logits, scales), round_.validation_loss(logits, (1.0, 0.0))
-        if not math.isfinite(loss):  # its NaN would be in every later prefix
-            raise RunError(
-                f"round-{state.round:02d}: the validation loss of the ensemble with the student is not finite"
-            )
-        weak = round_.config.weak_learner
-        accepted_by = judge(state.round, edges, unclipped, loss, previous, round_.require, weak)
-        logger.debug("%s: edges of the classes: %s", description, " ".join(f"{edge:.3g}" for edge in edges.tolist()))
+        candidate = round_.measured(self.module.model, logits, self.module.scales, fit)
+        edges, loss, previous = candidate.edges, candidate.validation_loss, round_.validation_loss(logits, (1.0, 0.0))
+        accepted_by = judge(round_.state.round, edges, candidate.unclipped_edges, loss, previous, round_.require, weak)
+        values = [] if edges is None else edges.tolist()
+        logger.debug("%s: edges of the classes: %s", description, " ".join(f"{edge:.3g}" for edge in values) or "none")
         if accepted_by is None:
+            above = sum(edge > weak.margin for edge in values)
+            counted = f" edges above {weak.margin:g} in {above} of {len(values)} classes," if values else ""
             logger.info(
-                "%s: not accepted by %s; edges above %g in %d of %d classes, validation loss of the ensemble %.4g,"
-                " without it %.4g",
-                description, round_.require, weak.margin, int((edges > weak.margin).sum()), len(edges), loss, previous,
+                "%s: not accepted by %s;%s validation loss of the ensemble %.4g, without it %.4g",
+                description, round_.require, counted, loss, previous,
             )  # fmt: skip
-        return Candidate(self.module.model, scales, logits, edges, unclipped, loss, fit, accepted_by)
+        return replace(candidate, accepted_by=accepted_by)
 
     def _predict(self) -> None:
         data, device, model = self.round.data, self.module.settings.device, self.module.asked

@@ -17,7 +17,7 @@ class BoostingState:
     """State of the loop. Primitives and tensors only, so that its file loads without unpickling code.
 
     Attributes:
-        residuals: K+ and K- of the training rows.
+        residuals: K+ and K- of the training rows; None without a teacher, as the following.
         validation_residuals: the same sum S for the validation rows. It enters no normaliser and no edge; its signs
             give the validation loss of the published objective.
         ensemble: (training + validation rows, L) F_{t-1} by sample index.
@@ -30,8 +30,8 @@ class BoostingState:
         teacher: fingerprint of the teacher and of the images it was asked on.
     """
 
-    residuals: ResidualMatrices
-    validation_residuals: ResidualMatrices
+    residuals: ResidualMatrices | None
+    validation_residuals: ResidualMatrices | None
     ensemble: SampleMatrix
     round: int = 0
     rung: int = 0
@@ -43,12 +43,29 @@ class BoostingState:
 
     @classmethod
     def fresh(
-        cls, training: int, validation: int, classes: int, teacher: str, directory: Path | None
+        cls,
+        training: int,
+        validation: int,
+        classes: int,
+        teacher: str,
+        directory: Path | None,
+        residuals: bool = True,
     ) -> "BoostingState":
-        """The state before the first round; a `directory` keeps, in files, matrices that are too large for memory."""
+        """The state before the first round.
+
+        Args:
+            training: training rows.
+            validation: validation rows.
+            classes: L.
+            teacher: see `BoostingState`.
+            directory: keeps, in files, matrices that are too large for memory; None for none.
+            residuals: whether there are residual matrices, which are of a teacher.
+        """
         return cls(
-            ResidualMatrices(training, classes, directory and directory / "residuals"),
-            ResidualMatrices(validation, classes, directory and directory / "validation_residuals"),
+            ResidualMatrices(training, classes, directory and directory / "residuals") if residuals else None,
+            ResidualMatrices(validation, classes, directory and directory / "validation_residuals")
+            if residuals
+            else None,
             SampleMatrix(training + validation, classes, directory and directory / "ensemble_logits"),
             teacher=teacher,
         )
@@ -66,8 +83,10 @@ class BoostingState:
         self.ensemble.replace(following)
 
     def indicator(self, directory: Path) -> Tensor:
-        """1[K+ > K-] of the training and then the validation rows: (N, L) bool."""
+        """1[K+ > K-] of the training and then the validation rows: (N, L) bool; all False without a teacher."""
         samples, classes = self.ensemble_logits.shape
+        if self.residuals is None or self.validation_residuals is None:
+            return torch.zeros(1, 1, dtype=torch.bool, device="cpu").expand(samples, classes)
         signs = scratch(samples, classes, directory, torch.bool)
         start = 0
         for matrices in (self.residuals, self.validation_residuals):
@@ -78,19 +97,13 @@ class BoostingState:
 
     def sample_weights(self) -> Tensor:
         """(training + validation rows,) weights of the samples' losses; 1 on validation rows, to compare their loss."""
+        assert self.residuals is not None  # or `faults_without_teacher` has refused them
+        assert self.validation_residuals is not None
         return torch.cat([self.residuals.sample_weights(), torch.ones(len(self.validation_residuals.S))])
 
     def state_dict(self, matrices: bool = True) -> dict[str, Any]:
         """A dict of primitives and tensors; without `matrices` enough for a loop that is done."""
-        large = (
-            {
-                "S": self.residuals.state(),
-                "validation_S": self.validation_residuals.state(),
-                "ensemble_logits": self.ensemble.state(),
-            }
-            if matrices
-            else {}
-        )
+        large = {name: matrix.state() for name, matrix in self.matrices().items()} if matrices else {}
         return {
             **large,
             "round": self.round,
@@ -102,6 +115,11 @@ class BoostingState:
             "teacher": self.teacher,
         }
 
+    def matrices(self) -> dict[str, ResidualMatrices | SampleMatrix]:
+        """The matrices that there are, by their names in a checkpoint."""
+        every = (("S", self.residuals), ("validation_S", self.validation_residuals), ("ensemble_logits", self.ensemble))
+        return {name: matrix for name, matrix in every if matrix is not None}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
@@ -111,11 +129,7 @@ class BoostingState:
         if state["teacher"] != self.teacher:
             raise ValueError("its students were distilled from another teacher, or on other images")
         # 1. the matrices, 2. where the loop is, 3. what it has found
-        for name, matrix in (
-            ("S", self.residuals),
-            ("validation_S", self.validation_residuals),
-            ("ensemble_logits", self.ensemble),
-        ):
+        for name, matrix in self.matrices().items():
             if name not in state and state["stop_reason"] is not None:  # of a finished run
                 continue
             try:

@@ -14,9 +14,18 @@ from pkd_lightning.earlier import Earlier, following, outputs_for
 from pkd_lightning.fit_module import FitModule
 from pkd_lightning.knowledge.attached import OBJECTIVE, SHARE, VALUE, Knowledge, shares
 from pkd_lightning.knowledge.term import Pair
+from pkd_lightning.outputs import Output
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.teacher import CachedTeacher, OnlineTeacher
 from pkd_lightning.trainer import TrainerConfig
+
+
+class NoTeacher(nn.Module):
+    """Stands where a round asks its teacher, in a run without one."""
+
+    def outputs(self, index: Tensor, inputs: Tensor) -> Output:
+        """An empty tensor, (0,): a loss that reads the teacher all the same fails."""
+        return Output(inputs.new_empty(0))
 
 
 class RoundTargets(nn.Module):
@@ -39,7 +48,7 @@ class RoundTargets(nn.Module):
 
     def __init__(
         self,
-        teacher: CachedTeacher | OnlineTeacher,
+        teacher: CachedTeacher | OnlineTeacher | NoTeacher,
         ensemble: Tensor,
         indicator: Tensor,
         bound: float,

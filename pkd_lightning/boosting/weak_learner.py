@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from pkd_lightning import ranks
-from pkd_lightning.boosting.objectives import Objective
+from pkd_lightning.boosting.objectives import Objective, objective_of
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.boosting.residuals import condition_holds
 from pkd_lightning.boosting.student import StudentModule
@@ -38,7 +38,8 @@ class Candidate:
         model: the student, with the weights kept.
         scales: (a_t, c_t), how it joins the ensemble.
         logits: (training + validation rows, L) f_t.
-        edges: (L,) weak-learning edges, of clipped residuals where `boosting.bound_quantile` clips them.
+        edges: (L,) weak-learning edges, of clipped residuals where `boosting.bound_quantile` clips them; None, as the
+            following, without a teacher.
         unclipped_edges: (L,) of the residuals as they are.
         validation_loss: distillation loss on the validation rows of the ensemble with the candidate.
         fit: what the fit gave.
@@ -48,8 +49,8 @@ class Candidate:
     model: nn.Module
     scales: Scales
     logits: Tensor
-    edges: Tensor
-    unclipped_edges: Tensor
+    edges: Tensor | None
+    unclipped_edges: Tensor | None
     validation_loss: float
     fit: FitResult
     accepted_by: AcceptedBy | None
@@ -71,7 +72,7 @@ class WeakLearnerCheck(L.Callback):
     def __init__(
         self,
         data: DataModule,
-        edges: Callable[[Tensor], Tensor],
+        edges: Callable[[Tensor], Tensor | None],
         config: WeakLearnerConfig,
         logits: Tensor,
     ) -> None:
@@ -94,7 +95,9 @@ class WeakLearnerCheck(L.Callback):
         assert isinstance(pl_module, StudentModule)
         with matmul_precision("highest"):  # as all other logits, whatever the fit itself uses
             predict(pl_module.asked, self.data, self.data.training, pl_module.device, out=self.logits)
-        if condition_holds(self.edges(self.logits), self.config.fraction, self.config.margin):
+        edges = self.edges(self.logits)
+        assert edges is not None  # or `faults_without_teacher` has refused the condition
+        if condition_holds(edges, self.config.fraction, self.config.margin):
             self.held = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
             self.known = True
             trainer.should_stop = True
@@ -102,8 +105,8 @@ class WeakLearnerCheck(L.Callback):
 
 def judge(
     round_: int,
-    edges: Tensor,
-    unclipped: Tensor,
+    edges: Tensor | None,
+    unclipped: Tensor | None,
     validation_loss: float,
     previous_loss: float,
     require: str,
@@ -117,7 +120,7 @@ def judge(
 
     Args:
         round_: round from 0.
-        edges: (L,) of the candidate.
+        edges: (L,) of the candidate; None without a teacher.
         unclipped: (L,) the same of residuals as they are.
         validation_loss: of the ensemble with the candidate.
         previous_loss: of the ensemble without it.
@@ -128,6 +131,8 @@ def judge(
         return "first_round"
     if require == "improvement":
         return "improvement" if validation_loss < previous_loss * (1 - config.min_improvement) else None
+    assert edges is not None  # or `faults_without_teacher` has refused the condition
+    assert unclipped is not None
     if condition_holds(edges, config.fraction, config.margin):
         return "condition" if condition_holds(edges) and condition_holds(unclipped) else "relaxed_condition"
     return None
@@ -136,6 +141,27 @@ def judge(
 def required(config: BoostingConfig, objective: Objective) -> str:
     """What candidates are judged by: `condition` or `improvement`."""
     return objective.accept_by if config.weak_learner.require == "auto" else config.weak_learner.require
+
+
+def faults_without_teacher(config: BoostingConfig) -> list[str]:
+    """Options that need a teacher, for a run that has none, each with what to do."""
+    cure = "or choose a teacher, teacher=NAME"
+    found = []
+    objective = objective_of(config)
+    if config.alpha != 1:
+        found.append(f"alpha={config.alpha!r}: must be 1 without a teacher, when only labels are learned; {cure}")
+    elif objective.needs_teacher or objective.reads_residuals:
+        found.append(f"objective={objective.name!r}: needs a teacher; set objective=independent, {cure}")
+    elif required(config, objective) == "condition":
+        found.append(f"weak_learner.require='condition': edges need a teacher; set improvement, {cure}")
+    if config.weights == "samples":
+        found.append(f"weights='samples': K+ and K- need a teacher; set none, {cure}")
+    if config.knowledge:
+        found.append(f"knowledge: {', '.join(config.knowledge)} compare students with a teacher; leave it out, {cure}")
+    for key in ("eta", "bound_quantile"):
+        if getattr(config, key) != getattr(BoostingConfig, key):
+            found.append(f"{key}={getattr(config, key)!r}: is of K+ and K-, which need a teacher; leave it out, {cure}")
+    return found
 
 
 def find_weak_learner(
@@ -215,11 +241,13 @@ def fit_scales(ensemble: Tensor, student: Tensor, teacher: Tensor, target: Tenso
     return a, c
 
 
-def describe(edges: Tensor, unclipped: Tensor) -> dict[str, Any]:
-    """The edges as a round reports them: range, classes that meet the condition, and each class's edge.
+def describe(edges: Tensor | None, unclipped: Tensor | None) -> dict[str, Any] | None:
+    """The edges as a round reports them: range, classes that meet the condition, and each class's edge; or None.
 
     A class meets it where its edge is positive, of clipped and of unclipped residuals.
     """
+    if edges is None or unclipped is None:
+        return None
     values = [float(edge) for edge in edges]
     return {
         "min": min(values),

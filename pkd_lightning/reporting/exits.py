@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.load import Row
-from pkd_lightning.reporting.values import MISSING, decimal, number, percent
+from pkd_lightning.reporting.values import MISSING, decimal, distilled, number, percent
 
 # by their names in results.json, in the order of legends and tables; sizes of markers, which are open: many coincide
 RULES = {
@@ -135,12 +135,13 @@ def exits_table(results: Row) -> tuple[list[str], list[list[str]]]:
 CAPTION = (
     "Error on the test part where images leave at the first prefix that is sure of them, against what an image costs in"
     " the mean. The thresholds, one a prefix (of patience one for all), were chosen on the validation part, for"
-    " {budgets} of the whole ensemble's MACs. Beside them: all images by the first t students, students alone, the"
-    " teacher."
+    " {budgets} of the whole ensemble's MACs. Beside them: all images by the first t students, {others}."
 )
 
 
 def exits_caption(results: Row) -> str:
     """What the figure shows."""
     budgets = exits_table(results)[0][1:]
-    return CAPTION.format(budgets=", ".join(budgets[:-1]) + f" and {budgets[-1]}" if len(budgets) > 1 else budgets[0])
+    listed = ", ".join(budgets[:-1]) + f" and {budgets[-1]}" if len(budgets) > 1 else budgets[0]
+    others = "students alone, the teacher" if distilled(results) else "students alone"
+    return CAPTION.format(budgets=listed, others=others)

@@ -18,6 +18,7 @@ from pkd_lightning.reporting.values import (
     LATENCY,
     acceptance,
     decimal,
+    distilled,
     ensemble_share,
     number,
     prefix_cost,
@@ -74,6 +75,8 @@ def cards(run: RunRecord) -> list[Card]:
         ):
             if (name == "latency" and not timed(results)) or (name in ("accuracy_macs", "cost") and not run.finished):
                 continue
+            if name in ("cost", "edges") and not distilled(results):
+                continue
             made.append(Card(name, title, caption, [draw(results)], lambda draw=draw: draw(results)))  # type: ignore[misc]
     curves = curves_of(results)
     if curves is not None:
@@ -96,15 +99,15 @@ def cards(run: RunRecord) -> list[Card]:
 
 def caption_of(results: Row) -> str:
     """What the accuracies are of."""
+    line = "; the dashed line is the teacher" if distilled(results) else ""
     return (
-        f"Accuracy on the {part(results)} part of each student alone and of the ensemble of the first t students; the"
-        " dashed line is the teacher."
+        f"Accuracy on the {part(results)} part of each student alone and of the ensemble of the first t students{line}."
     )
 
 
 MACS_CAPTION = (
     "Accuracy of the first t students together against everything they compute for one image (convolutions, "
-    "projections and scan included), numbered by t. The published FLOPs are in the cost figure and in the table."
+    "projections and scan included), numbered by t. The published FLOPs are in the table."
 )
 COST_CAPTION = (
     "Each student alone, and all of them together, in % of the teacher. Published FLOPs follow the paper's convention, "

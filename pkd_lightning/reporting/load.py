@@ -207,7 +207,9 @@ def _part_faults(part: Any, where: str, keys: tuple[str, ...]) -> Iterator[str]:
 
 def _faults(results: Row) -> Iterator[str]:
     yield from (f"{key} is missing" for key in TEXT_KEYS if key not in results)
-    yield from _part_faults(results.get("teacher"), "teacher", TEACHER_KEYS)
+    distilled = results.get("teacher", ...) is not None  # null: a run without a teacher, which has no edges either
+    if distilled:
+        yield from _part_faults(results.get("teacher"), "teacher", TEACHER_KEYS)
     rounds = results.get("rounds")
     if not isinstance(rounds, list):
         yield "rounds is missing" if rounds is None else f"rounds is {rounds!r}, not a list"
@@ -220,7 +222,8 @@ def _faults(results: Row) -> Iterator[str]:
                 yield f"{where}.round is {entry.get('round')!r}, not {index}"
             if not isinstance(entry.get("accepted_by"), str):
                 yield f"{where}.accepted_by is {entry.get('accepted_by')!r}, not a word"
-            yield from _part_faults(entry.get("edges"), f"{where}.edges", EDGE_KEYS)
+            if distilled or entry.get("edges") is not None:
+                yield from _part_faults(entry.get("edges"), f"{where}.edges", EDGE_KEYS)
     if rounds:
         yield from _part_faults(results.get("ensemble"), "ensemble", ENSEMBLE_KEYS)
 
@@ -229,8 +232,10 @@ def _gaps(results: Row) -> Iterator[str]:
     """Places whose number is null, NaN or infinite."""
     for index, entry in enumerate(results["rounds"]):
         yield from _undefined(entry, f"rounds[{index}]", ROUND_KEYS)
-        yield from _undefined(entry["edges"], f"rounds[{index}].edges", EDGE_KEYS)
-    yield from _undefined(results["teacher"], "teacher", TEACHER_KEYS)
+        if entry.get("edges") is not None:
+            yield from _undefined(entry["edges"], f"rounds[{index}].edges", EDGE_KEYS)
+    if results["teacher"] is not None:
+        yield from _undefined(results["teacher"], "teacher", TEACHER_KEYS)
     if results["rounds"]:
         yield from _undefined(results["ensemble"], "ensemble", ENSEMBLE_KEYS)
 

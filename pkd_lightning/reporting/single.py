@@ -14,8 +14,8 @@ from pkd_lightning.reporting.figures import cards, loss_stages
 from pkd_lightning.reporting.load import Row, RunRecord, part
 from pkd_lightning.reporting.table import (
     ACCURACY_COLUMNS,
-    COLUMNS,
     COST_COLUMNS,
+    columns_of,
     condition_sentence,
     student_rows,
     teacher_row,
@@ -26,6 +26,7 @@ from pkd_lightning.reporting.values import (
     MISSING,
     acceptance,
     count,
+    distilled,
     duration,
     ensemble_shares,
     milliseconds,
@@ -87,6 +88,13 @@ def _tiles(results: Row) -> list[tuple[str, str, str]]:
     ensemble = results.get("ensemble") or {}
     shares = ensemble_shares(results)
     members = len(results["rounds"])
+    if not distilled(results):
+        return [
+            ("teacher", "none", "students learned from labels"),
+            (f"ensemble of {members}", percent(number(ensemble, "accuracy")), _error(results, ensemble)),
+            ("parameters", count(number(ensemble, "params")), "of all students"),
+            ("total MACs", count(number(ensemble, "macs_total")), "of one image, everything counted"),
+        ]
     made = [
         ("teacher accuracy", percent(number(results["teacher"], "accuracy")), _error(results, results["teacher"])),
         (f"ensemble of {members}", percent(number(ensemble, "accuracy")), _error(results, ensemble)),
@@ -129,14 +137,32 @@ def _readers(rounds: Sequence[Row]) -> Iterator[str]:
             yield f"{who} each read all students before them; their costs contain theirs."
 
 
+def _without_teacher(results: Row, images: str, stop: str) -> list[str]:
+    """`_summary` of a run that has none."""
+    rounds, ensemble = results["rounds"], results.get("ensemble") or {}
+    first = "There is no teacher: students learned from the labels."
+    if not rounds:
+        return [first, "No student was accepted.", stop]
+    who = "The single student" if len(rounds) == 1 else f"The ensemble of {len(rounds)} students"
+    macs = number(ensemble, "macs_total")
+    cost = "" if math.isnan(macs) else f" and takes {count(macs)} multiply-accumulates an image"
+    return [
+        f"{first} {who} classifies {percent(number(ensemble, 'accuracy'))} of {images} correctly.",
+        f"It has {count(number(ensemble, 'params'))} parameters{cost}.",
+        stop,
+    ]
+
+
 def _summary(results: Row) -> list[str]:
     teacher, rounds = results["teacher"], results["rounds"]
     ensemble = results.get("ensemble") or {}
     size = number(results, "sizes", part(results))
     images = f"the {count(size)} {part(results)} images" if size > 0 else f"the {part(results)} images"
-    first = f"The teacher classifies {percent(number(teacher, 'accuracy'))} of {images} correctly."
     stop = f"The run stopped: {results['stop_reason']}." if results.get("stop_reason") else ""
     stop = " ".join(filter(None, [*_origins(rounds), stop]))
+    if not distilled(results):
+        return _without_teacher(results, images, stop)
+    first = f"The teacher classifies {percent(number(teacher, 'accuracy'))} of {images} correctly."
     if not rounds:
         return [first, "No student was accepted.", stop]
     gap = 100 * (number(ensemble, "accuracy") - number(teacher, "accuracy"))
@@ -167,7 +193,11 @@ def _missing_curves(run: RunRecord) -> list[str]:
     lines = []
     if not run.metrics and not any("metrics.jsonl is missing" in note for note in run.notes):
         lines.append("metrics.jsonl holds no epochs: loss curves are missing")
-    if run.metrics and not any(stage.split("-")[0] in ("teacher", "assistant") for stage in stages):
+    if (
+        run.metrics
+        and distilled(run.results)
+        and not any(stage.split("-")[0] in ("teacher", "assistant") for stage in stages)
+    ):
         lines.append("metrics.jsonl has no losses of the teacher: it was not trained in this run")
     absent = [f"round-{index:02d}" for index in range(len(run.results["rounds"]))]
     absent = [stage for stage in absent if stage not in stages]
@@ -186,13 +216,15 @@ def _missing_curves(run: RunRecord) -> list[str]:
 
 def _tables(results: Row) -> list[str]:
     """Accuracy and acceptance, and cost: as one table they are twice as wide as a page."""
-    rows = [*student_rows(results, 2), teacher_row(results, 2)]
+    teacher = [teacher_row(results, 2)] if distilled(results) else []
+    rows = [*student_rows(results, 2), *teacher]
+    known = columns_of(results)
     made = []
     for title, keys in (("Accuracy and acceptance", ACCURACY_COLUMNS), ("Cost", COST_COLUMNS)):
-        columns = [column for key in keys for column in COLUMNS if column.key == key]
+        columns = [column for key in keys for column in known if column.key == key]
         cells = [[row.get(f"{column.key}_full", row[column.key]) for column in columns] for row in rows]
         text = [index for index, column in enumerate(columns) if column.key == "accepted"]
-        table = page.table([column.title for column in columns], cells, text, [len(rows) - 1])
+        table = page.table([column.title for column in columns], cells, text, [len(rows) - 1] if teacher else [])
         made += [page.section_heading(title, 3), table]
     return made
 
@@ -222,9 +254,10 @@ def _table_notes(results: Row) -> list[str]:
     if not results["rounds"]:
         return []
     where = "test part, which decided nothing" if part(results) == "test" else f"{part(results)} part"
+    edges = "Edges met: classes with a positive edge; the first student's edges are zero by definition. "
     return [
-        "Prefix: the first t students together. Rung: place of the student's model class in the ladder. Edges met: "
-        "classes with a positive edge; the first student's edges are zero by definition. "
+        "Prefix: the first t students together. Rung: place of the student's model class in the ladder. "
+        f"{edges if distilled(results) else ''}"
         f"Accuracies are on the {where}. Latency: {LATENCY}",
         *_readers(results["rounds"]),
     ]
@@ -236,19 +269,23 @@ def _setting(run: RunRecord) -> list[str]:
     rounds = seconds.get("rounds") if isinstance(seconds, Mapping) else None
     rounds = rounds if isinstance(rounds, list) else []
     labels = results.get("labels")
+    times = {"time, each round": ", ".join(duration(number({"s": value}, "s")) for value in rounds) or MISSING}
     facts = {
         "run directory": str(run.path),
         "sizes (images)": _inline(results.get("sizes")),
         **({"labels of the outputs": ", ".join(map(str, labels))} if isinstance(labels, list) else {}),
-        "time, teacher": duration(number(results, "wall_seconds", "teacher")),
-        "time, each round": ", ".join(duration(number({"s": value}, "s")) for value in rounds) or MISSING,
+        **({"time, teacher": duration(number(results, "wall_seconds", "teacher"))} if distilled(results) else {}),
+        **times,
         "time, total": duration(number(results, "wall_seconds", "total")),
         "hardware": _inline(results.get("hardware")),
         "versions": _inline(results.get("versions")),
     }
     parts = [page.details("Time, hardware, versions", page.pairs(facts)).replace("<details", "<details open", 1)]
-    configs = [(name, row.get("config")) for name, row in teacher_parts(results) if isinstance(row.get("config"), dict)]
-    configs = configs or [("teacher", results["teacher"].get("config"))]
+    configs: list[tuple[str, Any]] = []
+    if distilled(results):
+        parts_ = teacher_parts(results)
+        configs = [(name, row.get("config")) for name, row in parts_ if isinstance(row.get("config"), dict)]
+        configs = configs or [("teacher", results["teacher"].get("config"))]
     configs += [(str(index), entry.get("config")) for index, entry in enumerate(results["rounds"], 1)]
     keys = list(dict.fromkeys(key for _, config in configs if isinstance(config, Mapping) for key in config))
     if keys:

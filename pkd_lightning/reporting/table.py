@@ -19,6 +19,7 @@ from pkd_lightning.reporting.values import (
     condition_counts,
     count,
     decimal,
+    distilled,
     duration,
     latency,
     number,
@@ -99,6 +100,8 @@ def student_rows(results: Row, digits: int = 1) -> list[dict[str, str]]:
     rows = []
     for index, entry in enumerate(results["rounds"]):
         kind = acceptance(entry)
+        edges = entry.get("edges")
+        met = f"{count(number(edges, 'satisfied'))}/{count(number(edges, 'classes'))}" if edges is not None else NOTHING
         row = {
             "student": str(index + 1),
             "rung": count(number(entry, "class_index") + 1),
@@ -108,7 +111,7 @@ def student_rows(results: Row, digits: int = 1) -> list[dict[str, str]]:
             "nll": decimal(number(entry, "prefix_nll"), 3),
             "ece": decimal(number(entry, "prefix_ece"), 3),
             "params_prefix": count(totals["params"][index]),
-            "edges": f"{count(number(entry, 'edges', 'satisfied'))}/{count(number(entry, 'edges', 'classes'))}",
+            "edges": met,
             "accepted": ACCEPTED_SHORT.get(kind, kind),
             "accepted_full": ACCEPTED_FULL.get(kind, kind),
             "latency": latency(entry),
@@ -148,6 +151,14 @@ def teacher_row(results: Row, digits: int = 1) -> dict[str, str]:
     return row
 
 
+def columns_of(results: Row) -> list[Column]:
+    """The columns that say something of a run: without a teacher none that compares with it."""
+    if distilled(results):
+        return list(COLUMNS)
+    compared = ("agreement", "edges", *(f"{key}_share" for key in COST_KEYS))
+    return [column for column in COLUMNS if column.key not in compared]
+
+
 def print_table(results: Row, console: Console | None = None) -> None:
     """Print a run's students, its teacher and why it stopped.
 
@@ -159,8 +170,8 @@ def print_table(results: Row, console: Console | None = None) -> None:
     """
     console = console or TableConsole()
     rows = student_rows(results)
-    teacher = teacher_row(results)
-    columns = _fitting([*rows, teacher], console.width)
+    teacher = [teacher_row(results)] if distilled(results) else []
+    columns = _fitting(columns_of(results), [*rows, *teacher], console.width)
     # Text, not str, everywhere: a name out of the data may hold rich's markup.
     title = Text(_title(results), overflow="fold")
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
@@ -169,9 +180,10 @@ def print_table(results: Row, console: Console | None = None) -> None:
         table.add_column(Text(column.head), justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     for index, row in enumerate(rows):
         table.add_row(*(Text(row[column.key]) for column in columns), end_section=index == len(rows) - 1)
-    table.add_row(*(Text(teacher[column.key], style="bold") for column in columns))
+    for row in teacher:
+        table.add_row(*(Text(row[column.key], style="bold") for column in columns))
     console.print(table)
-    for line in _footnotes(results, {column.key for column in columns}, [*rows, teacher]):
+    for line in _footnotes(results, {column.key for column in columns}, [*rows, *teacher]):
         console.print(Text(line))
     _print_teachers(results, console)
 
@@ -217,14 +229,16 @@ def _footnotes(results: Row, shown: set[str], rows: Sequence[dict[str, str]]) ->
             lines.append("~: other work disturbed the measurement.")
     if "edges" in shown and results["rounds"]:
         lines.append("The first student's edges are zero by definition. " + condition_sentence(results))
+    if not distilled(results):
+        lines.append("No teacher.")
     if results.get("stop_reason"):
         lines.append(f"Stopped: {results['stop_reason']}")
     return lines
 
 
-def _fitting(rows: Sequence[dict[str, str]], width: int) -> list[Column]:
-    """The columns that fit in `width` characters, dropped by rank."""
-    columns = [column for column in COLUMNS if column.head]
+def _fitting(columns: Sequence[Column], rows: Sequence[dict[str, str]], width: int) -> list[Column]:
+    """Those of the columns that fit in `width` characters, dropped by rank."""
+    columns = [column for column in columns if column.head]
     while True:
         needed = sum(_width(column, rows) + 2 for column in columns) + 1  # padding and separator a column, and the edge
         worst = max(column.rank for column in columns)

@@ -22,7 +22,7 @@ def teacher_parts(results: Row) -> list[tuple[str, Row]]:
 
     All members together, where no assistant follows, are the teacher itself.
     """
-    teacher = results["teacher"]
+    teacher = results["teacher"] or {}
     members, chain = (teacher.get(key) or [] for key in ("members", "chain"))
     found = [(f"member {row['name']}", row) for row in members]
     together = f"all {len(members)} together"
@@ -51,7 +51,7 @@ def teachers_table(results: Row) -> list[list[str]]:
 
 def teachers_notes(results: Row) -> list[str]:
     """How the members are combined, how far they disagree, and who teaches the students."""
-    teacher = results["teacher"]
+    teacher = results["teacher"] or {}
     notes = []
     if teacher.get("members"):
         how = teacher.get("combine")

@@ -27,8 +27,8 @@ ACCEPTED_FULL = {
 }
 
 
-def number(mapping: Mapping[str, Any], *keys: str) -> float:
-    """The number at a path of keys; NaN where it is missing, null or not finite."""
+def number(mapping: Mapping[str, Any] | None, *keys: str) -> float:
+    """The number at a path of keys; NaN where it is missing, null or not finite, or there is no mapping."""
     value: Any = mapping
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -90,12 +90,17 @@ def ensemble_shares(results: Row) -> dict[str, float]:
     return {key: ensemble_share(results, key) for key in COST_KEYS}
 
 
+def distilled(results: Row) -> bool:
+    """Whether the run has a teacher."""
+    return results["teacher"] is not None
+
+
 def condition_counts(results: Row) -> tuple[int, int]:
-    """Students after the first with a positive edge in every class, and students after the first.
+    """Students after the first with a positive edge in every class, and students after the first that have edges.
 
     By the edges, not by `accepted_by`: a student accepted for another reason may meet the condition all the same.
     """
-    later = results["rounds"][1:]
+    later = [entry for entry in results["rounds"][1:] if entry.get("edges") is not None]
     return sum(entry["edges"]["satisfied"] == entry["edges"]["classes"] > 0 for entry in later), len(later)
 
 
