@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from pkd_lightning import ranks
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.partial import partial_results
+from pkd_lightning.boosting.peers import PeersLoop
 from pkd_lightning.checkpoint import write_json
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.evaluate import collect_results
@@ -58,7 +59,8 @@ def distil(config: DictConfig, ended_early: str | None = None) -> RunDirectory |
                 stage = Stage("teacher", config.seed, directory.path / "metrics.jsonl", checkpoint=checkpoint)
                 teacher = taught_by(experiment, data, directory, stage, tracker)
                 source = ranks.agreed(lambda: source_of(config, experiment.boosting, directory))
-                loop = BoostingLoop(
+                make = BoostingLoop if experiment.boosting.peers is None else PeersLoop
+                loop = make(
                     experiment.boosting, experiment.student, experiment.trainer, data, teacher,
                     directory.path, config.seed, tracker, source, this_trial(),
                 )  # fmt: skip

@@ -22,6 +22,7 @@ from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import combination_of
 from pkd_lightning.boosting.objectives import Objective, RoundBatch, objective_of
 from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
+from pkd_lightning.boosting.peers import peer_loss_of, peer_rungs
 from pkd_lightning.boosting.weak_learner import faults_without_teacher
 from pkd_lightning.checkpoint import not_finite
 from pkd_lightning.checks import build, collect, under, unknown_keys
@@ -86,7 +87,11 @@ class Experiment:
             teacher = try_teacher(self.teacher, data, attempt, faults)
         if self.data.augment is not None:
             collect(faults, "data", lambda: self._try_augmentation(data))
-        self._try_round(data, inputs, teacher, faults)
+        if self.boosting.peers is None:
+            self._try_round(data, inputs, teacher, faults)
+        elif not faults:
+            collect(faults, "boosting", lambda: self._try_peers(data, inputs))
+        collect(faults, "boosting", self._try_combination)
         if faults:
             raise ConfigError(faults)
 
@@ -131,7 +136,6 @@ class Experiment:
                 self._try_loss(objective, classes, of_student, of_teacher)
 
             collect(faults, "boosting", attempt)
-        collect(faults, "boosting", self._try_combination)
         for index in range(len(self.student) if self.boosting.knowledge and not faults else 0):
             collect(faults, "boosting.knowledge", partial(self._try_knowledge, data, inputs, teacher, index))
 
@@ -141,6 +145,25 @@ class Experiment:
         own = asked.model if isinstance(asked, Following) else asked
         pair = example(self.boosting.knowledge, own, asked, teacher, inputs, data.num_classes)
         try_losses(Knowledge(self.boosting.knowledge, pair, len(data.training)), pair)
+
+    def _try_peers(self, data: DataModule, inputs: torch.Tensor) -> None:
+        """What peers learn from each other, and that none reads earlier students."""
+        rungs = sorted(set(peer_rungs(self.student, self.boosting.rounds)))
+        reading = [rung for rung in rungs if isinstance(self._student(data, range(rung + 1)), Following)]
+        if reading:
+            raise ConfigError(
+                [f"peers={self.boosting.peers!r}: the students of student.rungs.{reading[0]} read earlier ones, and"
+                 " peers have none; choose another ladder, or peers=null"]
+            )  # fmt: skip
+        make = peer_loss_of(self.boosting)
+        assert make is not None
+        logits = torch.zeros(2, len(inputs), data.num_classes, requires_grad=True)
+        shapes: list[Any] = []
+        with reported("peers"):
+            peer_loss = make(2, data.num_classes, self.boosting.temperature)
+            shapes = [part.shape for part in peer_loss(logits, torch.zeros(len(inputs), dtype=torch.int64))]
+        if shapes != [(2,), ()]:
+            raise ConfigError(["peers: gives no loss of each peer, and one that they share"])
 
     def _try_loss(
         self,
@@ -296,7 +319,7 @@ def _boosting(config: DictConfig) -> BoostingConfig:
         boosting = build(BoostingConfig, {**given, "weak_learner": weak or WeakLearnerConfig()})
     except ConfigError as error:
         faults += error.faults
-    for part in (objective_of, combination_of):
+    for part in (objective_of, combination_of, peer_loss_of):
         try:
             part(boosting)
         except ConfigError as error:

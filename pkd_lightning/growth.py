@@ -49,6 +49,8 @@ def source_of(config: DictConfig, boosting: BoostingConfig, directory: RunDirect
 
 def independent(boosting: BoostingConfig) -> bool:
     """Whether the first rounds of a run do not depend on how many follow: their number is in eta, which makes K."""
+    if boosting.peers is not None:
+        return False  # there are none: all students are trained at once
     objective = objective_of(boosting)
     reads = objective.reads_residuals or required(boosting, objective) == "condition" or boosting.weights == "samples"
     return boosting.eta is not None or not reads

@@ -38,6 +38,23 @@ def distillation_loss(
     return alpha * hard + (1 - alpha) * soft_loss(student, teacher, temperature, weight)
 
 
+def mutual_losses(peers: Tensor, temperature: float) -> Tensor:
+    """Of each peer the mean over the others of tau^2 * KL(softmax(other / tau) || softmax(own / tau)): (K,).
+
+    Deep mutual learning (Zhang et al., arXiv 1706.00384), where tau = 1. The others are constants: a peer's loss sends
+    no gradient to them.
+
+    Args:
+        peers: (K, batch, classes) logits, K >= 2.
+        temperature: tau.
+    """
+    log_p = F.log_softmax(peers / temperature, dim=-1)
+    others = log_p.detach()
+    divergence = F.kl_div(log_p[:, None], others[None], reduction="none", log_target=True)  # (own, other, batch, L)
+    of_others = ~torch.eye(len(peers), dtype=torch.bool, device=peers.device)  # itself: 0, but for rounding
+    return temperature**2 * (divergence.sum(-1).mean(-1) * of_others).sum(1) / (len(peers) - 1)
+
+
 def barrier(s: Tensor, edge: float = 0.95) -> Tensor:
     """log(1 + s), continued from s = -`edge` downwards by its tangent.
 

@@ -31,6 +31,7 @@ from pkd_lightning.teachers.identity import determining
 from pkd_lightning.trainer import TrainerConfig, device_of
 
 OBJECTIVES = "pkd_lightning.boosting.objectives."
+PEERS = "pkd_lightning.boosting.peers."
 OVERRIDES = "overrides.json"  # of a run directory: what the command set, for `pkd list`
 LATEST = "latest"  # in run_root, a link to what the last command made
 FOLDERS = ("teacher", "students", "fits", "parts", "figures", "wandb", "tensorboard")  # of a run directory
@@ -80,6 +81,9 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
         boosting["objective"] = boosting["objective"].removeprefix(OBJECTIVES).lower()
     if "combine" in boosting:
         boosting["combine"] = boosting["combine"].removeprefix("pkd_lightning.boosting.combine.")
+    if boosting.get("peers") is not None:
+        name = str(boosting["peers"])
+        boosting["peers"] = name.removeprefix(PEERS).lower() if name.startswith(PEERS) else name
     boosting["weak_learner"] = _without_defaults(boosting.get("weak_learner", {}), WeakLearnerConfig)
     plain["boosting"] = _without_defaults(boosting, BoostingConfig)
     if teacher.get("online") is False:

@@ -210,7 +210,7 @@ class BoostingLoop:
             if ranks.first():
                 source.copy(round_, self.directory / "students")
             self.join(candidate, record["attempts"], record["seconds"], None if source.same else record)
-            kept = {name: record[name] for name in ("class_index", "config")}
+            kept = {name: record[name] for name in ("class_index", "config", "trained") if name in record}
             origin = {name: record[name] for name in ("from", "from_round") if name in record}
             origin = origin or {"from": str(source.directory), "from_round": round_}
             state.records[-1] = {**state.records[-1], **kept, **origin}
@@ -325,10 +325,12 @@ class BoostingLoop:
             "" if edges is None
             else f" edges {edges['satisfied']}/{edges['classes']} [{edges['min']:.2g}, {edges['max']:.2g}];"
         )  # fmt: skip
+        took = f", {record['epochs']} epochs, attempt {record['attempts']}, {record['seconds']:.1f} s"
+        if "trained" in record:  # together with others, whose time it is as well
+            took = ""
         return (
             f"round {record['round'] + 1}/{self.config.rounds}: rung {record['class_index'] + 1},"
-            f" {record['params']:,} parameters, {record['epochs']} epochs, attempt {record['attempts']},"
-            f" {record['seconds']:.1f} s; validation {record['validation_accuracy']:.1%} alone,"
+            f" {record['params']:,} parameters{took}; validation {record['validation_accuracy']:.1%} alone,"
             f" {record['prefix_validation_accuracy']:.1%} ensemble;{of_classes}"
             f" accepted: {str(record['accepted_by']).replace('_', ' ')}"
         )

@@ -222,8 +222,8 @@ def objective_of(config: BoostingConfig) -> Objective:
 
 
 def objective_name(config: BoostingConfig) -> str:
-    """What reports call the loss that students are trained by."""
-    return objective_of(config).name
+    """What reports call the loss that students are trained by: of peers theirs, which takes the objective's place."""
+    return objective_of(config).name if config.peers is None else config.peers.rpartition(".")[2].lower()
 
 
 def _made(given: Any, config: BoostingConfig) -> Objective:

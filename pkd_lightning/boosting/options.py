@@ -60,8 +60,11 @@ class BoostingConfig:
         objective: name in `pkd_lightning.boosting.objectives`, import path of an `Objective`, or a `_target_` of one
             with options of its own. What those leave open, it has from here, by name: alpha, temperature, ...
         combine: name in `pkd_lightning.boosting.combine`, or import path of a `Combination`.
-        temperature: tau of the distillation loss.
-        alpha: weight of the hard loss.
+        peers: what students learn from each other, all trained at once in one fit: name in
+            `pkd_lightning.boosting.peers`, or import path of a `PeerLoss`. It takes the place of the objective. None:
+            a student a round.
+        temperature: tau of the distillation loss, and of what peers learn from each other.
+        alpha: weight of the hard loss. Without a teacher it must be 1, and peers do not read it.
         anchor: weight of the ensemble's loss in the anchored objective; the student's own has 1 - anchor.
         first_term: of the published round loss, beside the barrier loss, which has the weight 1 - alpha. `soft`: the
             soft loss, weighed by alpha. `labels`: the cross-entropy of the labels, weighed by alpha. `both`: the whole
@@ -84,6 +87,7 @@ class BoostingConfig:
     rounds: int = 7
     objective: Any = "anchored"
     combine: str = "learned"
+    peers: str | None = None
     temperature: float = 2.0
     alpha: float = 0.5
     anchor: float = 0.5
@@ -120,4 +124,30 @@ class BoostingConfig:
                 faults.found.append(f"grow_from={self.grow_from!r}: is no run directory, {', '.join(missing)} missing")
         if self.grow_rounds is not None and self.grow_from is None:
             faults.found.append(f"grow_rounds={self.grow_rounds}: needs grow_from")
+        if self.peers is not None:
+            faults.found += self._peer_faults()
         faults.raise_if_any()
+
+    def _peer_faults(self) -> list[str]:
+        """Options that say something of rounds, of which peers have none."""
+        found = []
+        if self.knowledge:
+            found.append(f"knowledge: {', '.join(self.knowledge)} are of rounds; leave it out, or set peers=null")
+        if not isinstance(self.peers, str):
+            found.append(f"peers={self.peers!r}: must be null, mutual, one, or an import path")
+        if self.rounds == 1:
+            found.append("rounds=1: peers are at least 2 students")
+        if self.objective != BoostingConfig.objective:
+            found.append(
+                f"objective={self.objective!r}: peers have a loss of their own; leave it out, or set peers=null"
+            )
+        if self.weights == "samples":
+            found.append("weights='samples': must be none with peers, who have no rounds before them")
+        if self.weak_learner.require == "condition":
+            found.append("weak_learner.require='condition': peers are not judged; set auto, or peers=null")
+        for key in ("grow_from", "max_time"):
+            if getattr(self, key) is not None:
+                found.append(
+                    f"{key}={getattr(self, key)!r}: must be null with peers, all of whom are trained in one fit"
+                )
+        return found

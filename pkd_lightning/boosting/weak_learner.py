@@ -27,7 +27,7 @@ from pkd_lightning.prefixes import Scales, mix
 logger = logging.getLogger(__name__)
 
 LEAST_SCALE = 1e-6  # of a fitted scale, for logits of median 1: every student stays a member
-AcceptedBy = Literal["first_round", "condition", "relaxed_condition", "improvement", "best_candidate"]
+AcceptedBy = Literal["first_round", "condition", "relaxed_condition", "improvement", "best_candidate", "peers"]
 
 
 @dataclass(frozen=True)
@@ -147,13 +147,14 @@ def faults_without_teacher(config: BoostingConfig) -> list[str]:
     """Options that need a teacher, for a run that has none, each with what to do."""
     cure = "or choose a teacher, teacher=NAME"
     found = []
-    objective = objective_of(config)
-    if config.alpha != 1:
-        found.append(f"alpha={config.alpha!r}: must be 1 without a teacher, when only labels are learned; {cure}")
-    elif objective.needs_teacher or objective.reads_residuals:
-        found.append(f"objective={objective.name!r}: needs a teacher; set objective=independent, {cure}")
-    elif required(config, objective) == "condition":
-        found.append(f"weak_learner.require='condition': edges need a teacher; set improvement, {cure}")
+    if config.peers is None:
+        objective = objective_of(config)
+        if config.alpha != 1:
+            found.append(f"alpha={config.alpha!r}: must be 1 without a teacher, when only labels are learned; {cure}")
+        elif objective.needs_teacher or objective.reads_residuals:
+            found.append(f"objective={objective.name!r}: needs a teacher; set objective=independent, {cure}")
+        elif required(config, objective) == "condition":
+            found.append(f"weak_learner.require='condition': edges need a teacher; set improvement, {cure}")
     if config.weights == "samples":
         found.append(f"weights='samples': K+ and K- need a teacher; set none, {cure}")
     if config.knowledge:

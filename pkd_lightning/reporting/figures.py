@@ -37,6 +37,7 @@ EDGE_STYLES = {
     "relaxed_condition": (style.ORANGE, "s", "accepted by the relaxed condition"),
     "improvement": (style.PURPLE, "^", "accepted by improvement"),
     "best_candidate": (style.VERMILLION, "v", "accepted as best candidate"),
+    "peers": (style.GREEN, "P", "trained together, not judged"),
     "contradiction": (style.INK, "D", "recorded as condition, not every edge positive"),
 }
 OTHER_EDGE_STYLE = (style.INK, "D", "accepted otherwise")
@@ -123,9 +124,9 @@ EDGES_CAPTION = (
     "with a positive edge. The first student's edges are zero by definition, so they say nothing about the condition."
 )
 LOSS_CAPTION = (
-    "Loss against epoch of the teacher and of each student (student 1 is round-00 in metrics.jsonl). Each stage "
-    "minimises its own objective (dimensionless), so heights compare within a panel only. Earlier attempts of a round "
-    "are drawn faint."
+    "Loss against epoch of each fit (student 1 is round-00 in metrics.jsonl; of peers, trained together, it is "
+    "the mean loss). Each fit minimises its own objective (dimensionless), so heights compare within a panel only. "
+    "Earlier attempts of a round are drawn faint."
 )
 
 
@@ -324,7 +325,7 @@ def _loss_curves(axes: Axes, stage: str, rows: list[Row]) -> None:
             axes.plot(epochs, losses, line, color=color, marker=mark, lw=1.4, alpha=alpha, label=label if last else "")
     style.loss_axis(axes, drawn)
     found = re.fullmatch(r"round-(\d+)", stage)
-    title = f"student {int(found[1]) + 1}" if found else stage
+    title = f"student {int(found[1]) + 1}" if found else {"peers": "all students together"}.get(stage, stage)
     tries = f", {len(attempts)} attempts" if len(attempts) > 1 else ""
     axes.set_title(f"{title[:28]}{tries}", loc="left", fontweight="bold", fontsize=8.5)
     axes.set_xlabel("epoch")

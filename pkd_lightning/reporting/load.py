@@ -110,8 +110,9 @@ def _doing(metrics: Path) -> str:
         stage, epoch, attempt = str(row["stage"]), int(row["epoch"]) + 1, int(row.get("attempt") or 0)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError):
         return ""
+    names = {"teacher": "the teacher", "peers": "all students together"}
     found = re.fullmatch(r"round-(\d+)", stage)
-    name = "the teacher" if stage == "teacher" else f"round {int(found[1]) + 1}" if found else stage.replace("-", " ")
+    name = names.get(stage, f"round {int(found[1]) + 1}" if found else stage.replace("-", " "))
     return f" Its last epoch was epoch {epoch} of {name}{f', attempt {attempt + 1}' if attempt else ''}."
 
 

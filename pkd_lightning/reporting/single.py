@@ -33,6 +33,7 @@ from pkd_lightning.reporting.values import (
     number,
     percent,
     share,
+    trained_together,
 )
 
 REFRESH = 20  # seconds after which a browser loads the page of an unfinished run again
@@ -137,6 +138,15 @@ def _readers(rounds: Sequence[Row]) -> Iterator[str]:
             yield f"{who} each read all students before them; their costs contain theirs."
 
 
+def _together(results: Row) -> str:
+    """How students that were trained together were, empty where none was."""
+    if not trained_together(results):
+        return ""
+    first = results["rounds"][0]
+    took = f"{count(number(first, 'epochs'))} epochs, {duration(number(first, 'seconds'))}"
+    return f"The students were trained together and learned from each other, in one fit: {took}."
+
+
 def _without_teacher(results: Row, images: str, stop: str) -> list[str]:
     """`_summary` of a run that has none."""
     rounds, ensemble = results["rounds"], results.get("ensemble") or {}
@@ -149,7 +159,7 @@ def _without_teacher(results: Row, images: str, stop: str) -> list[str]:
     return [
         f"{first} {who} classifies {percent(number(ensemble, 'accuracy'))} of {images} correctly.",
         f"It has {count(number(ensemble, 'params'))} parameters{cost}.",
-        stop,
+        f"{_together(results)} {stop}".strip(),
     ]
 
 
@@ -184,7 +194,7 @@ def _summary(results: Row) -> list[str]:
     return [
         f"{first} {who} reaches {percent(number(ensemble, 'accuracy'))}{against}{agrees}.",
         cost if math.isnan(own) else f"{cost} {latency}",
-        f"{condition_sentence(results)} {stop}".strip(),
+        " ".join(filter(None, [_together(results), condition_sentence(results), stop])),
     ]
 
 
@@ -199,8 +209,11 @@ def _missing_curves(run: RunRecord) -> list[str]:
         and not any(stage.split("-")[0] in ("teacher", "assistant") for stage in stages)
     ):
         lines.append("metrics.jsonl has no losses of the teacher: it was not trained in this run")
-    absent = [f"round-{index:02d}" for index in range(len(run.results["rounds"]))]
-    absent = [stage for stage in absent if stage not in stages]
+    absent = [
+        "peers" if entry.get("trained") == "together" else f"round-{index:02d}"
+        for index, entry in enumerate(run.results["rounds"])
+    ]
+    absent = [stage for stage in dict.fromkeys(absent) if stage not in stages]
     if run.metrics and absent:
         lines.append(f"metrics.jsonl has no losses of {', '.join(absent)}")
     contradictions = [
@@ -255,9 +268,10 @@ def _table_notes(results: Row) -> list[str]:
         return []
     where = "test part, which decided nothing" if part(results) == "test" else f"{part(results)} part"
     edges = "Edges met: classes with a positive edge; the first student's edges are zero by definition. "
+    once = "All students were trained in one fit: its epochs and time are in the first row. "
     return [
         "Prefix: the first t students together. Rung: place of the student's model class in the ladder. "
-        f"{edges if distilled(results) else ''}"
+        f"{edges if distilled(results) else ''}{once if trained_together(results) else ''}"
         f"Accuracies are on the {where}. Latency: {LATENCY}",
         *_readers(results["rounds"]),
     ]
@@ -270,6 +284,8 @@ def _setting(run: RunRecord) -> list[str]:
     rounds = rounds if isinstance(rounds, list) else []
     labels = results.get("labels")
     times = {"time, each round": ", ".join(duration(number({"s": value}, "s")) for value in rounds) or MISSING}
+    if trained_together(results):
+        times = {"time, all students together": duration(number(results["rounds"][0], "seconds"))}
     facts = {
         "run directory": str(run.path),
         "sizes (images)": _inline(results.get("sizes")),

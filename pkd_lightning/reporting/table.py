@@ -27,6 +27,7 @@ from pkd_lightning.reporting.values import (
     prefix_cost,
     ratio,
     share,
+    trained_together,
 )
 
 NOTHING = "–"  # noqa: RUF001  (an en dash: the cell has no meaning in this row)
@@ -100,6 +101,7 @@ def student_rows(results: Row, digits: int = 1) -> list[dict[str, str]]:
     rows = []
     for index, entry in enumerate(results["rounds"]):
         kind = acceptance(entry)
+        counted = index > 0 and entry.get("trained") == "together"  # with the first student, in whose row it stands
         edges = entry.get("edges")
         met = f"{count(number(edges, 'satisfied'))}/{count(number(edges, 'classes'))}" if edges is not None else NOTHING
         row = {
@@ -117,8 +119,8 @@ def student_rows(results: Row, digits: int = 1) -> list[dict[str, str]]:
             "latency": latency(entry),
             "latency_prefix": latency(entry, "prefix_"),
             "attempts": count(number(entry, "attempts")),
-            "epochs": count(number(entry, "epochs")),
-            "seconds": duration(number(entry, "seconds")),
+            "epochs": NOTHING if counted else count(number(entry, "epochs")),
+            "seconds": NOTHING if counted else duration(number(entry, "seconds")),
         }
         for key in COST_KEYS:
             row[key] = count(number(entry, key))
@@ -231,6 +233,8 @@ def _footnotes(results: Row, shown: set[str], rows: Sequence[dict[str, str]]) ->
         lines.append("The first student's edges are zero by definition. " + condition_sentence(results))
     if not distilled(results):
         lines.append("No teacher.")
+    if trained_together(results):
+        lines.append("All students were trained together, in one fit: its time and epochs are in the first row.")
     if results.get("stop_reason"):
         lines.append(f"Stopped: {results['stop_reason']}")
     return lines

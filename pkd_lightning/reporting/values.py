@@ -15,6 +15,7 @@ ACCEPTED_SHORT = {
     "relaxed_condition": "relaxed",
     "improvement": "improved",
     "best_candidate": "best try",
+    "peers": "peers",
     "contradiction": "see edges",
 }
 ACCEPTED_FULL = {
@@ -23,6 +24,7 @@ ACCEPTED_FULL = {
     "relaxed_condition": "relaxed condition only",
     "improvement": "improvement",
     "best_candidate": "best candidate, nothing required was met",
+    "peers": "trained together, not judged",
     "contradiction": "recorded as condition, edges disagree",
 }
 
@@ -93,6 +95,11 @@ def ensemble_shares(results: Row) -> dict[str, float]:
 def distilled(results: Row) -> bool:
     """Whether the run has a teacher."""
     return results["teacher"] is not None
+
+
+def trained_together(results: Row) -> bool:
+    """Whether the students were trained in one fit."""
+    return any(entry.get("trained") == "together" for entry in results["rounds"])
 
 
 def condition_counts(results: Row) -> tuple[int, int]:
