@@ -58,6 +58,12 @@ class Stop:
         before, self.deferring = self.deferring, True
         try:
             yield
+        except (
+            SystemExit
+        ) as end:  # Lightning ends a fit by itself, with the code 0, where SIGTERM comes while one is saved
+            if end.code is None and self.signal is not None:
+                raise SystemExit(128 + self.signal) from end
+            raise
         finally:
             self.deferring = before
             number, self.signal = self.signal, None

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
 from pkd_lightning import fit_checkpoint
@@ -303,6 +304,22 @@ def test_a_signal_outside_of_a_step_waits_for_its_end(tmp_path: Path) -> None:
         assert (done, stop.signal, stop.deferring) == ([1], None, False)
     finally:
         signal.signal(signal.SIGUSR1, inherited)
+
+
+def test_an_end_of_lightnings_own_by_a_signal_has_the_signals_exit_code() -> None:
+    inherited = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def fit() -> None:
+        with stopped_by_signals(), stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise SIGTERMException
+
+    try:
+        with pytest.raises(SystemExit) as end:
+            fit()
+        assert (end.value.code, stop.signal, stop.deferring) == (143, None, False)
+    finally:
+        signal.signal(signal.SIGTERM, inherited)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
