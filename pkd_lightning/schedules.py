@@ -19,3 +19,8 @@ def cosine(progress: float, warmup: float = 0.1, final: float = 0.01) -> float:
 def decay(progress: float, final: float = 0.1) -> float:
     """Fall exponentially from 1 to `final`."""
     return float(final**progress)
+
+
+def warmup(progress: float, share: float = 0.1) -> float:
+    """Rise linearly to 1 over the first `share` of the steps, then stay there: for weights of terms of knowledge."""
+    return progress / share if progress < share else 1.0
