@@ -274,9 +274,10 @@ def _tracker(config: DictConfig) -> Callable[..., Tracker]:
 def _check_no_teacher(config: DictConfig) -> None:
     """Check the options of a teacher that is none."""
     given = {key: value for key, value in options(config).items() if key not in ("model", "trainer")}
-    faults = unknown_keys(given, [field.name for field in fields(TeacherConfig)])
+    options_ = ("checkpoint", "online", *SEVERAL)
+    faults = unknown_keys(given, [field.name for field in fields(TeacherConfig)] + [*SEVERAL])
     cure = "there is no teacher, its model is null; choose one, teacher=NAME"
-    faults += [f"{key}={given[key]!r}: {cure}" for key in ("checkpoint", "online") if given.get(key)]
+    faults += [f"{key}={given[key]!r}: {cure}" for key in options_ if given.get(key)]
     if faults:
         raise ConfigError(faults)
 

@@ -261,3 +261,15 @@ class Fixed(Term):
     def loss(self, pair: Pair, parts: nn.Module) -> Tensor:
         assert self.value is not None
         return self.value
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        (("teacher=none", "boosting.objective=independent", "boosting.alpha=1"), "boosting.knowledge: fitnet compare"),
+        (("boosting.peers=mutual",), "boosting.knowledge: fitnet are of rounds"),
+    ],
+)
+def test_terms_need_a_teacher_and_rounds(given: tuple[str, ...], fault: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        assemble(tiny_config(tmp_path, FITNET, *given))
