@@ -77,6 +77,38 @@ def test_no_configuration_gives_a_warning_where_everything_is_inlined(shape: tup
         pass
 
 
+NAMES = """
+#include "plain.c"
+#include <stdio.h>
+int main(void) {
+    int i;
+    for (i = 0; i < PKD_CLASSES; i++)
+        fwrite(pkd_classes[i], 1, strlen(pkd_classes[i]) + 1, stdout);
+    fwrite(PKD_NAME, 1, sizeof PKD_NAME, stdout);
+    return 0;
+}
+"""
+
+
+@needs_cc
+@pytest.mark.parametrize(
+    "names", [['"what??/\\" ??!', "Ca\xf1\xf3n 1", "\u732b\n\t7%d"], None], ids=["named", "labels"]
+)
+def test_names_of_classes_are_in_the_c_file_whatever_characters_they_have(
+    names: list[str] | None, tmp_path: Path
+) -> None:
+    ensemble, name = small(), '??/ \\ "\u732b" /* */ //\n\\'
+    ensemble.labels, ensemble.classes = [3, 5, 8], names
+    facts = facts_of(ensemble, name, "uint8")
+    (tmp_path / "plain.c").write_text(c_source(ensemble, facts, "x??( \\"), encoding="utf-8")
+    (tmp_path / "program.c").write_text(NAMES)
+    strict = ["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror"]
+    program = tmp_path / "program"
+    subprocess.run(["cc", *strict, program.with_suffix(".c"), "-o", program, "-lm"], check=True)
+    said = subprocess.run([program], capture_output=True, check=True).stdout.decode().split("\0")
+    assert said == [*(names or ["3", "5", "8"]), name, ""]
+
+
 ACCURACY = r"""
 #include "plain.c"
 #include <stdio.h>

@@ -35,7 +35,7 @@ HEAD = """\
    pkd_predict takes one input, {input}, unprepared,
    and the number of students to use, 1 to PKD_MEMBERS. It writes PKD_CLASSES logits, unless `logits` is NULL. It
    returns the index of the largest one, from 0, or -1 where there is no such prefix. pkd_macs gives the
-   multiply-accumulates of a prefix, or -1.
+   multiply-accumulates of a prefix, or -1. pkd_classes has the names of the classes, in UTF-8, or their labels.
 
    All memory is static, {memory} bytes besides the weights: two threads must not call pkd_predict at once.
 
@@ -45,7 +45,7 @@ HEAD = """\
 #include <stdint.h>
 #include <string.h>
 
-#define PKD_NAME "{quoted}"
+#define PKD_NAME {quoted}
 #define PKD_MEMBERS {members}
 #define PKD_CLASSES {classes}
 #define PKD_CHANNELS {channels}
@@ -60,6 +60,11 @@ long long pkd_macs(int members);
 /* the label in the data set of each output */
 extern const int pkd_labels[PKD_CLASSES];
 const int pkd_labels[PKD_CLASSES] = {{{labels}}};
+
+/* its name, or the label where the data set names none */
+extern const char *const pkd_classes[PKD_CLASSES];
+const char *const pkd_classes[PKD_CLASSES] = {{
+    {classes_named}}};
 """
 
 FOOT = """\
@@ -174,7 +179,7 @@ def _head(facts: Facts, file: str, shape: tuple[int, int, int], memory: int) -> 
     kind = "uint8_t" if facts.input_type == "uint8" else "float"
     return HEAD.format(
         name=_comment(facts.name),
-        quoted=facts.name.replace("\\", "\\\\").replace('"', '\\"'),
+        quoted=literal(facts.name),
         members=facts.members,
         table="\n".join(table),
         file=_comment(file),
@@ -187,6 +192,7 @@ def _head(facts: Facts, file: str, shape: tuple[int, int, int], memory: int) -> 
         width=shape[2],
         type=kind,
         labels=", ".join(map(str, facts.labels)),
+        classes_named=",\n    ".join(literal(name) for name in facts.classes or map(str, facts.labels)),
     )
 
 
@@ -198,8 +204,21 @@ def _foot(ensemble: ProgressiveEnsemble, facts: Facts) -> str:
     )
 
 
+def literal(text: str) -> str:
+    """A text as a C string of ASCII characters, which holds it in UTF-8."""
+
+    def escaped(byte: int) -> str:
+        if chr(byte) in '"\\?':  # two question marks could begin a trigraph
+            return f"\\{chr(byte)}"
+        return chr(byte) if 32 <= byte < 127 else f"\\{byte:03o}"  # octal: a digit after three is no part of it
+
+    return f'"{"".join(map(escaped, text.encode("utf-8", "replace")))}"'
+
+
 def _comment(text: str) -> str:
-    return text.replace("*/", "* /")
+    """A text in a comment, on its line: nothing in it begins or ends one."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return shown.replace("*/", "* /").replace("/*", "/ *")
 
 
 def _title(text: str) -> str:
