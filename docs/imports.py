@@ -29,7 +29,10 @@ FLOORS = (
     ),
     (
         "one fit, its weights and costs",
-        ("fitting", "fit_checkpoint", "fit_module", "processes", "weights", "cost", "predicting", "trainer"),
+        (
+            "fitting", "fit_checkpoint", "fit_module", "processes", "weights", "rounding", "cost", "predicting",
+            "trainer",
+        ),
     ),
     ("terms of knowledge", ("knowledge",)),
     ("models and data", ("models", "data", "inputs", "tasks")),

@@ -12,6 +12,7 @@ from pkd_lightning.checks import suggest
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.models.building import InputShape, Trust, build_classifier, import_model, path_of, trusting
 from pkd_lightning.prefixes import Scales
+from pkd_lightning.rounding import restored
 from pkd_lightning.tasks import ImageClassification, Task
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # a folder an ensemble
@@ -158,7 +159,7 @@ def load_student(stem: Path, trust: Trust = (), earlier: Callable[[], Sequence[n
         raise RunError(f"{path}: does not describe a student ({error!r})") from error
     state = load_tensors(weights)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(restored(state))
     except RuntimeError as error:
         raise RunError(f"{weights}: does not fit the student that {path.name} describes ({error})") from error
     return model.eval()

@@ -258,7 +258,7 @@ def read_facts(format: str, path: Path) -> dict[str, Any]:
     """What a file says of itself, read without this package."""
     texts = METADATA[format](path)
     return {
-        key.removeprefix("pkd."): value if key in ("pkd.name", "pkd.input_type") else json.loads(value)
+        key.removeprefix("pkd."): value if key in ("pkd.name", "pkd.input_type", "pkd.weights") else json.loads(value)
         for key, value in texts.items()
         if key.startswith("pkd.")
     }

@@ -14,6 +14,7 @@ from pkd_lightning.export import export
 from pkd_lightning.export.c_source import c_source, loaded
 from pkd_lightning.export.facts import facts_of
 from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.rounding import WEIGHTS, Weights
 from pkd_lightning.tasks import ImageClassification
 from tests.test_export import CONFIGURATIONS, Own, ensemble_of, inputs_of, needs_cc, small
 
@@ -69,10 +70,13 @@ def test_the_c_file_compiles_without_a_warning_and_answers_as_a_program(tmp_path
 
 @needs_cc
 @pytest.mark.parametrize("shape", list(CONFIGURATIONS), ids=str)
-def test_no_configuration_gives_a_warning_where_everything_is_inlined(shape: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["float32", *(pytest.param(one, marks=pytest.mark.slow) for one in WEIGHTS[1:])])
+def test_no_configuration_gives_a_warning_where_everything_is_inlined(
+    shape: tuple[int, ...], weights: Weights, tmp_path: Path
+) -> None:
     ensemble = ensemble_of(shape)
     path = tmp_path / "ensemble.c"
-    path.write_text(c_source(ensemble, facts_of(ensemble, "x", "uint8")))
+    path.write_text(c_source(ensemble, facts_of(ensemble, "x", "uint8", weights=weights)))
     with loaded(path, path, ["-O3"]):
         pass
 
@@ -107,6 +111,38 @@ def test_names_of_classes_are_in_the_c_file_whatever_characters_they_have(
     subprocess.run(["cc", *strict, program.with_suffix(".c"), "-o", program, "-lm"], check=True)
     said = subprocess.run([program], capture_output=True, check=True).stdout.decode().split("\0")
     assert said == [*(names or ["3", "5", "8"]), name, ""]
+
+
+SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def sanitized(folder: Path) -> bool:
+    """Whether the compiler has sanitizers, with their libraries."""
+    (folder / "empty.c").write_text("int main(void) { return 0; }")
+    done = subprocess.run(["cc", *SANITIZERS, folder / "empty.c", "-o", folder / "empty"], capture_output=True)
+    return done.returncode == 0 and subprocess.run([folder / "empty"], capture_output=True).returncode == 0
+
+
+@needs_cc
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    "shape", [None, *(pytest.param(one, marks=pytest.mark.slow) for one in CONFIGURATIONS)], ids=str
+)
+def test_no_configuration_reads_or_writes_beyond_its_arrays(
+    shape: tuple[int, ...] | None, weights: Weights, tmp_path: Path
+) -> None:
+    """All configurations take a minute to compile; the small ensemble stands for them."""
+    if not sanitized(tmp_path):
+        pytest.skip("the compiler has no sanitizers")
+    ensemble = small() if shape is None else ensemble_of(shape)
+    path, program = tmp_path / "ensemble.c", tmp_path / "program"
+    shape = ensemble.task.input_shape
+    kind = "float32" if len(shape) == 2 else "uint8"
+    path.write_text(c_source(ensemble, facts_of(ensemble, "x", kind, weights=weights)))
+    subprocess.run(["cc", "-std=c99", *SANITIZERS, "-DPKD_MAIN", path, "-o", program, "-lm"], check=True)
+    done = subprocess.run([program], input=inputs_of(shape, 2).numpy().tobytes(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(done.stdout.splitlines()) == 2
 
 
 ACCURACY = r"""

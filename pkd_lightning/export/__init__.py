@@ -7,9 +7,10 @@ import copy
 import importlib.util
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,17 +21,20 @@ from pkd_lightning.checks import suggest
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.export import c_source, onnx_file, single_file, traced
+from pkd_lightning.export.effect import Effect, effect_of
 from pkd_lightning.export.facts import Facts, Job, facts_of
-from pkd_lightning.export.inputs import dtype_of, inputs_to_check
+from pkd_lightning.export.inputs import dtype_of, inputs_to_check, validation_of
 from pkd_lightning.models.building import Trust
+from pkd_lightning.rounding import WEIGHTS, Weights, round_weights
 from pkd_lightning.saved import folder_of
 
-__all__ = ["FORMATS", "Exported", "export"]
+__all__ = ["FORMATS", "Effect", "Exported", "export"]
 
 logger = logging.getLogger(__name__)
 Call = Callable[[Tensor, int], Tensor]
 BATCHES = (1, 7)
-TOLERANCE = 1e-5  # of the largest logit
+# in parts of the largest logit; a scale that is applied to sums rounds otherwise than one applied to weights
+TOLERANCES: dict[Weights, float] = {"float32": 1e-5, "bf16": 1e-4, "int8": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Format:
         opened: that file for use: a function of raw inputs (batch, *input_shape) and a number of members.
         packages: what it needs besides torch.
         program: on the PATH, without which it is written, but cannot be checked.
+        weights: what it can store them as.
     """
 
     suffix: str
@@ -50,13 +55,14 @@ class Format:
     opened: Callable[[Path, Job], AbstractContextManager[Call]]
     packages: tuple[str, ...] = ()
     program: str | None = None
+    weights: tuple[Weights, ...] = ("float32",)
 
 
 FORMATS = {
-    "safetensors": Format(".safetensors", single_file.write, single_file.opened),
+    "safetensors": Format(".safetensors", single_file.write, single_file.opened, weights=WEIGHTS),
     "onnx": Format(".onnx", onnx_file.write, onnx_file.opened, onnx_file.PACKAGES),
     "pt2": Format(".pt2", traced.write, traced.opened),
-    "c": Format(".c", c_source.write, c_source.opened, program="cc"),
+    "c": Format(".c", c_source.write, c_source.opened, program="cc", weights=WEIGHTS),
 }
 
 
@@ -68,11 +74,14 @@ class Exported:
         path: the file.
         facts: what it says of itself.
         difference: the largest from the ensemble's logits, in parts of the largest logit; None: could not be checked.
+            Where weights are rounded, the ensemble has those, too.
+        effect: of rounding the weights; None where they are not.
     """
 
     path: Path
     facts: Facts
     difference: float | None
+    effect: Effect | None = None
 
 
 def export(
@@ -85,6 +94,7 @@ def export(
     images: Path | None = None,
     force: bool = False,
     trust: Trust = (),
+    weights: Weights = "float32",
 ) -> Exported:
     """Write an ensemble, or a prefix of it, as one file `NAME.SUFFIX`, or `NAME-MEMBERS.SUFFIX`.
 
@@ -102,19 +112,16 @@ def export(
             hand, else random ones.
         force: replace a file that is there.
         trust: as in `ProgressiveEnsemble.load`.
+        weights: what those of linear layers and convolutions are rounded to. The log warns where a prefix's accuracy on
+            the run's validation inputs falls by more than 0.5 points.
 
     Raises:
-        ConfigError: where there is no such format or prefix, or a member has no form in it.
+        ConfigError: where there is no such format or prefix, or it cannot have such weights or a member.
         RunError: where a package is missing, the run cannot be loaded, the file is there or cannot be written, or
             its logits differ from the ensemble's.
         DataError: where `images` cannot be read.
     """
-    if format not in FORMATS:
-        raise ConfigError([f"format {format!r}: must be one of {', '.join(FORMATS)}.{suggest(format, FORMATS)}"])
-    kind = FORMATS[format]
-    missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise RunError(f"--format {format} needs {', '.join(missing)}: pip install 'pkd-lightning[export]'")
+    kind = format_of(format, weights)
     source = None if isinstance(ensemble, ProgressiveEnsemble) else folder_of(ensemble).resolve()
     loaded = ensemble if isinstance(ensemble, ProgressiveEnsemble) else ProgressiveEnsemble.load(ensemble, trust)
     run = source.parent if source is not None and source.name == "students" else source
@@ -124,8 +131,8 @@ def export(
     if path.exists() and not force:
         raise RunError(f"{path}: is there already; --force replaces it, --out names another folder")
     inputs = inputs_to_check(prefix.task, run, images)
-    facts = facts_of(prefix, name, str(dtype_of(prefix.task)).removeprefix("torch."), kind.packages)
-    job = Job(prefix, facts, path, source, trust)
+    facts = facts_of(prefix, name, str(dtype_of(prefix.task)).removeprefix("torch."), kind.packages, weights)
+    job, rounded = Job(prefix, facts, path, source, trust), rounded_to(weights, prefix)
     differences: list[float] = []
 
     def write(temporary: Path) -> None:
@@ -134,13 +141,59 @@ def export(
             logger.warning("%s: not checked, there is no %s here", path, kind.program)
             return
         with kind.opened(temporary, job) as call:
-            differences.append(check(call, prefix, inputs, path))
+            differences.append(check(call, rounded, inputs, path, TOLERANCES[weights]))
 
     try:
         atomic_write(path, write)
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}); --out names another folder") from error
-    return Exported(path, facts, max(differences, default=None))
+    effect = None if weights == "float32" else _effect(job, kind, rounded, inputs)
+    return Exported(path, facts, max(differences, default=None), effect)
+
+
+def format_of(name: str, weights: Weights) -> Format:
+    """The format of a name, for such weights.
+
+    Raises:
+        ConfigError: where there is none, or it has no such weights.
+        RunError: where a package that it needs is missing.
+    """
+    if name not in FORMATS:
+        raise ConfigError([f"format {name!r}: must be one of {', '.join(FORMATS)}.{suggest(name, FORMATS)}"])
+    if weights not in WEIGHTS:
+        raise ConfigError([f"weights {weights!r}: must be one of {', '.join(WEIGHTS)}.{suggest(weights, WEIGHTS)}"])
+    kind = FORMATS[name]
+    if weights not in kind.weights:
+        able = ", ".join(other for other, format in FORMATS.items() if weights in format.weights)
+        allowed = ", ".join(kind.weights)
+        raise ConfigError([f"weights {weights!r}: --format {name} stores {allowed} only; {weights} is for {able}"])
+    missing = [package for package in kind.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RunError(f"--format {name} needs {', '.join(missing)}: pip install 'pkd-lightning[export]'")
+    return kind
+
+
+def rounded_to(weights: Weights, ensemble: ProgressiveEnsemble) -> ProgressiveEnsemble:
+    """An ensemble with rounded weights: a copy, or itself where there is nothing to round."""
+    if weights == "float32":
+        return ensemble
+    copied = copy.deepcopy(ensemble)
+    for member in copied.members:
+        round_weights(member, weights)
+    return copied
+
+
+def _effect(job: Job, kind: Format, rounded: ProgressiveEnsemble, checked: Tensor) -> Effect:
+    """What rounding did, on the run's validation inputs, or on those that the file was checked on. Warns of losses."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / job.path.name
+        kind.write(replace(job, facts=replace(job.facts, weights="float32")), plain)
+        sizes = plain.stat().st_size, job.path.stat().st_size
+    inputs, labels = validation_of(job.ensemble.task, job.source) or (checked, None)
+    effect = effect_of(job.ensemble, rounded, inputs, labels, job.facts.weights, sizes)
+    if falls := effect.falls():
+        logger.warning("%s: %s weights cost accuracy: %s", job.path, job.facts.weights, "; ".join(falls))
+    return effect
 
 
 def name_of(run: Path) -> str:
@@ -173,11 +226,13 @@ def prefix_of(ensemble: ProgressiveEnsemble, members: int | None) -> Progressive
 
 
 @torch.inference_mode()
-def check(call: Call, ensemble: ProgressiveEnsemble, inputs: Tensor, path: Path) -> float:
+def check(
+    call: Call, ensemble: ProgressiveEnsemble, inputs: Tensor, path: Path, tolerance: float = TOLERANCES["float32"]
+) -> float:
     """The largest difference between the logits of a file and those of the ensemble, in parts of the largest logit.
 
     Raises:
-        RunError: where it is more than `TOLERANCE`.
+        RunError: where it is more than `tolerance`.
     """
     worst = 0.0
     for size in BATCHES:
@@ -187,9 +242,9 @@ def check(call: Call, ensemble: ProgressiveEnsemble, inputs: Tensor, path: Path)
                 scale = max(float(expected.abs().max()), 1e-30)
                 difference = float((given - expected).abs().max()) / scale
                 worst = max(worst, difference)
-                if not difference <= TOLERANCE:
+                if not difference <= tolerance:
                     raise RunError(
                         f"{path}: not kept. On a batch of {len(batch)} the logits of {members} students differ from the"
-                        f" ensemble's by {difference:.1e} of the largest one; at most {TOLERANCE:g} is allowed"
+                        f" ensemble's by {difference:.1e} of the largest one; at most {tolerance:g} is allowed"
                     )
     return worst

@@ -11,13 +11,19 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.models.classifier import GRID, ORDERS, MambaClassifier, as_image
 from pkd_lightning.models.mamba import Mamba, own_weights
 from pkd_lightning.models.tokens import SECOND_KERNEL, SECOND_STRIDE, ConvolutionTokens, PatchTokens, PixelTokens
+from pkd_lightning.rounding import Weights, joined, split
 
 NORMS: Mapping[type, str] = {
     nn.Identity: "PKD_NO_NORM",
     nn.RMSNorm: "PKD_RMS_NORM",
     nn.LayerNorm: "PKD_LAYER_NORM",
 }
-VALUES_A_LINE = 8
+# what each type of values is in C, and how many stand in a line
+TYPES: Mapping[torch.dtype, tuple[str, int]] = {
+    torch.float32: ("float", 8),
+    torch.bfloat16: ("uint16_t", 16),
+    torch.int8: ("int8_t", 24),
+}
 
 
 def padded(channels: int) -> int:
@@ -72,13 +78,16 @@ class Student:
         place: its number in the ensemble, from 1.
         input_shape: of the ensemble's inputs.
         num_classes: of the ensemble.
+        weights: what those of its layers are stored as.
 
     Raises:
         ConfigError: where a part of it has no C form, naming the member and the module.
     """
 
-    def __init__(self, model: nn.Module, place: int, input_shape: tuple[int, ...], num_classes: int) -> None:
-        self.place, self.num_classes = place, num_classes
+    def __init__(
+        self, model: nn.Module, place: int, input_shape: tuple[int, ...], num_classes: int, weights: Weights
+    ) -> None:
+        self.place, self.num_classes, self.weights = place, num_classes, weights
         if type(model) is not MambaClassifier or _changed(model):
             raise self._no_form("itself", model)
         if model.reuse is not None:
@@ -122,6 +131,12 @@ class Student:
         self.arrays[full] = values
         return full
 
+    def _matrix(self, name: str, weight: Tensor) -> str:
+        """Keep a weight (outputs, ...), whose outputs C has last; the C names of its values and of its scales."""
+        values, scale = split(weight, self.weights)
+        array = self._array(name, values.movedim(0, -1))
+        return f"{array}, {'NULL' if scale is None else self._array(f'{name}_scale', scale)}"
+
     def _bias(self, name: str, bias: Tensor | None, row: int) -> str:
         return "NULL" if bias is None else self._array(name, _row(bias, row))
 
@@ -138,15 +153,15 @@ class Student:
             layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
         ):  # fmt: skip
             raise self._no_form(f"tokens.{name}", layer)
-        taps = torch.zeros(kernel, kernel, channels, row)
-        taps[:, :, : weight.shape[1], : weight.shape[0]] = weight.permute(2, 3, 1, 0)
+        taps = weight.new_zeros(row, kernel, kernel, channels)
+        taps[: weight.shape[0], :, :, : weight.shape[1]] = weight.permute(0, 2, 3, 1)
         if padding:
             self.statements.append(f"pkd_pad({source}, pkd_padded, {height}, {width}, {channels}, {padding});")
             source = "pkd_padded"
             self.buffers.need(padded=(height + 2 * padding) * (width + 2 * padding) * channels)
         wide = width + 2 * padding
         rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
-        names = f"{self._array(f'{name}_weight', taps)}, {self._bias(f'{name}_bias', bias, row)}"
+        names = f"{self._matrix(f'{name}_weight', taps)}, {self._bias(f'{name}_bias', bias, row)}"
         self.statements.append(
             f"pkd_convolve({source}, {wide}, {channels}, {kernel}, {stride}, {names}, {outputs},"
             f" {rows}, {columns}, {row});"
@@ -165,7 +180,7 @@ class Student:
             row, names = padded(config.d_model), "NULL, NULL"
             if config.d_model > 1:
                 weight, bias = self._own("tokens.embed", nn.Linear)
-                names = self._array("embed_weight", _row(weight[:, 0], row))
+                names = self._array("embed_weight", _row(joined(*split(weight, self.weights))[:, 0], row))
                 names += f", {self._bias('embed_bias', bias, row)}"
             elif type(tokens.embed) is not nn.Identity:
                 raise self._no_form("tokens.embed", tokens.embed)
@@ -226,7 +241,8 @@ class Student:
         shape = BlockShape(*grid, mixer.d_model, d_inner, states, rank, mixer.d_conv, kind, eps, bool(block.residual))
         names = [norm]
         for part, values in _mamba_arrays(mixer, weights, shape).items():
-            names.append(self._array(f"block_{index}_{part}", values))
+            keep = self._matrix if values.dim() > 1 and part != "A" else self._array
+            names.append(keep(f"block_{index}_{part}", values))
         struct = f"pkd_{self.place}_block_{index}"
         body = ",\n    ".join(names)
         self.structs.append(f"static const pkd_block {struct} = {{\n    {body}}};")
@@ -255,9 +271,9 @@ class Student:
             self.statements.append(f"pkd_average(pkd_normed, {rows}, {columns}, {row}, {side}, pkd_features);")
             by_cell = weight.unflatten(1, (config.d_model, cells)).transpose(1, 2)
             self.buffers.need(features=cells * row)
-        taps = torch.zeros(cells, row, outputs)
-        taps[:, : config.d_model, : self.num_classes] = by_cell.permute(1, 2, 0)
-        head = f"{self._array('head_weight', taps)}, {self._bias('head_bias', bias, outputs)}"
+        taps = weight.new_zeros(outputs, cells, row)
+        taps[: self.num_classes, :, : config.d_model] = by_cell
+        head = f"{self._matrix('head_weight', taps)}, {self._bias('head_bias', bias, outputs)}"
         self.statements.append(
             f"pkd_project({source}, {cells * row}, {head}, pkd_student, {outputs}, 1, {cells * row}, {outputs});"
         )
@@ -271,24 +287,24 @@ class Student:
 
 
 def _mamba_arrays(mixer: Mamba, weights: tuple[Tensor, ...], shape: BlockShape) -> dict[str, Tensor]:
-    """The weights of a block in the layout and the order of `pkd_block`, without those of its norm."""
+    """The weights of a block in the order of `pkd_block`, without those of its norm; matrices (outputs, inputs)."""
     d_model, d_inner, rank, states = shape.d_model, shape.d_inner, shape.dt_rank, shape.d_state
     row, inner, projected = padded(d_model), padded(d_inner), shape.projected
     in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, _, D, out_proj = (w.detach().float() for w in weights)
-    both = torch.zeros(d_model, 2, inner)
-    both[:, :, :d_inner] = in_proj.T.unflatten(1, (2, d_inner))
-    taps = torch.zeros(shape.d_conv, inner)
-    taps[:, :d_inner] = conv_weight[:, 0].T
-    steps = torch.zeros(inner, projected)
-    steps[:d_inner, : rank + 2 * states] = x_proj.T
-    spread = torch.zeros(rank, inner)
-    spread[:, :d_inner] = dt_weight.T
+    both = torch.zeros(2, inner, d_model)
+    both[:, :d_inner] = in_proj.unflatten(0, (2, d_inner))
+    taps = torch.zeros(inner, shape.d_conv)
+    taps[:d_inner] = conv_weight[:, 0]
+    steps = torch.zeros(projected, inner)
+    steps[: rank + 2 * states, :d_inner] = x_proj
+    spread = torch.zeros(inner, rank)
+    spread[:d_inner] = dt_weight
     decay = torch.zeros(states, inner)
     decay[:, :d_inner] = mixer._decay().detach().float().T
-    back = torch.zeros(inner, row)
-    back[:d_inner, :d_model] = out_proj.T
+    back = torch.zeros(row, inner)
+    back[:d_model, :d_inner] = out_proj
     return {
-        "in_proj": both, "conv_weight": taps, "conv_bias": _row(conv_bias, inner), "x_proj": steps,
+        "in_proj": both.flatten(0, 1), "conv_weight": taps, "conv_bias": _row(conv_bias, inner), "x_proj": steps,
         "dt_weight": spread, "dt_bias": _row(dt_bias, inner), "A": decay, "D": _row(D, inner), "out_proj": back,
     }  # fmt: skip
 
@@ -311,8 +327,10 @@ def number(value: float) -> str:
 
 
 def array(name: str, values: Tensor) -> str:
-    """A definition of a static array of floats."""
-    flat = [number(value) if value else "0" for value in values.flatten().tolist()]
-    lines = (", ".join(flat[i : i + VALUES_A_LINE]) for i in range(0, len(flat), VALUES_A_LINE))
+    """A definition of a static array of floats, or of weights that are rounded."""
+    kind, in_line = TYPES[values.dtype]
+    bits = values.contiguous().view(torch.uint16) if values.dtype == torch.bfloat16 else values
+    flat = [(number(value) if kind == "float" else str(value)) if value else "0" for value in bits.flatten().tolist()]
+    lines = (", ".join(flat[i : i + in_line]) for i in range(0, len(flat), in_line))
     body = ",\n    ".join(lines)
-    return f"static const float {name}[{len(flat)}] = {{\n    {body}}};"
+    return f"static const {kind} {name}[{len(flat)}] = {{\n    {body}}};"

@@ -16,9 +16,11 @@ from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.export.c_layers import BlockShape, Buffers, Student, array, number, padded
 from pkd_lightning.export.facts import Facts, Job
 from pkd_lightning.models.classifier import as_image
+from pkd_lightning.rounding import Weights
 from pkd_lightning.tasks import Classification
 
 RUNTIME = Path(__file__).parent / "runtime.c"
+BITS: dict[Weights, int] = {"float32": 32, "bf16": 16, "int8": 8}  # of a weight
 
 HEAD = """\
 /* {name}: {members} students, distilled in rounds; each prefix of them is a model. Written by pkd export.
@@ -37,6 +39,8 @@ HEAD = """\
    returns the index of the largest one, from 0, or -1 where there is no such prefix. pkd_macs gives the
    multiply-accumulates of a prefix, or -1. pkd_classes has the names of the classes, in UTF-8, or their labels.
 
+   {weights}
+
    All memory is static, {memory} bytes besides the weights: two threads must not call pkd_predict at once.
 
    Made with {versions}. */
@@ -51,6 +55,7 @@ HEAD = """\
 #define PKD_CHANNELS {channels}
 #define PKD_HEIGHT {height}
 #define PKD_WIDTH {width}
+#define PKD_WEIGHTS {bits} /* bits of a weight */
 
 typedef {type} pkd_value;
 
@@ -141,7 +146,10 @@ def c_source(ensemble: ProgressiveEnsemble, facts: Facts, file: str = "ensemble"
             [f"task {type(task).__qualname__}: --format c knows how Classification prepares inputs, and no other way"]
         )
     channels, height, width = as_image(task.input_shape)
-    students = [Student(member, t + 1, task.input_shape, task.num_classes) for t, member in enumerate(ensemble.members)]
+    students = [
+        Student(member, t + 1, task.input_shape, task.num_classes, facts.weights)
+        for t, member in enumerate(ensemble.members)
+    ]
     buffers = Buffers({"image": channels * height * width, "student": padded(task.num_classes)})
     for student in students:
         buffers.need(**student.buffers.sizes)
@@ -193,6 +201,10 @@ def _head(facts: Facts, file: str, shape: tuple[int, int, int], memory: int) -> 
         type=kind,
         labels=", ".join(map(str, facts.labels)),
         classes_named=",\n    ".join(literal(name) for name in facts.classes or map(str, facts.labels)),
+        weights="Weights are float32."
+        if facts.weights == "float32"
+        else f"Weights of linear layers and convolutions were rounded to {facts.weights}.",
+        bits=BITS[facts.weights],
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pkd_lightning.cli import log_to_terminal
 from pkd_lightning.errors import PKDError
 from pkd_lightning.export import FORMATS, export
+from pkd_lightning.rounding import WEIGHTS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a run directory, its students folder, an exported safetensors file, or a pretrained name such as mnist",
     )
     parser.add_argument("--format", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--weights",
+        default="float32",
+        metavar="WEIGHTS",
+        help=f"one of {', '.join(WEIGHTS)}: round those of layers to it, for c and safetensors; default: float32",
+    )
     parser.add_argument("--members", type=int, metavar="K", help="the first K students; default: all")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of the file; default: here")
     parser.add_argument("--name", help="of the file, without its ending; default: the run's")
@@ -45,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             images=options.images,
             force=options.force,
             trust=options.trust,
+            weights=options.weights,
         )
     except PKDError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cost = "" if macs is None else f", {macs:,} multiply-accumulates"
     print(f"{done.path}: {done.path.stat().st_size:,} bytes, {students}{cost}")
     if done.difference is not None:
-        print(f"logits are the ensemble's within {done.difference:.1e} of the largest")
+        like = "the ensemble's" if done.effect is None else "those of the ensemble with such weights"
+        print(f"logits are {like} within {done.difference:.1e} of the largest")
+    if done.effect is not None:
+        print(done.effect)
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pkd_lightning import __version__
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.models.building import Trust
+from pkd_lightning.rounding import Weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Facts:
             where those of one member cannot be counted.
         params: parameters of each member.
         versions: of the packages the file was made with.
+        weights: what those of linear layers and convolutions are stored as, see `rounding.Weights`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Facts:
     macs: list[int | None]
     params: list[int]
     versions: dict[str, str]
+    weights: Weights = "float32"
 
     def texts(self) -> dict[str, str]:
         """For metadata, whose values are texts: everything but the name in JSON, under keys `pkd.name` and so on."""
@@ -52,7 +55,7 @@ class Job:
     """What is written to a file.
 
     Attributes:
-        ensemble: all of its members.
+        ensemble: all of its members, in float32, before weights are rounded.
         facts: of it.
         path: of the file in the end; it is written under another name.
         source: the folder of its students, or the file, that it was loaded from; None where it was given.
@@ -66,7 +69,13 @@ class Job:
     trust: Trust = ()
 
 
-def facts_of(ensemble: ProgressiveEnsemble, name: str, input_type: str, packages: Sequence[str] = ()) -> Facts:
+def facts_of(
+    ensemble: ProgressiveEnsemble,
+    name: str,
+    input_type: str,
+    packages: Sequence[str] = (),
+    weights: Weights = "float32",
+) -> Facts:
     """The facts of an ensemble, all of it.
 
     Args:
@@ -74,6 +83,7 @@ def facts_of(ensemble: ProgressiveEnsemble, name: str, input_type: str, packages
         name: of the run.
         input_type: of the exported file's input.
         packages: those the format needs, besides torch.
+        weights: see `Facts`.
     """
     task, members = ensemble.task, list(ensemble.members)
     macs: list[int | None] = [None] * len(members) if ensemble.macs is None else [*accumulate(ensemble.macs)]
@@ -91,4 +101,5 @@ def facts_of(ensemble: ProgressiveEnsemble, name: str, input_type: str, packages
             "pkd-lightning": __version__,
             **{package: metadata.version(package) for package in ("torch", *packages)},
         },
+        weights=weights,
     )

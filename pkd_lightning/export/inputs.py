@@ -15,14 +15,18 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from pkd_lightning import pretrained
 from pkd_lightning.data.cifar import load_cifar10
+from pkd_lightning.data.classes import without_empty
 from pkd_lightning.data.digits import load_digits
 from pkd_lightning.data.fetch import local_directories
 from pkd_lightning.data.idx import load_mnist
-from pkd_lightning.errors import DataError
+from pkd_lightning.data.module import DataConfig, load_source, split_rows
+from pkd_lightning.errors import ConfigError, DataError
 from pkd_lightning.tasks import SignalClassification, Task
 
 logger = logging.getLogger(__name__)
 CHECKED = 16  # inputs
+VALIDATED = 10_000  # at most
+SPLIT = ("split", "test_fraction", "validation_fraction", "split_seed", "limit", "empty_classes")  # of a `DataConfig`
 Load = Callable[[Path | str | None], Any]
 FETCHED: dict[str, Load] = {"mnist": load_mnist, "cifar10": load_cifar10}
 
@@ -45,7 +49,7 @@ def inputs_to_check(task: Task, run: Path | None, images: Path | None) -> Tensor
     """
     if images is not None:
         return _from_file(task, images)
-    found = None if run is None else _of_run(run, tuple(task.input_shape))
+    found = _of_run(run, tuple(task.input_shape))
     if found is not None and found.dtype == dtype_of(task):
         return found[torch.linspace(0, len(found) - 1, min(CHECKED, len(found))).long()].contiguous()
     logger.warning("checked on random inputs: the run's own data is not at hand (--images FILE.npy names others)")
@@ -54,6 +58,27 @@ def inputs_to_check(task: Task, run: Path | None, images: Path | None) -> Tensor
     if dtype_of(task) == torch.float32:
         return task.mean + task.std * torch.randn(shape, generator=generator)  # type: ignore[attr-defined,no-any-return]
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def validation_of(task: Task, source: Path | None) -> tuple[Tensor, Tensor] | None:
+    """Raw validation inputs (N, *input_shape) of a run and the right output (N,) of each; None where not at hand.
+
+    Args:
+        task: of the ensemble.
+        source: the run; None: there is none.
+    """
+    for config in _data_of(source):
+        try:
+            data, _ = without_empty(load_source(config), config.empty_classes)
+            _, rows, _ = split_rows(data, config)
+        except (DataError, ConfigError):
+            continue
+        inputs = data.inputs
+        fits = inputs.dtype == dtype_of(task) and tuple(inputs.shape[1:]) == tuple(task.input_shape)
+        if fits and data.num_classes == task.num_classes:
+            rows = rows[:VALIDATED]
+            return inputs[rows], data.labels[rows]
+    return None
 
 
 def _from_file(task: Task, path: Path) -> Tensor:
@@ -67,36 +92,42 @@ def _from_file(task: Task, path: Path) -> Tensor:
     return values
 
 
-def _of_run(run: Path, shape: tuple[int, ...]) -> Tensor | None:
+def _of_run(run: Path | None, shape: tuple[int, ...]) -> Tensor | None:
     """The test part of a run's data, of `shape` each, where it can be had without a download."""
-    for load, root in _places(run):
+    for config in _data_of(run):
         try:
-            data = load(root)
-        except DataError:
+            data = load_source(config)
+        except (DataError, ConfigError):
             continue
-        inputs: Tensor = getattr(data, data.field)
-        if tuple(inputs.shape[1:]) == shape and len(inputs) > data.train_size:
-            return inputs[data.train_size :]
+        if tuple(data.inputs.shape[1:]) == shape and len(data.inputs) > data.train_size:
+            return data.inputs[data.train_size :]
     return None
 
 
-def _places(run: Path) -> Iterator[tuple[Load, Path | None]]:
-    """The package's own functions that may load the data of a run, each with where it may lie."""
-    if run.parent == pretrained.FOLDER.resolve():
-        path, root = None, None
-        load = FETCHED.get(run.name)
+def _data_of(source: Path | None) -> Iterator[DataConfig]:
+    """The data of a run, each with a place where it may lie; loaded by the package's own functions, nothing else."""
+    split: dict[str, Any] = {}
+    if source is None:
+        return
+    if source.parent == pretrained.FOLDER.resolve():
+        root = None
+        load = FETCHED.get(source.name)
     else:
+        run = source.parent if source.name == "students" else source
         try:
             data = OmegaConf.load(run / "config.yaml").data
             path, root = str(data.source._target_), data.get("root")
+            split = {key: data[key] for key in SPLIT if key in data}
         except (OSError, YAMLError, OmegaConfBaseException, AttributeError):
             return
         # a file of the run names it: no other code than this package's is run
         load = get_object(path) if path.startswith("pkd_lightning.data.") else None
     if load is None:
         return
-    if root is not None or load is load_digits:
-        yield load, None if root is None else Path(root)
+    places = [root] if root is not None or load is load_digits else []
     for name in (name for name, one in FETCHED.items() if one is load and root is None):
-        for directory in local_directories(name)[0]:
-            yield load, directory
+        places += map(str, local_directories(name)[0])
+    try:
+        yield from (DataConfig(load, place, **split) for place in places)
+    except ConfigError as error:
+        logger.warning("%s: the split of its data cannot be had (%s)", source, error)

@@ -2,7 +2,10 @@
 
    Matrices are stored row by row. A row of channels is filled up with zeros to 4, or to a multiple of 8, so that
    compilers turn loops over channels into vector instructions without a remainder. Sizes are written as numbers where
-   these functions are called: each is inlined there, and its loops are compiled for them. */
+   these functions are called: each is inlined there, and its loops are compiled for them.
+
+   A weight of a matrix takes PKD_WEIGHTS bits. 32 are a float, 16 its upper half (bfloat16). 8 are a whole number, and
+   the float is that times the scale of its output: sums are scaled, not each weight. */
 
 #ifdef __FAST_MATH__
 #error "compile without -ffast-math: pkd_exp rounds by adding and subtracting a large number"
@@ -15,6 +18,26 @@
 #define PKD_NO_NORM 0
 #define PKD_RMS_NORM 1
 #define PKD_LAYER_NORM 2
+#if PKD_WEIGHTS == 8
+typedef int8_t pkd_weight;
+#elif PKD_WEIGHTS == 16
+typedef uint16_t pkd_weight;
+#else
+typedef float pkd_weight;
+#endif
+#define PKD_SCALED (PKD_WEIGHTS == 8)
+
+/* A weight as a float, still to be scaled. */
+PKD_INLINE float pkd_widen(pkd_weight weight)
+{
+#if PKD_WEIGHTS == 16
+    union { uint32_t bits; float number; } wide;
+    wide.bits = (uint32_t)weight << 16;
+    return wide.number;
+#else
+    return (float)weight;
+#endif
+}
 
 /* e^x = 2^n * e^r with n = x / ln(2) rounded, to a relative error of 1e-7; x is limited to [-87, 87]. Without a branch,
    which would keep compilers from making vectors of the loops that call it: so the limit is one of the number's bits. */
@@ -61,11 +84,27 @@ PKD_INLINE float pkd_softplus(float x)
     return 0.5f * (x + fabsf(x)) + 2.0f * s * sum;
 }
 
-#ifdef __GNUC__
+#if defined(__clang__) || defined(__GNUC__) && (PKD_WEIGHTS == 32 || __GNUC__ >= 9)
 typedef float pkd_4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float pkd_8 __attribute__((vector_size(32), aligned(4), may_alias));
+#if PKD_WEIGHTS == 32
+#define PKD_WIDEN(vector, weights) (*(const vector *)(weights))
+#else
+#define PKD_ITEM sizeof(pkd_weight)
+typedef pkd_weight pkd_4_weights __attribute__((vector_size(4 * PKD_ITEM), aligned(PKD_ITEM), may_alias));
+typedef pkd_weight pkd_8_weights __attribute__((vector_size(8 * PKD_ITEM), aligned(PKD_ITEM), may_alias));
+#if PKD_WEIGHTS == 8
+#define PKD_WIDEN(vector, weights) __builtin_convertvector(*(const vector##_weights *)(weights), vector)
+#else
+typedef uint32_t pkd_4_bits __attribute__((vector_size(16)));
+typedef uint32_t pkd_8_bits __attribute__((vector_size(32)));
+#define PKD_WIDEN(vector, weights)                                                                                     \
+    ((vector)(__builtin_convertvector(*(const vector##_weights *)(weights), vector##_bits) << 16))
+#endif
+#endif
 #else /* one by one, where the compiler has no vectors: the same loops */
 typedef float pkd_4, pkd_8;
+#define PKD_WIDEN(vector, weights) pkd_widen(*(weights))
 #endif
 
 /* `rows` rows of pkd_project, at most 4, as many outputs at a time as `vector` has: their sums stay in registers. */
@@ -73,18 +112,25 @@ typedef float pkd_4, pkd_8;
     for (o = 0; o < outputs; o += (int)(sizeof(vector) / sizeof(float))) {                                             \
         vector sum[4];                                                                                                 \
         memset(sum, 0, sizeof sum);                                                                                    \
-        for (r = 0; r < rows && bias; r++)                                                                             \
+        for (r = 0; r < rows && bias && !PKD_SCALED; r++)                                                              \
             sum[r] = *(const vector *)(bias + o);                                                                      \
-        for (i = 0; i < inputs; i++)                                                                                   \
+        for (i = 0; i < inputs; i++) {                                                                                 \
+            const vector column = PKD_WIDEN(vector, weight + i * outputs + o);                                         \
             for (r = 0; r < rows; r++)                                                                                 \
-                sum[r] += from[r * from_row + i] * *(const vector *)(weight + i * outputs + o);                        \
+                sum[r] += from[r * from_row + i] * column;                                                             \
+        }                                                                                                              \
+        for (r = 0; r < rows && PKD_SCALED; r++) {                                                                     \
+            sum[r] *= *(const vector *)(scale + o);                                                                    \
+            if (bias)                                                                                                  \
+                sum[r] += *(const vector *)(bias + o);                                                                 \
+        }                                                                                                              \
         for (r = 0; r < rows; r++)                                                                                     \
             *(vector *)(to + r * to_row + o) = sum[r];                                                                 \
     }
 
-PKD_INLINE void pkd_project_rows(const float *restrict from, int from_row, const float *restrict weight,
-                                 const float *restrict bias, float *restrict to, int to_row, int rows, int inputs,
-                                 int outputs)
+PKD_INLINE void pkd_project_rows(const float *restrict from, int from_row, const pkd_weight *restrict weight,
+                                 const float *restrict scale, const float *restrict bias, float *restrict to,
+                                 int to_row, int rows, int inputs, int outputs)
 {
     int o, i, r;
     if (outputs % 8)
@@ -94,16 +140,18 @@ PKD_INLINE void pkd_project_rows(const float *restrict from, int from_row, const
 }
 
 /* to[t][o] = bias[o] + the sum over i of from[t][i] * weight[i][o]; rows are from_row and to_row apart. */
-PKD_INLINE void pkd_project(const float *restrict from, int from_row, const float *restrict weight,
-                            const float *restrict bias, float *restrict to, int to_row, int rows, int inputs,
-                            int outputs)
+PKD_INLINE void pkd_project(const float *restrict from, int from_row, const pkd_weight *restrict weight,
+                            const float *restrict scale, const float *restrict bias, float *restrict to, int to_row,
+                            int rows, int inputs, int outputs)
 {
     const int fours = rows - rows % 4;
     int t;
     for (t = 0; t < fours; t += 4)
-        pkd_project_rows(from + t * from_row, from_row, weight, bias, to + t * to_row, to_row, 4, inputs, outputs);
+        pkd_project_rows(from + t * from_row, from_row, weight, scale, bias, to + t * to_row, to_row, 4, inputs,
+                         outputs);
     for (t = fours; t < rows; t++)
-        pkd_project_rows(from + t * from_row, from_row, weight, bias, to + t * to_row, to_row, 1, inputs, outputs);
+        pkd_project_rows(from + t * from_row, from_row, weight, scale, bias, to + t * to_row, to_row, 1, inputs,
+                         outputs);
 }
 
 /* The norm of one token of d_model channels, in rows of `row`. */
@@ -150,8 +198,8 @@ PKD_INLINE void pkd_pad(const float *restrict image, float *restrict to, int hei
 
 /* A convolution of a padded image of `width` pixels a row; outputs are rows * columns pixels. */
 PKD_INLINE void pkd_convolve(const float *restrict image, int width, int channels, int kernel, int stride,
-                             const float *restrict weight, const float *restrict bias, float *restrict to, int rows,
-                             int columns, int outputs)
+                             const pkd_weight *restrict weight, const float *restrict scale,
+                             const float *restrict bias, float *restrict to, int rows, int columns, int outputs)
 {
     const int run = kernel * channels, window = kernel * run;
     int y, x, k;
@@ -160,7 +208,8 @@ PKD_INLINE void pkd_convolve(const float *restrict image, int width, int channel
             for (k = 0; k < kernel; k++)
                 memcpy(pkd_windows + x * window + k * run, image + ((y * stride + k) * width + x * stride) * channels,
                        sizeof(float) * (size_t)run);
-        pkd_project(pkd_windows, window, weight, bias, to + y * columns * outputs, outputs, columns, window, outputs);
+        pkd_project(pkd_windows, window, weight, scale, bias, to + y * columns * outputs, outputs, columns, window,
+                    outputs);
     }
 }
 
@@ -200,12 +249,17 @@ PKD_INLINE void pkd_silu_all(float *values, int count)
 
 typedef struct {
     const float *norm_weight, *norm_bias; /* (d_model) */
-    const float *in_proj;                 /* (d_model, 2 * inner): x, then z */
-    const float *conv_weight, *conv_bias; /* (d_conv, inner), (inner) */
-    const float *x_proj;                  /* (inner, projected): dt_rank steps, then B, then C */
-    const float *dt_weight, *dt_bias;     /* (dt_rank, inner), (inner) */
+    const pkd_weight *in_proj;            /* (d_model, 2 * inner): x, then z */
+    const float *in_scale;                /* of each output, here and below; NULL where weights are not scaled */
+    const pkd_weight *conv_weight;        /* (d_conv, inner) */
+    const float *conv_scale, *conv_bias;  /* (inner) */
+    const pkd_weight *x_proj;             /* (inner, projected): dt_rank steps, then B, then C */
+    const float *x_scale;
+    const pkd_weight *dt_weight;          /* (dt_rank, inner) */
+    const float *dt_scale, *dt_bias;      /* (inner) */
     const float *A, *D;                   /* (d_state, inner), (inner) */
-    const float *out_proj;                /* (inner, row) */
+    const pkd_weight *out_proj;           /* (inner, row) */
+    const float *out_scale;
 } pkd_block;
 
 /* Where in a raster of rows * columns tokens the one is that is read as number t. */
@@ -225,24 +279,28 @@ PKD_INLINE void pkd_mamba(const pkd_block *w, float *restrict tokens, int rows, 
     const int length = rows * columns, pair = 2 * inner, before = d_conv - 1;
     float *restrict xz = pkd_xz + before * pair; /* after rows of zeros, which the convolution reads first */
     const float *restrict A = w->A, *restrict D = w->D;
-    const float *restrict conv_weight = w->conv_weight, *restrict conv_bias = w->conv_bias;
+    const pkd_weight *restrict conv_weight = w->conv_weight;
+    const float *restrict conv_scale = w->conv_scale, *restrict conv_bias = w->conv_bias;
     int t, i, k, n;
 
     for (t = 0; t < length; t++)
         pkd_norm(tokens + pkd_place(t, rows, columns, by_columns, backwards) * row, pkd_normed + t * row, norm, d_model,
                  row, w->norm_weight, w->norm_bias, eps);
     memset(pkd_xz, 0, sizeof(float) * (size_t)(before * pair));
-    pkd_project(pkd_normed, row, w->in_proj, NULL, xz, pair, length, d_model, pair);
+    pkd_project(pkd_normed, row, w->in_proj, w->in_scale, NULL, xz, pair, length, d_model, pair);
 
     for (t = 0; t < length; t++)
         for (i = 0; i < inner; i++) {
-            float sum = conv_bias[i];
+            float sum = PKD_SCALED ? 0.0f : conv_bias[i];
             for (k = 0; k < d_conv; k++)
-                sum += conv_weight[k * inner + i] * pkd_xz[(t + k) * pair + i];
+                sum += pkd_widen(conv_weight[k * inner + i]) * pkd_xz[(t + k) * pair + i];
+            if (PKD_SCALED)
+                sum = sum * conv_scale[i] + conv_bias[i];
             pkd_x[t * inner + i] = pkd_silu(sum);
         }
-    pkd_project(pkd_x, inner, w->x_proj, NULL, pkd_projected, projected, length, inner, projected);
-    pkd_project(pkd_projected, projected, w->dt_weight, w->dt_bias, pkd_delta, inner, length, dt_rank, inner);
+    pkd_project(pkd_x, inner, w->x_proj, w->x_scale, NULL, pkd_projected, projected, length, inner, projected);
+    pkd_project(pkd_projected, projected, w->dt_weight, w->dt_scale, w->dt_bias, pkd_delta, inner, length, dt_rank,
+                inner);
 
     memset(pkd_state, 0, sizeof(float) * (size_t)(inner * d_state));
     for (t = 0; t < length; t++) {
@@ -266,7 +324,7 @@ PKD_INLINE void pkd_mamba(const pkd_block *w, float *restrict tokens, int rows, 
             delta[i] = pkd_sum[i] * pkd_silu(z[i]);
     }
 
-    pkd_project(pkd_delta, inner, w->out_proj, NULL, pkd_normed, row, length, inner, row);
+    pkd_project(pkd_delta, inner, w->out_proj, w->out_scale, NULL, pkd_normed, row, length, inner, row);
     for (t = 0; t < length; t++) {
         float *restrict token = tokens + pkd_place(t, rows, columns, by_columns, backwards) * row;
         for (i = 0; i < row; i++)

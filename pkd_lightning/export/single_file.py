@@ -1,7 +1,7 @@
 """An ensemble as one safetensors file, which `ProgressiveEnsemble.load` loads like a folder.
 
 Its metadata hold the texts of the folder's JSON files under their names. The tensors of student 00 are `00/NAME`, and
-`00.blake2b` in the metadata is their hash.
+`00.blake2b` in the metadata is their hash. An int8 weight's scales, one an output, are `00/NAME.scale`.
 """
 
 import json
@@ -20,6 +20,7 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.export.facts import Job
 from pkd_lightning.models.building import path_of
 from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig
+from pkd_lightning.rounding import rounded_names, stored
 from pkd_lightning.saved import describe
 
 
@@ -36,7 +37,8 @@ def write(job: Job, path: Path) -> None:
     metadata = {"format": "pt", **job.facts.texts()}
     tensors: dict[str, Tensor] = {}
     for t, member in enumerate(ensemble.members):
-        stem, weights = f"{t:02d}", weights_of(member)
+        stem = f"{t:02d}"
+        weights = stored(weights_of(member), rounded_names(member), job.facts.weights)
         texts[f"{stem}.json"] = _description(job, t, member)
         metadata[f"{stem}.{HASH}"] = content_hash(weights)
         tensors |= {f"{stem}/{name}": value for name, value in weights.items()}
