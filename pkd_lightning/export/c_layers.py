@@ -137,6 +137,11 @@ class Student:
         array = self._array(name, values.movedim(0, -1))
         return f"{array}, {'NULL' if scale is None else self._array(f'{name}_scale', scale)}"
 
+    def _widens(self, weight: Tensor) -> None:
+        """Have room for a matrix as floats, where it is no such."""
+        if self.weights != "float32":
+            self.buffers.need(matrix=weight.numel())
+
     def _bias(self, name: str, bias: Tensor | None, row: int) -> str:
         return "NULL" if bias is None else self._array(name, _row(bias, row))
 
@@ -167,6 +172,7 @@ class Student:
             f" {rows}, {columns}, {row});"
         )
         self.buffers.need(windows=columns * kernel * kernel * channels)
+        self._widens(taps)
         return rows, columns, row
 
     def _tokens(self) -> None:
@@ -241,8 +247,11 @@ class Student:
         shape = BlockShape(*grid, mixer.d_model, d_inner, states, rank, mixer.d_conv, kind, eps, bool(block.residual))
         names = [norm]
         for part, values in _mamba_arrays(mixer, weights, shape).items():
-            keep = self._matrix if values.dim() > 1 and part != "A" else self._array
-            names.append(keep(f"block_{index}_{part}", values))
+            if values.dim() == 1 or part == "A":
+                names.append(self._array(f"block_{index}_{part}", values))
+            else:
+                names.append(self._matrix(f"block_{index}_{part}", values))
+                self._widens(values)
         struct = f"pkd_{self.place}_block_{index}"
         body = ",\n    ".join(names)
         self.structs.append(f"static const pkd_block {struct} = {{\n    {body}}};")
@@ -274,9 +283,7 @@ class Student:
         taps = weight.new_zeros(outputs, cells, row)
         taps[: self.num_classes, :, : config.d_model] = by_cell
         head = f"{self._matrix('head_weight', taps)}, {self._bias('head_bias', bias, outputs)}"
-        self.statements.append(
-            f"pkd_project({source}, {cells * row}, {head}, pkd_student, {outputs}, 1, {cells * row}, {outputs});"
-        )
+        self.statements.append(f"pkd_project_once({source}, {head}, pkd_student, {cells * row}, {outputs});")
         self.buffers.need(student=outputs)
 
     def declarations(self) -> Iterator[str]:

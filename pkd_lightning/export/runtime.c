@@ -5,7 +5,7 @@
    these functions are called: each is inlined there, and its loops are compiled for them.
 
    A weight of a matrix takes PKD_WEIGHTS bits. 32 are a float, 16 its upper half (bfloat16). 8 are a whole number, and
-   the float is that times the scale of its output: sums are scaled, not each weight. */
+   the float is that times the scale of its output. */
 
 #ifdef __FAST_MATH__
 #error "compile without -ffast-math: pkd_exp rounds by adding and subtracting a large number"
@@ -25,17 +25,37 @@ typedef uint16_t pkd_weight;
 #else
 typedef float pkd_weight;
 #endif
-#define PKD_SCALED (PKD_WEIGHTS == 8)
 
-/* A weight as a float, still to be scaled. */
-PKD_INLINE float pkd_widen(pkd_weight weight)
+/* A weight as a float, whose scale is NULL where PKD_WEIGHTS is not 8. */
+PKD_INLINE float pkd_float(pkd_weight weight, const float *scale, int output)
 {
 #if PKD_WEIGHTS == 16
     union { uint32_t bits; float number; } wide;
     wide.bits = (uint32_t)weight << 16;
+    (void)scale, (void)output;
     return wide.number;
+#elif PKD_WEIGHTS == 8
+    return (float)weight * scale[output];
 #else
-    return (float)weight;
+    (void)scale, (void)output;
+    return weight;
+#endif
+}
+
+/* A matrix (inputs, outputs) as floats: itself, or in memory that the next one takes. */
+PKD_INLINE const float *pkd_floats(const pkd_weight *restrict weight, const float *restrict scale, int inputs,
+                                   int outputs)
+{
+#if PKD_WEIGHTS == 32
+    (void)scale, (void)inputs, (void)outputs;
+    return weight;
+#else
+    float *restrict to = pkd_matrix;
+    int i, o;
+    for (i = 0; i < inputs; i++)
+        for (o = 0; o < outputs; o++)
+            to[i * outputs + o] = pkd_float(weight[i * outputs + o], scale, o);
+    return to;
 #endif
 }
 
@@ -84,27 +104,11 @@ PKD_INLINE float pkd_softplus(float x)
     return 0.5f * (x + fabsf(x)) + 2.0f * s * sum;
 }
 
-#if defined(__clang__) || defined(__GNUC__) && (PKD_WEIGHTS == 32 || __GNUC__ >= 9)
+#ifdef __GNUC__
 typedef float pkd_4 __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float pkd_8 __attribute__((vector_size(32), aligned(4), may_alias));
-#if PKD_WEIGHTS == 32
-#define PKD_WIDEN(vector, weights) (*(const vector *)(weights))
-#else
-#define PKD_ITEM sizeof(pkd_weight)
-typedef pkd_weight pkd_4_weights __attribute__((vector_size(4 * PKD_ITEM), aligned(PKD_ITEM), may_alias));
-typedef pkd_weight pkd_8_weights __attribute__((vector_size(8 * PKD_ITEM), aligned(PKD_ITEM), may_alias));
-#if PKD_WEIGHTS == 8
-#define PKD_WIDEN(vector, weights) __builtin_convertvector(*(const vector##_weights *)(weights), vector)
-#else
-typedef uint32_t pkd_4_bits __attribute__((vector_size(16)));
-typedef uint32_t pkd_8_bits __attribute__((vector_size(32)));
-#define PKD_WIDEN(vector, weights)                                                                                     \
-    ((vector)(__builtin_convertvector(*(const vector##_weights *)(weights), vector##_bits) << 16))
-#endif
-#endif
 #else /* one by one, where the compiler has no vectors: the same loops */
 typedef float pkd_4, pkd_8;
-#define PKD_WIDEN(vector, weights) pkd_widen(*(weights))
 #endif
 
 /* `rows` rows of pkd_project, at most 4, as many outputs at a time as `vector` has: their sums stay in registers. */
@@ -112,25 +116,18 @@ typedef float pkd_4, pkd_8;
     for (o = 0; o < outputs; o += (int)(sizeof(vector) / sizeof(float))) {                                             \
         vector sum[4];                                                                                                 \
         memset(sum, 0, sizeof sum);                                                                                    \
-        for (r = 0; r < rows && bias && !PKD_SCALED; r++)                                                              \
+        for (r = 0; r < rows && bias; r++)                                                                             \
             sum[r] = *(const vector *)(bias + o);                                                                      \
-        for (i = 0; i < inputs; i++) {                                                                                 \
-            const vector column = PKD_WIDEN(vector, weight + i * outputs + o);                                         \
+        for (i = 0; i < inputs; i++)                                                                                   \
             for (r = 0; r < rows; r++)                                                                                 \
-                sum[r] += from[r * from_row + i] * column;                                                             \
-        }                                                                                                              \
-        for (r = 0; r < rows && PKD_SCALED; r++) {                                                                     \
-            sum[r] *= *(const vector *)(scale + o);                                                                    \
-            if (bias)                                                                                                  \
-                sum[r] += *(const vector *)(bias + o);                                                                 \
-        }                                                                                                              \
+                sum[r] += from[r * from_row + i] * *(const vector *)(weight + i * outputs + o);                        \
         for (r = 0; r < rows; r++)                                                                                     \
             *(vector *)(to + r * to_row + o) = sum[r];                                                                 \
     }
 
-PKD_INLINE void pkd_project_rows(const float *restrict from, int from_row, const pkd_weight *restrict weight,
-                                 const float *restrict scale, const float *restrict bias, float *restrict to,
-                                 int to_row, int rows, int inputs, int outputs)
+PKD_INLINE void pkd_project_rows(const float *restrict from, int from_row, const float *restrict weight,
+                                 const float *restrict bias, float *restrict to, int to_row, int rows, int inputs,
+                                 int outputs)
 {
     int o, i, r;
     if (outputs % 8)
@@ -140,18 +137,34 @@ PKD_INLINE void pkd_project_rows(const float *restrict from, int from_row, const
 }
 
 /* to[t][o] = bias[o] + the sum over i of from[t][i] * weight[i][o]; rows are from_row and to_row apart. */
-PKD_INLINE void pkd_project(const float *restrict from, int from_row, const pkd_weight *restrict weight,
-                            const float *restrict scale, const float *restrict bias, float *restrict to, int to_row,
-                            int rows, int inputs, int outputs)
+PKD_INLINE void pkd_project(const float *restrict from, int from_row, const float *restrict weight,
+                            const float *restrict bias, float *restrict to, int to_row, int rows, int inputs,
+                            int outputs)
 {
     const int fours = rows - rows % 4;
     int t;
     for (t = 0; t < fours; t += 4)
-        pkd_project_rows(from + t * from_row, from_row, weight, scale, bias, to + t * to_row, to_row, 4, inputs,
-                         outputs);
+        pkd_project_rows(from + t * from_row, from_row, weight, bias, to + t * to_row, to_row, 4, inputs, outputs);
     for (t = fours; t < rows; t++)
-        pkd_project_rows(from + t * from_row, from_row, weight, scale, bias, to + t * to_row, to_row, 1, inputs,
-                         outputs);
+        pkd_project_rows(from + t * from_row, from_row, weight, bias, to + t * to_row, to_row, 1, inputs, outputs);
+}
+
+/* A row of pkd_project, of a matrix that may be large and is read once. */
+PKD_INLINE void pkd_project_once(const float *restrict from, const pkd_weight *restrict weight,
+                                 const float *restrict scale, const float *restrict bias, float *restrict to,
+                                 int inputs, int outputs)
+{
+#if PKD_WEIGHTS == 32
+    (void)scale;
+    pkd_project(from, inputs, weight, bias, to, outputs, 1, inputs, outputs);
+#else
+    int i, o;
+    for (o = 0; o < outputs; o++)
+        to[o] = bias ? bias[o] : 0.0f;
+    for (i = 0; i < inputs; i++)
+        for (o = 0; o < outputs; o++)
+            to[o] += from[i] * pkd_float(weight[i * outputs + o], scale, o);
+#endif
 }
 
 /* The norm of one token of d_model channels, in rows of `row`. */
@@ -202,14 +215,14 @@ PKD_INLINE void pkd_convolve(const float *restrict image, int width, int channel
                              const float *restrict bias, float *restrict to, int rows, int columns, int outputs)
 {
     const int run = kernel * channels, window = kernel * run;
+    const float *matrix = pkd_floats(weight, scale, window, outputs);
     int y, x, k;
     for (y = 0; y < rows; y++) {
         for (x = 0; x < columns; x++)
             for (k = 0; k < kernel; k++)
                 memcpy(pkd_windows + x * window + k * run, image + ((y * stride + k) * width + x * stride) * channels,
                        sizeof(float) * (size_t)run);
-        pkd_project(pkd_windows, window, weight, scale, bias, to + y * columns * outputs, outputs, columns, window,
-                    outputs);
+        pkd_project(pkd_windows, window, matrix, bias, to + y * columns * outputs, outputs, columns, window, outputs);
     }
 }
 
@@ -279,28 +292,28 @@ PKD_INLINE void pkd_mamba(const pkd_block *w, float *restrict tokens, int rows, 
     const int length = rows * columns, pair = 2 * inner, before = d_conv - 1;
     float *restrict xz = pkd_xz + before * pair; /* after rows of zeros, which the convolution reads first */
     const float *restrict A = w->A, *restrict D = w->D;
-    const pkd_weight *restrict conv_weight = w->conv_weight;
-    const float *restrict conv_scale = w->conv_scale, *restrict conv_bias = w->conv_bias;
+    const float *restrict conv_weight, *restrict conv_bias = w->conv_bias;
     int t, i, k, n;
 
     for (t = 0; t < length; t++)
         pkd_norm(tokens + pkd_place(t, rows, columns, by_columns, backwards) * row, pkd_normed + t * row, norm, d_model,
                  row, w->norm_weight, w->norm_bias, eps);
     memset(pkd_xz, 0, sizeof(float) * (size_t)(before * pair));
-    pkd_project(pkd_normed, row, w->in_proj, w->in_scale, NULL, xz, pair, length, d_model, pair);
+    pkd_project(pkd_normed, row, pkd_floats(w->in_proj, w->in_scale, d_model, pair), NULL, xz, pair, length, d_model,
+                pair);
 
+    conv_weight = pkd_floats(w->conv_weight, w->conv_scale, d_conv, inner);
     for (t = 0; t < length; t++)
         for (i = 0; i < inner; i++) {
-            float sum = PKD_SCALED ? 0.0f : conv_bias[i];
+            float sum = conv_bias[i];
             for (k = 0; k < d_conv; k++)
-                sum += pkd_widen(conv_weight[k * inner + i]) * pkd_xz[(t + k) * pair + i];
-            if (PKD_SCALED)
-                sum = sum * conv_scale[i] + conv_bias[i];
+                sum += conv_weight[k * inner + i] * pkd_xz[(t + k) * pair + i];
             pkd_x[t * inner + i] = pkd_silu(sum);
         }
-    pkd_project(pkd_x, inner, w->x_proj, w->x_scale, NULL, pkd_projected, projected, length, inner, projected);
-    pkd_project(pkd_projected, projected, w->dt_weight, w->dt_scale, w->dt_bias, pkd_delta, inner, length, dt_rank,
-                inner);
+    pkd_project(pkd_x, inner, pkd_floats(w->x_proj, w->x_scale, inner, projected), NULL, pkd_projected, projected,
+                length, inner, projected);
+    pkd_project(pkd_projected, projected, pkd_floats(w->dt_weight, w->dt_scale, dt_rank, inner), w->dt_bias, pkd_delta,
+                inner, length, dt_rank, inner);
 
     memset(pkd_state, 0, sizeof(float) * (size_t)(inner * d_state));
     for (t = 0; t < length; t++) {
@@ -324,7 +337,8 @@ PKD_INLINE void pkd_mamba(const pkd_block *w, float *restrict tokens, int rows, 
             delta[i] = pkd_sum[i] * pkd_silu(z[i]);
     }
 
-    pkd_project(pkd_delta, inner, w->out_proj, w->out_scale, NULL, pkd_normed, row, length, inner, row);
+    pkd_project(pkd_delta, inner, pkd_floats(w->out_proj, w->out_scale, inner, row), NULL, pkd_normed, row, length,
+                inner, row);
     for (t = 0; t < length; t++) {
         float *restrict token = tokens + pkd_place(t, rows, columns, by_columns, backwards) * row;
         for (i = 0; i < row; i++)
