@@ -30,7 +30,7 @@ from pkd_lightning.composition import complete, mapping, no_teacher, top_level_f
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import Following, following, reads
 from pkd_lightning.errors import ConfigError, Pruned
-from pkd_lightning.knowledge.attached import Knowledge, example, try_losses
+from pkd_lightning.knowledge.attached import Knowledge, example, for_models, try_losses
 from pkd_lightning.knowledge.fitnet import FitNet
 from pkd_lightning.knowledge.term import Term
 from pkd_lightning.loggers import About, NoTracker, SilentTracker, Tracker
@@ -143,8 +143,9 @@ class Experiment:
         """The terms of knowledge, once, with a student of a rung."""
         asked = self._student(data, range(rung + 1))
         own = asked.model if isinstance(asked, Following) else asked
-        pair = example(self.boosting.knowledge, own, asked, teacher, inputs, data.num_classes)
-        try_losses(Knowledge(self.boosting.knowledge, pair, len(data.training)), pair)
+        terms = for_models(self.boosting.knowledge, own, teacher)
+        pair = example(terms, own, asked, teacher, inputs, data.num_classes)
+        try_losses(Knowledge(terms, pair, len(data.training)), pair)
 
     def _try_peers(self, data: DataModule, inputs: torch.Tensor) -> None:
         """What peers learn from each other, and that none reads earlier students."""

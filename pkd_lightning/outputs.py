@@ -33,9 +33,17 @@ def output_of(given: Any) -> Output:
 class Taps:
     """Takes what modules inside of a model give, by their paths (`blocks.2`), while it is open (`with`).
 
+    Of a module that is called several times it is the last call's. Where a module reads the raster in another order,
+    such as a mixer that reads backwards, its tokens are brought back to that of the raster: a model has a method
+    `raster_positions(path)` for that, see `MambaClassifier`.
+
     Args:
         model: any torch module; it is not changed, and has no hooks while the taps are closed.
-        paths: names as in `model.named_modules()`; `blocks.-1` is the last of `blocks`.
+        paths: as in `paths_of`.
+
+    Attributes:
+        modules: by their paths.
+        read: for each path where in the raster the tokens lie that its module reads; None where in order.
 
     Raises:
         ConfigError: where there is no such module, with the nearest.
@@ -43,14 +51,12 @@ class Taps:
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         known = dict(model.named_modules()) if paths else {}
-        faults = []
-        for path in paths:
-            if _counted(path, known) not in known or not path:
-                near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.3)
-                faults.append(f"{path!r}: no module of the model; nearest: {', '.join(near) or 'none'}")
-        if faults:
-            raise ConfigError(faults)
-        self.modules = {path: known[_counted(path, known)] for path in paths}
+        names = {path: _counted(path, known) for path in paths_of(model, paths)}
+        self.modules = {path: known[name] for path, name in names.items()}
+        places = getattr(model, "raster_positions", None)
+        self.read: dict[str, Tensor | None] = {
+            path: None if places is None else places(name) for path, name in names.items()
+        }
         self._found: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -67,8 +73,11 @@ class Taps:
         self._handles = []
 
     def _taking(self, path: str) -> Callable[..., None]:
+        read = self.read[path]
+        back = None if read is None else read.argsort()
+
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._found[path] = output
+            self._found[path] = output if back is None else output.index_select(1, back.to(output.device))
 
         return take
 
@@ -85,6 +94,43 @@ class Taps:
                 gave = f"gave a {type(self._found[path]).__name__}" if path in self._found else "was not called"
                 raise ConfigError([f"{path!r}: this module {gave}, so there is no feature of that name"])
         return Output(logits, {**features, **self._found}) if self.modules else Output(logits, features)
+
+
+def paths_of(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The paths of single modules that these stand for.
+
+    Args:
+        model: whose modules are meant.
+        paths: names as in `model.named_modules()`; `blocks.-1` is the last of `blocks`, and `blocks.*.norm` stands for
+            the `norm` of each that has one, in their order.
+
+    Raises:
+        ConfigError: where there is no such module, with the nearest.
+    """
+    known = dict(model.named_modules()) if paths else {}
+    found: list[str] = []
+    faults = []
+    for path in paths:
+        meant = [one for one in _spelt_out(path, known) if one and _counted(one, known) in known]
+        if not meant:
+            near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.3)
+            faults.append(f"{path!r}: no module of the model; nearest: {', '.join(near) or 'none'}")
+        found += meant
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def _spelt_out(path: str, known: Mapping[str, nn.Module]) -> list[str]:
+    """The paths with the names of all modules in place of each `*`, whether or not they lead anywhere."""
+    before, star, after = f".{path}.".partition(".*.")
+    if not star:
+        return [path]
+    before, after = before.strip("."), after.strip(".")
+    parent = known.get(_counted(before, known) if before else "")
+    children = [name for name, _ in parent.named_children()] if parent is not None else []
+    spelt = [".".join(part for part in (before, child, after) if part) for child in children]
+    return [one for child in spelt for one in _spelt_out(child, known)]
 
 
 def _counted(path: str, known: Mapping[str, nn.Module]) -> str:

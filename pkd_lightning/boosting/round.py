@@ -21,7 +21,7 @@ from pkd_lightning.data.module import DataModule
 from pkd_lightning.earlier import following, reads
 from pkd_lightning.errors import RunError
 from pkd_lightning.fitting import FitResult, predict
-from pkd_lightning.knowledge.attached import Knowledge, example
+from pkd_lightning.knowledge.attached import Knowledge, example, for_models
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import Difference, largest, quantile, scratch
 from pkd_lightning.prefixes import Scales, mix
@@ -78,9 +78,10 @@ class Round:
 
     def knowledge(self, model: nn.Module) -> Knowledge | None:
         """The terms of knowledge of a fit of `model`, with new parts; None where there are none."""
-        terms, data = self.config.knowledge, self.data
-        if not terms:
+        data = self.data
+        if not self.config.knowledge:
             return None
+        terms = for_models(self.config.knowledge, model, self.teacher.model)
         inputs = data.task.prepare(data.inputs[[0, 0]])
         asked = following(model, self.students() if reads(model) else ())
         teacher = None if self.teacher is None else self.teacher.model.cpu()

@@ -20,7 +20,7 @@ class Knowledge(nn.Module):
     """Terms by name, each with its trained parts.
 
     Args:
-        terms: by name.
+        terms: by name, as `for_models` gives them.
         pair: outputs for two samples, for the shapes of the parts.
         samples: number of training rows.
 
@@ -69,6 +69,25 @@ def features(terms: Mapping[str, Term], key: str) -> list[str]:
     return list(dict.fromkeys(path for term in terms.values() for path in getattr(term, key)))
 
 
+def for_models(terms: Mapping[str, Term], student: nn.Module, teacher: nn.Module | None) -> dict[str, Term]:
+    """Each term's `for_models`.
+
+    Raises:
+        ConfigError: where a model has not what a term needs, under its name.
+    """
+    found: dict[str, Term] = {}
+    faults: list[str] = []
+    for name, term in terms.items():
+        try:
+            with named(name, "what it needs of the models"):
+                found[name] = term.for_models(student, teacher)
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
 @torch.no_grad()
 def example(
     terms: Mapping[str, Term],
@@ -81,7 +100,7 @@ def example(
     """What the terms see of two samples in evaluation mode. Where no term needs features, no model is called.
 
     Args:
-        terms: by name.
+        terms: by name, those of these models (`for_models`).
         student: whose modules are meant.
         asked: what is called for them: the student, or the student together with earlier ones that it reads.
         teacher: the teacher.

@@ -1,13 +1,14 @@
 """What a term of knowledge is: a loss of a student's and a teacher's outputs, with a weight."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
-from pkd_lightning.checks import Faults
-from pkd_lightning.outputs import Output
+from pkd_lightning.checks import Faults, collect
+from pkd_lightning.errors import ConfigError
+from pkd_lightning.outputs import Output, paths_of
 
 
 class Pair(NamedTuple):
@@ -67,6 +68,14 @@ class Term:
         """The weight after this part of the fit's steps, from 0 to 1."""
         return self.weight if self.schedule is None else self.weight * self.schedule(progress)
 
+    def for_models(self, student: nn.Module, teacher: nn.Module | None) -> Self:
+        """The term with what only the models tell, such as how many blocks they have; itself where that is nothing.
+
+        Raises:
+            ConfigError: where a model has not what the term needs.
+        """
+        return self
+
     def parts(self, pair: Pair, samples: int) -> nn.Module:
         """What is trained with the student for this term's sake and dropped afterwards, such as a regressor.
 
@@ -84,6 +93,30 @@ class Term:
         raise NotImplementedError
 
 
+def listed(paths: str | Sequence[str]) -> tuple[str, ...]:
+    """One path or several, as several."""
+    return (paths,) if isinstance(paths, str) else tuple(paths)
+
+
+def path_faults(name: str, paths: object) -> list[str]:
+    """What is wrong with the option `name`, which is to be the path of a module, or a list of them."""
+    given = [paths] if isinstance(paths, str) else paths
+    if isinstance(given, Sequence) and all(isinstance(path, str) and path for path in given):
+        return []
+    return [f"{name}={paths!r}: must be the path of a module, or a list of them"]
+
+
+def by_depth(student: int, teacher: int) -> list[tuple[int, int]]:
+    """Pairs of indices of a student's and a teacher's modules, of which there are so many, by their relative depth.
+
+    Each of the model with fewer has the first of the other that is at least as deep: module i of n has depth
+    (i + 1) / n. So the last ones are a pair, and none is in two.
+    """
+    fewer, more = min(student, teacher), max(student, teacher)
+    chosen = [-(-(i + 1) * more // fewer) - 1 for i in range(fewer)]  # rounded up
+    return list(zip(range(fewer), chosen, strict=True) if fewer == student else zip(chosen, range(fewer), strict=True))
+
+
 @dataclass(frozen=True)
 class FeatureTerm(Term):
     """A term of intermediate tensors: of modules of the student and as many of the teacher, pair by pair.
@@ -91,8 +124,10 @@ class FeatureTerm(Term):
     Subclasses give `between`, and `made` where something is trained for a pair.
 
     Args:
-        student: path of the student's module, or several: `blocks.0`, or `blocks.-1` for the last of several.
-        teacher: of the teacher's.
+        student: path of the student's module, or several: `blocks.0`, `blocks.-1` for the last of several, `blocks.*`
+            for all of them.
+        teacher: of the teacher's. Where any path has a `*`, all modules are matched by relative depth, see
+            `by_depth`: one option then fits models of any number of blocks.
     """
 
     student: str | Sequence[str] = ()
@@ -102,12 +137,9 @@ class FeatureTerm(Term):
         faults = super()._faults()
         for name in ("student", "teacher"):
             paths = getattr(self, name)
-            given = [paths] if isinstance(paths, str) else paths
-            if not isinstance(given, Sequence) or not all(isinstance(path, str) and path for path in given):
-                faults.found.append(f"{name}={paths!r}: must be the path of a module, or a list of them")
-            elif not given:
-                faults.found.append(f"{name}: is missing; the path of a module, such as blocks.-1")
-        if not faults.found and len(self.student_features) != len(self.teacher_features):
+            missing = [] if paths else [f"{name}: is missing; the path of a module, such as blocks.-1"]
+            faults.found += path_faults(name, paths) or missing
+        if not faults.found and not self._by_depth and len(self.student_features) != len(self.teacher_features):
             faults.found.append(
                 f"teacher={self.teacher!r}: {len(self.teacher_features)} modules for {len(self.student_features)}"
                 " of the student; they are taken in pairs"
@@ -117,12 +149,28 @@ class FeatureTerm(Term):
     @property
     def student_features(self) -> Sequence[str]:
         """Paths of the student's modules."""
-        return (self.student,) if isinstance(self.student, str) else tuple(self.student)
+        return listed(self.student)
 
     @property
     def teacher_features(self) -> Sequence[str]:
         """Paths of the teacher's modules, one for each of the student's."""
-        return (self.teacher,) if isinstance(self.teacher, str) else tuple(self.teacher)
+        return listed(self.teacher)
+
+    @property
+    def _by_depth(self) -> bool:
+        return any("*" in path for path in (*self.student_features, *self.teacher_features))
+
+    def for_models(self, student: nn.Module, teacher: nn.Module | None) -> Self:
+        """Itself, or where a path has a `*` the term of the modules that are matched by depth."""
+        if not self._by_depth or teacher is None:
+            return self
+        faults: list[str] = []
+        own = collect(faults, "student", lambda: paths_of(student, self.student_features))
+        its = collect(faults, "teacher", lambda: paths_of(teacher, self.teacher_features))
+        if own is None or its is None:
+            raise ConfigError(faults)
+        pairs = by_depth(len(own), len(its))
+        return replace(self, student=[own[i] for i, _ in pairs], teacher=[its[j] for _, j in pairs])
 
     def taken(self, pair: Pair) -> list[tuple[Tensor, Tensor]]:
         """The features of the student and of the teacher, pair by pair."""

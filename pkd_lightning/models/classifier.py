@@ -13,8 +13,8 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.kernels.scan import takes
 from pkd_lightning.kernels.scan.order import Order
 from pkd_lightning.models.building import ImageShape, InputShape, import_part, path_of
-from pkd_lightning.models.mamba import Mamba, rms_weight
-from pkd_lightning.models.mixers import MAMBA, build_mixer, in_order
+from pkd_lightning.models.mamba import LINEAR, Mamba, rms_weight
+from pkd_lightning.models.mixers import MAMBA, as_read, build_mixer, in_order
 from pkd_lightning.models.options import Direction, Head, Norm, PixelChannels, Reuse, Tokeniser
 from pkd_lightning.models.reuse import READ, ReusedTokens
 from pkd_lightning.models.tokens import (
@@ -350,6 +350,24 @@ class MambaClassifier(nn.Module):
         from pkd_lightning.kernels.pool import pool_cpu  # numba takes a second to import
 
         return pool_cpu(tokens, *weight, self.tokens.grid, CELLS[self.config.head])
+
+    def raster_positions(self, path: str) -> Tensor | None:
+        """Where in the raster each token lies that the module at `path` gives: (length,). None where in its order.
+
+        A mixer has the order in which its block reads, and so have the linear layers of a `Mamba`. Blocks that share
+        weights have that of the last call.
+        """
+        owner, number, name, *inside = [*path.split("."), "", ""]
+        if owner != "blocks" or name != "mixer":
+            return None
+        mixer, orders = self.blocks[int(number)].mixer, ORDERS[self.config.direction]
+        tokens_inside = not inside[0] or (isinstance(mixer, Mamba) and inside[0] in LINEAR)
+        last = self.config.n_blocks - 1 if self.config.shared else int(number)
+        columns, backwards = orders[last % len(orders)]
+        if not (columns or backwards) or not tokens_inside or not getattr(mixer, "reads_in_order", True):
+            return None
+        places = torch.arange(self.tokens.length).view(1, -1, 1)
+        return as_read(places, self.tokens.grid, columns, backwards).flatten()
 
     def _pool(self, tokens: Tensor) -> Tensor:
         if self.config.head == "flatten":

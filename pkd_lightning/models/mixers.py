@@ -41,6 +41,13 @@ def build_mixer(path: str, own: Mapping[str, Any], offered: Mapping[str, Any]) -
     return mixer
 
 
+def as_read(tokens: Tensor, grid: tuple[int, int], columns: bool, backwards: bool) -> Tensor:
+    """Tokens (batch, length, d_model) of a raster in the order in which they are read, see `in_order`."""
+    if columns:
+        tokens = tokens.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+    return tokens.flip(1) if backwards else tokens
+
+
 def in_order(mixer: nn.Module, tokens: Tensor, grid: tuple[int, int], columns: bool, backwards: bool) -> Tensor:
     """What `mixer` gives where it reads the tokens (batch, length, d_model) of a raster `grid` in another order.
 
@@ -48,9 +55,9 @@ def in_order(mixer: nn.Module, tokens: Tensor, grid: tuple[int, int], columns: b
     """
     if not getattr(mixer, "reads_in_order", True):
         return mixer(tokens)  # type: ignore[no-any-return]
-    if columns:
-        tokens = tokens.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
-    mixed: Tensor = mixer(tokens.flip(1)).flip(1) if backwards else mixer(tokens)
+    mixed: Tensor = mixer(as_read(tokens, grid, columns, backwards))
+    if backwards:
+        mixed = mixed.flip(1)
     if columns:
         mixed = mixed.unflatten(1, grid[::-1]).transpose(1, 2).flatten(1, 2)
     return mixed
