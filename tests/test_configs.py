@@ -18,7 +18,7 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
 from pkd_lightning.rundir import plain_config, plain_hash
-from tests.support import ACCEPT, QUICK, tiny_config, tiny_run
+from tests.support import ACCEPT, QUICK, TINY, tiny_config, tiny_run
 
 OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in Path(CONF).glob("*/*.yaml"))
 # images of the right shape in place of a download; and where an option needs other images than the digits
@@ -47,7 +47,11 @@ NEEDS = {
     "teacher/resnet18": "cifar10",
     "teacher/mamba_medium": "cifar10",
 }
-BESIDE = {"teacher/none": ["boosting.alpha=1"]}  # what an option needs of others
+# what an option needs beside it that no file of the package has
+BESIDE = {
+    "teacher/none": ("boosting.alpha=1",),
+    "knowledge/attention_bridge": (TINY[0], "teacher=attention", "boosting.knowledge.attention_bridge.skip=1"),
+}
 
 
 def overrides_of(option: str) -> list[str]:
@@ -57,7 +61,7 @@ def overrides_of(option: str) -> list[str]:
         return [f"experiment={name}", *FAKE[data]]
     data = name if group == "data" else NEEDS.get(option, "digits")
     choices = [f"data={data}"] if group == "data" else [f"{group}={name}", f"data={data}"]
-    return [*choices, *FAKE[data], *BESIDE.get(option, [])]
+    return [*choices, *FAKE[data], *BESIDE.get(option, ())]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -79,13 +79,12 @@ class Round:
     def knowledge(self, model: nn.Module) -> Knowledge | None:
         """The terms of knowledge of a fit of `model`, with new parts; None where there are none."""
         data = self.data
-        if not self.config.knowledge:
+        if not self.config.knowledge or self.teacher is None:  # terms without a teacher are a fault of the options
             return None
         terms = for_models(self.config.knowledge, model, self.teacher.model)
         inputs = data.task.prepare(data.inputs[[0, 0]])
         asked = following(model, self.students() if reads(model) else ())
-        teacher = None if self.teacher is None else self.teacher.model.cpu()
-        pair = example(terms, model, asked.cpu(), teacher, inputs, data.num_classes)
+        pair = example(terms, model, asked.cpu(), self.teacher.model.cpu(), inputs, data.num_classes)
         return Knowledge(terms, pair, len(data.training))
 
     def targets(
