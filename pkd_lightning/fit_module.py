@@ -38,7 +38,10 @@ class FitModule(L.LightningModule):
 
     Attributes:
         total_steps: optimiser steps of the whole fit, over which the learning rate is scheduled; `fit` sets it.
+        reuses_graphs: `losses` computes gradients itself, so that a batch's backward pass runs more than once.
     """
+
+    reuses_graphs = False
 
     def __init__(self, model: nn.Module, trainer: TrainerConfig, features: Sequence[str] = ()) -> None:
         super().__init__()

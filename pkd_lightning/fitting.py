@@ -7,13 +7,14 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+import torch._functorch.config
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping
@@ -67,6 +68,16 @@ def compile_errors() -> Iterator[None]:
         cause = " ".join(str(error).split("\n")[:2])  # the backend's name, then its error
         fault = f"trainer.compile=true: torch.compile fails ({cause}); trainer.compile=false trains without it"
         raise ConfigError([fault]) from error
+
+
+@contextmanager
+def reusable_graphs(needed: bool) -> Iterator[None]:
+    """Within the block torch.compile makes backward passes that can run again, where that is needed.
+
+    They take more memory. Others reuse that of the forward pass, and then refuse to be run with `retain_graph`.
+    """
+    with torch._functorch.config.patch(donated_buffer=False) if needed else nullcontext():
+        yield
 
 
 class BestWeights(L.Callback):
@@ -229,7 +240,8 @@ def fit(
         saving.resume(trainer, module, loader, saved)
     with stop.deferred():
         try:
-            with rank_zero(), matmul_precision(settings.matmul_precision), compile_errors(), module.taps:
+            reusable = reusable_graphs(module.reuses_graphs and settings.compile)
+            with rank_zero(), matmul_precision(settings.matmul_precision), compile_errors(), reusable, module.taps:
                 epochs = loader if settings.by_step else EpochLoader(loader)
                 trainer.fit(module, epochs, data.loader(data.validation, max(settings.batch_size, 256)))
         except MisconfigurationException as error:

@@ -1,14 +1,17 @@
 """Terms of knowledge: what they are given, what they add to a fit, and what is said of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 
+from pkd_lightning import fit_module
+from pkd_lightning.boosting import student
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.knowledge.attached import Knowledge, shares, try_losses
@@ -16,8 +19,11 @@ from pkd_lightning.knowledge.fitnet import FitNet
 from pkd_lightning.knowledge.term import Pair, Term
 from pkd_lightning.knowledge.tokens import as_tokens, resized
 from pkd_lightning.outputs import Output, Taps
-from pkd_lightning.rundir import plain_config, plain_hash
-from tests.support import ACCEPT, patterns, tiny_config, tiny_run
+from pkd_lightning.rundir import RunDirectory, plain_config, plain_hash
+from tests.support import ACCEPT, TINY, patterns, tiny_config, tiny_run
+from tests.test_fit_resume import assert_same, killed_at, run_until_done, students, timeless
+from tests.test_processes import ONE, TWO, assert_alike, command
+from tests.test_run import pkd
 
 __all__ = ["patterns"]
 TARGET = "_target_: pkd_lightning.knowledge.fitnet.FitNet"
@@ -273,3 +279,169 @@ class Fixed(Term):
 def test_terms_need_a_teacher_and_rounds(given: tuple[str, ...], fault: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=fault):
         assemble(tiny_config(tmp_path, FITNET, *given))
+
+
+# ---------------------------------------------------------------------------------- with all that a fit can be
+
+
+@pytest.mark.parametrize("objective", ["published", "additive", "anchored", "independent"])
+def test_every_objective_has_terms_beside_it(objective: str, tmp_path: Path) -> None:
+    """So has the first round, whose loss is the same in each."""
+    combine = {"additive": "sum", "anchored": "learned"}.get(objective, "mean")
+    flags = (f"boosting.objective={objective}", f"boosting.combine={combine}", "boosting.rounds=2", ACCEPT)
+    plain, with_term = tiny_run(tmp_path / "plain", *flags), tiny_run(tmp_path / "term", FITNET, *flags)
+    found = [line for line in lines(tmp_path / "term") if str(line["stage"]).startswith("round")]
+    assert [line["stage"] for line in found] == ["round-00", "round-01"]
+    assert all(line["knowledge/fitnet"] > 0 and 0 < line["gradient_share/fitnet"] < 1 for line in found)
+    assert all(one["nll"] != other["nll"] for one, other in zip(plain["rounds"], with_term["rounds"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("every", "flags"),
+    [(9, ("trainer.mode=fast",)), (8, ("trainer.mode=step", "+trainer.lightning.accumulate_grad_batches=2"))],
+)
+def test_killed_after_any_step_a_fit_with_a_term_gives_the_same_bits(
+    every: int, flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The regressor goes on where it was, and so do the epoch's means of what is said of the term."""
+    flags = (FITNET, ACCEPT, "boosting.rounds=2", "trainer.max_epochs=2", *flags)
+    tiny_run(tmp_path / "whole", *flags)
+    with killed_at(every, monkeypatch) as kills:
+        run_until_done(tmp_path / "parts", *flags)
+    assert {kill.split()[0] for kill in kills} >= {"round-00", "round-01"}
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (timeless(lines(tmp_path / name)) for name in ("whole", "parts"))
+    assert whole == parts
+    assert sum("knowledge/fitnet" in line for line in whole) == 4
+
+
+def test_measuring_shares_changes_no_bit_of_the_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the fused kernels too, whose backward pass then runs several times for one batch."""
+    flags = (FITNET, ACCEPT, "boosting.rounds=3", "+student.common.direction=alternating", "trainer.max_epochs=2")
+    tiny_run(tmp_path / "measured", *flags)
+    none = torch.tensor(0.0)
+    monkeypatch.setattr(student, "shares", lambda losses, parameters: dict.fromkeys(losses, none))
+    tiny_run(tmp_path / "not", *flags)
+    assert all(line.get("gradient_share/fitnet", 0) == 0 for line in lines(tmp_path / "not"))
+    measured, without = students(tmp_path / "measured"), students(tmp_path / "not")
+    assert len(measured) == len(without) == 3
+    for one, other in zip(measured, without, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@dataclass(frozen=True)
+class Heads(Term):
+    """Notes what it sees: what the heads of both models gave as features are their logits."""
+
+    @property
+    def student_features(self) -> Sequence[str]:
+        return ("head",)
+
+    @property
+    def teacher_features(self) -> Sequence[str]:
+        return ("head",)
+
+    def loss(self, pair: Pair, parts: nn.Module) -> Tensor:
+        SEEN.append((torch.is_grad_enabled(), pair))
+        return pair.student.logits.square().mean()
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_features_are_of_the_augmented_images_and_logits_only_where_the_teacher_is_online(
+    online: bool, tmp_path: Path
+) -> None:
+    SEEN.clear()
+    tiny_run(
+        tmp_path, f"+boosting.knowledge.heads._target_={__name__}.Heads", "boosting.rounds=1", "trainer.max_epochs=2",
+        "data.augment={_target_: pkd_lightning.data.augment.crop_flip, _partial_: true}", f"teacher.online={online}",
+    )  # fmt: skip
+    pairs = [pair for _, pair in SEEN[3:]]  # after the trial of three rungs
+    index = torch.cat([pair.index for pair in pairs])
+    logits, head = (
+        torch.cat([of(pair.teacher) for pair in pairs])
+        for of in (lambda out: out.logits, lambda out: out.features["head"])
+    )
+    same = (logits - head).abs().amax(1) < 1e-5
+    assert same.all() if online else same.float().mean() < 0.5
+    by_epoch = [part[index[half].argsort()] for half in (slice(101), slice(101, None)) for part in (logits[half],)]
+    assert torch.equal(*by_epoch) != online  # the plain images' are the same in each epoch
+    for pair in pairs:
+        torch.testing.assert_close(pair.student.features["head"], pair.student.logits)
+
+
+def test_a_run_grows_from_one_with_other_knowledge(tmp_path: Path) -> None:
+    first = (FITNET, ACCEPT, "boosting.rounds=1", "name=first")
+    tiny_run(tmp_path, *first)
+    source = RunDirectory(tiny_config(tmp_path, *first)).path
+    grown = tiny_run(
+        tmp_path, "knowledge=mixers", ACCEPT, "boosting.rounds=2", f"boosting.grow_from={source}", "name=second"
+    )
+    assert [row.get("from") for row in grown["rounds"]] == [str(source), None]
+    found = {line["stage"]: line for line in lines(tmp_path / "second")}
+    assert "knowledge/mixers" in found["round-01"]
+    assert not any("fitnet" in key for key in found["round-01"])
+
+
+def test_more_rounds_are_found_only_of_the_same_knowledge(tmp_path: Path) -> None:
+    for terms in ((FITNET,), (), (FITNET.replace("student:", "weight: 2, student:"),), (FITNET,)):
+        tiny_run(tmp_path, *terms, ACCEPT, "boosting.rounds=1")
+        results = tiny_run(tmp_path, *terms, ACCEPT, "boosting.rounds=2")
+        source = RunDirectory(tiny_config(tmp_path, *terms, ACCEPT, "boosting.rounds=1")).path
+        assert results["rounds"][0].get("from") == str(source)
+
+
+def test_a_sweep_goes_over_weights_of_terms(tmp_path: Path) -> None:
+    flags = ("run_root=here", "boosting.rounds=1", "knowledge=fitnet", "boosting.knowledge.fitnet.weight=0.1,10")
+    done = pkd("--multirun", *TINY, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(weight=0.1) finished" in done.stdout
+    found = [line["knowledge/fitnet"] for line in lines(tmp_path) if "knowledge/fitnet" in line]
+    assert len(found) == 2
+    assert max(found) > 20 * min(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("data.validation_fraction=0.02", "trainer.batch_size=3")])
+def test_two_processes_train_a_term_as_one_does(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Its regressor is one, and what is said of it is the mean over the samples of both."""
+    tiny_run(tmp_path / "one", *ONE, FITNET, *flags)
+    done = command(tmp_path / "two", *TWO, FITNET, *flags)
+    assert done.returncode == 0, done.stderr
+    assert_alike(tmp_path / "one", tmp_path / "two")
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        if "knowledge/fitnet" in one:
+            assert two["knowledge/fitnet"] == pytest.approx(one["knowledge/fitnet"], rel=1e-3)
+            assert two["gradient_share/fitnet"] + two["gradient_share/objective"] == pytest.approx(1, abs=1e-5)
+            assert two["gradient_share/fitnet"] == pytest.approx(one["gradient_share/fitnet"], abs=0.2)
+
+
+@pytest.mark.parametrize("terms", [(FITNET,), ()])
+def test_the_graphs_of_compiled_students_can_be_used_again_where_shares_are_measured(
+    terms: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else torch.compile refuses it, in an epoch whose first batch is not the first that it sees."""
+    donated = set()
+
+    def compiled(model: nn.Module) -> Callable[..., object]:
+        def called(inputs: Tensor, earlier: object = None) -> object:
+            donated.add(torch._functorch.config.donated_buffer)
+            return model(inputs)
+
+        return called
+
+    monkeypatch.setattr(fit_module, "compiled", compiled)
+    tiny_run(tmp_path, *terms, "boosting.rounds=1", ACCEPT, "trainer.compile=true", "teacher.trainer.compile=false")
+    assert donated == {not terms}
+    assert torch._functorch.config.donated_buffer
+
+
+@pytest.mark.slow
+def test_a_compiled_student_has_the_terms_of_one_that_is_not(tmp_path: Path) -> None:
+    """The taps are compiled with it, and shares are measured by its backward pass, too."""
+    flags = (FITNET, ACCEPT, "boosting.rounds=3", "trainer.max_epochs=2", "teacher.trainer.compile=false")
+    tiny_run(tmp_path / "plain", *flags)
+    tiny_run(tmp_path / "compiled", *flags, "trainer.compile=true")
+    for one, other in zip(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), strict=True):
+        for name in ("knowledge/fitnet", "gradient_share/fitnet", "train_loss"):
+            assert other.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-3)

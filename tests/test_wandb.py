@@ -23,6 +23,7 @@ from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import EpochLines
 from pkd_lightning.wandb_tracker import WandbTracker, figures_of, stage_name
 from tests.support import ACCEPT, tiny_run
+from tests.test_knowledge import FITNET
 from tests.wandb_server import Server
 
 FLAGS = ("logger=wandb", ACCEPT, "boosting.rounds=2", "trainer.max_epochs=2", "trainer.checkpoint_every='1 epochs'")
@@ -144,6 +145,17 @@ def test_an_experiment_is_one_run_with_the_curves_of_every_stage(tmp_path: Path)
     assert final["ensemble/validation_accuracy"] == results["rounds"][-1]["prefix_validation_accuracy"]
     assert final["results._type"] == "table-file"
     assert (final["results.nrows"], final["results.ncols"]) == (2, len(wandb_tracker.COLUMNS))
+
+
+def test_terms_of_knowledge_are_curves_beside_the_losses(tmp_path: Path) -> None:
+    tiny_run(tmp_path, *FLAGS, FITNET, "boosting.rounds=1")
+    (run,) = offline(tmp_path)
+    rows = history(run)
+    axes = {record["metric"]["name"]: record["metric"].get("step_metric") for record in run if "metric" in record}
+    for name in ("knowledge/fitnet", "gradient_share/fitnet", "gradient_share/objective"):
+        assert curve(rows, f"round-1/{name}", "round-1/step") == [6, 13]
+        assert axes[f"round-1/{name}"] == "round-1/step"
+        assert not any(f"teacher/{name}" in row for row in rows)
 
 
 @pytest.mark.report

@@ -97,7 +97,7 @@ class StudentModule(FitModule):
         own = objective.student_features if targets.round > 0 else ()
         terms = knowledge.student_features if knowledge is not None else ()
         super().__init__(model, trainer, list(dict.fromkeys((*own, *terms))))
-        self.objective, self.knowledge = objective, knowledge
+        self.objective, self.knowledge, self.reuses_graphs = objective, knowledge, knowledge is not None
         self._beside: dict[str, Tensor] = {}
         self._targets = [targets]  # in a list: they are no part of what is trained, saved or averaged
         self.first = Distillation(config.alpha, config.temperature)
