@@ -115,6 +115,14 @@ def test_losses_and_gradients_are_finite(change: Callable[[Tensor], Tensor]) -> 
         assert bridge_loss(*given, seen).dtype == torch.promote_types(given[0].dtype, torch.float32)
 
 
+def test_a_student_whose_tokens_are_all_alike_has_a_finite_gradient() -> None:
+    _, _, query, key, seen = bridge_of()
+    C, B = (torch.zeros(2, 5, 3, requires_grad=True), torch.ones(2, 5, 3))
+    bridge_loss(C, B, query, key, seen).backward()
+    assert C.grad is not None
+    assert C.grad.isfinite().all()
+
+
 # ---------------------------------------------------------------------------------- a teacher with attention
 
 
