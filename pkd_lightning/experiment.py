@@ -240,7 +240,7 @@ def assemble(config: DictConfig) -> Experiment:
             given = getattr(each[option].trainer, key)
             if given != getattr(trainer, key):
                 faults.append(f"{option}.trainer.{key}={given}: is that of the run; set trainer.{key}")
-    if boosting is not None and no_teacher(config.teacher):
+    if boosting is not None and no_teacher(mapping(config, "teacher") or {}):
         faults += under("boosting", faults_without_teacher(boosting))
     if student is not None:
         rounds = OmegaConf.select(config, "boosting.rounds")  # checked even where another boosting option is at fault

@@ -113,14 +113,14 @@ class ConvolutionTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (batch, channels, height, width) to tokens (batch, length, d_model)."""
-        fused = self._fused(images) if len(images) >= FUSED else None
+        fused = self._fused(images)
         if fused is not None:
             return fused
         tokens: Tensor = self.project(F.silu(self.stem(images)))
         return tokens.flatten(2).transpose(1, 2)
 
     def _fused(self, images: Tensor) -> Tensor | None:
-        """The tokens by one kernel, or None where there is none for it, or a call of a layer does more."""
+        """The tokens by one kernel; None where there is none for it, for a few images, or where a layer does more."""
         own = [own_weights(self._modules.get(name), nn.Conv2d) for name in ("stem", "project")]
         if None in own or torch.is_autocast_enabled("cpu") or images.requires_grad:
             return None
@@ -133,6 +133,8 @@ class ConvolutionTokens(nn.Module):
             for layer in (self.stem, self.project)
         )
         if bias is None or bias_2 is None or not as_built or not takes(images, stem, bias, project, bias_2):
+            return None
+        if len(images) < FUSED:  # asked last: in a graph that is exported it would be a limit of the batch
             return None
         from pkd_lightning.kernels.stem import stem_cpu  # numba takes a second to import
 
