@@ -319,6 +319,9 @@ def test_measuring_shares_changes_no_bit_of_the_students(tmp_path: Path, monkeyp
     """Of the fused kernels too, whose backward pass then runs several times for one batch."""
     flags = (FITNET, ACCEPT, "boosting.rounds=3", "+student.common.direction=alternating", "trainer.max_epochs=2")
     tiny_run(tmp_path / "measured", *flags)
+    by_epoch = [line["gradient_share/fitnet"] for line in lines(tmp_path / "measured") if line["stage"] != "teacher"]
+    assert len(by_epoch) == 6
+    assert all(0 < share < 1 for share in by_epoch)
     none = torch.tensor(0.0)
     monkeypatch.setattr(student, "shares", lambda losses, parameters: dict.fromkeys(losses, none))
     tiny_run(tmp_path / "not", *flags)
@@ -327,6 +330,27 @@ def test_measuring_shares_changes_no_bit_of_the_students(tmp_path: Path, monkeyp
     assert len(measured) == len(without) == 3
     for one, other in zip(measured, without, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+REGRESSORS: list[Tensor] = []
+
+
+@dataclass(frozen=True)
+class Watched(FitNet):
+    """Notes its regressor's weights."""
+
+    def between(self, student: Tensor, teacher: Tensor, part: nn.Module) -> Tensor:
+        REGRESSORS.append(next(part.parameters()).detach().clone())
+        return super().between(student, teacher, part)
+
+
+def test_a_regressor_is_trained_with_its_student(tmp_path: Path) -> None:
+    REGRESSORS.clear()
+    term = FITNET.replace(TARGET, f"_target_: {__name__}.Watched")
+    tiny_run(tmp_path, term, "boosting.rounds=1")
+    steps = REGRESSORS[3:]  # after the trial of three rungs
+    assert len(steps) == 7
+    assert not torch.equal(steps[0], steps[-1])
 
 
 @dataclass(frozen=True)
