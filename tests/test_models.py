@@ -564,6 +564,7 @@ def test_every_impossible_value_is_named_at_once_with_what_is_allowed():
         "stem_channels": 0,
         "mixer": [2],
         "mixer_options": "gain",
+        "reuse": "add",
     }
     assert bad.keys() == {name for name in MambaClassifierConfig.__dataclass_fields__}
     faults = faults_of(bad)
