@@ -12,10 +12,11 @@ from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.data.module import Batch
 from pkd_lightning.earlier import Earlier, following, outputs_for
 from pkd_lightning.fit_module import FitModule
-from pkd_lightning.knowledge.attached import OBJECTIVE, SHARE, VALUE, Knowledge, shares
+from pkd_lightning.knowledge.attached import Knowledge, shares
 from pkd_lightning.knowledge.term import Pair
 from pkd_lightning.outputs import Output
 from pkd_lightning.prefixes import Scales, mix
+from pkd_lightning.results import OBJECTIVE, SHARE, VALUE
 from pkd_lightning.teacher import CachedTeacher, OnlineTeacher
 from pkd_lightning.trainer import TrainerConfig
 

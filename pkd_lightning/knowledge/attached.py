@@ -12,9 +12,6 @@ from pkd_lightning.knowledge.term import Pair, Term
 from pkd_lightning.models.building import brief
 from pkd_lightning.outputs import Output, Taps
 
-OBJECTIVE = "objective"  # the name of the objective among the shares of the gradient
-VALUE, SHARE = "knowledge/", "gradient_share/"  # before a term's name, in the lines of the epochs and in trackers
-
 
 class Knowledge(nn.Module):
     """Terms by name, each with its trained parts.

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.exits import curves_of, exits_caption, exits_figure
+from pkd_lightning.reporting.knowledge import knowledge_caption, knowledge_panels, taught, terms_of
 from pkd_lightning.reporting.load import Row, RunRecord, part
 from pkd_lightning.reporting.values import (
     LATENCY,
@@ -95,6 +96,12 @@ def cards(run: RunRecord) -> list[Card]:
     if stages:
         panels = [loss_panels({stage: rows}, 3.0, 1) for stage, rows in stages.items()]
         made.append(Card("losses", "Loss curves", LOSS_CAPTION, panels, lambda: loss_panels(stages, 3.0, 4)))
+    students = taught(stages)
+    if students:
+        names = terms_of(row for rows in students.values() for row in rows)
+        panels = [knowledge_panels({student: rows}, names, 3.0, 1) for student, rows in students.items()]
+        draw_terms = partial(knowledge_panels, students, names, 3.0, 4)
+        made.append(Card("knowledge", "Knowledge", knowledge_caption(students), panels, draw_terms))
     return made
 
 
@@ -328,8 +335,7 @@ def _loss_curves(axes: Axes, stage: str, rows: list[Row]) -> None:
     title = f"student {int(found[1]) + 1}" if found else {"peers": "all students together"}.get(stage, stage)
     tries = f", {len(attempts)} attempts" if len(attempts) > 1 else ""
     axes.set_title(f"{title[:28]}{tries}", loc="left", fontweight="bold", fontsize=8.5)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    style.epoch_axis(axes)
     axes.legend(fontsize=7, handlelength=1.6)
 
 

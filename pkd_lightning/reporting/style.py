@@ -132,14 +132,23 @@ def mac_axis(axes: Axes, values: Sequence[float]) -> None:
     _log_ticks(axes.xaxis, high > 50 * low, engineering)
 
 
-def loss_axis(axes: Axes, losses: Sequence[float]) -> None:
+def loss_axis(axes: Axes, losses: Sequence[float], label: str = "loss") -> None:
     """Losses on y: logarithmic, with plain decimals as labels, where they are positive and span a factor of 30."""
-    axes.set_ylabel("loss")
+    axes.set_ylabel(label)
     low, high = min(losses), max(losses)
     if low > 0 and high > 30 * low:
         axes.set_yscale("log")
-        axes.set_ylabel("loss (log scale)")
+        axes.set_ylabel(f"{label} (log scale)")
         _log_ticks(axes.yaxis, math.floor(math.log10(high)) - math.ceil(math.log10(low)) >= 2, plain)
+
+
+def epoch_axis(axes: Axes) -> None:
+    """Whole epochs on x, where there is one only, too."""
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    low, high = axes.get_xlim()
+    if high - low < 1:
+        axes.set_xticks([round((low + high) / 2)])
 
 
 def error_axis(axes: Axes, errors: Sequence[float]) -> None:
