@@ -8,6 +8,11 @@ def constant(progress: float) -> float:
     return 1.0
 
 
+def linear(progress: float, start: float = 1.0, final: float = 0.0) -> float:
+    """From `start` in a straight line to `final`: for weights of terms of knowledge, too."""
+    return start + (final - start) * progress
+
+
 def cosine(progress: float, warmup: float = 0.1, final: float = 0.01) -> float:
     """Rise linearly to 1 over the first `warmup` of the steps, then fall as half a cosine to `final`."""
     if progress < warmup:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pkd_lightning import fit_module
 from pkd_lightning.boosting import student
+from pkd_lightning.cli import load_config
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.experiment import assemble
 from pkd_lightning.knowledge.attached import Knowledge, shares, try_losses
@@ -209,6 +210,12 @@ def test_terms_see_training_rows_alone_and_features_of_the_very_images(tmp_path:
 def test_a_file_of_the_group_is_a_term_and_several_are_several(tmp_path: Path) -> None:
     terms = assemble(tiny_config(tmp_path, "knowledge=fitnet")).boosting.knowledge
     assert terms["fitnet"] == FitNet(weight=1.0, student="blocks.-1", teacher="blocks.-1")
+    (tmp_path / "knowledge").mkdir()
+    mine = f"# @package boosting.knowledge\nmine: {{{TARGET}, student: blocks.0, teacher: blocks.0}}\n"
+    (tmp_path / "knowledge" / "mine.yaml").write_text(mine)
+    config = load_config(f"hydra.searchpath=[file://{tmp_path}]", "knowledge=[fitnet,mine]")
+    both = assemble(config).boosting.knowledge
+    assert both == {**terms, "mine": FitNet(student="blocks.0", teacher="blocks.0")}
 
 
 def test_no_terms_leave_the_run_where_it_is(tmp_path: Path) -> None:

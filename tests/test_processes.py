@@ -227,7 +227,7 @@ def test_the_number_of_processes_does_not_change_the_run_directory(tmp_path: Pat
 
     one, two = (RunDirectory(tiny_config(tmp_path, *flags)) for flags in ((), TWO[:1]))
     assert one.path == two.path
-    assert one.teacher == two.teacher
+    assert one.teachers == two.teachers
 
 
 def test_of_one_process_nothing_is_started_or_joined(tmp_path: Path) -> None:

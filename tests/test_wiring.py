@@ -57,10 +57,12 @@ def test_the_learning_rate_rises_linearly_then_falls_to_its_final_part() -> None
     assert cosine(1.0, warmup=0.5, final=0.2) == pytest.approx(0.2)
 
 
-def test_decay_is_exponential_and_constant_is_one() -> None:
+def test_decay_is_exponential_constant_is_one_and_linear_is_a_line() -> None:
     assert [schedules.decay(progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([1.0, math.sqrt(0.1), 0.1])
     assert schedules.decay(0.5, final=0.04) == pytest.approx(0.2)
     assert [schedules.constant(progress) for progress in (0.0, 0.3, 1.0)] == [1.0] * 3
+    assert [schedules.linear(progress) for progress in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+    assert [schedules.linear(progress, start=0.0, final=2.0) for progress in (0.0, 0.25, 1.0)] == [0.0, 0.5, 2.0]
 
 
 def test_the_published_settings_are_those_of_the_paper() -> None:
