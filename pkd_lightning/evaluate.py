@@ -235,6 +235,7 @@ def collect_results(
         "split": data.config.split,
         "seed": config.seed,
         "objective": objective_name(loop.config),
+        **({"knowledge": list(loop.config.knowledge)} if loop.config.knowledge else {}),  # names of the terms
         "combine": config.boosting.combine,
         "versions": versions(),
         "hardware": hardware(),

@@ -52,7 +52,7 @@ class Naming:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Experiment, data set, objective, combination, and the ladder where Hydra knows its name."""
+        """Experiment, data set, objective, combination, the ladder where Hydra knows its name, terms of knowledge."""
         boosting = self.config.boosting
         objective = boosting.get("objective", "")
         if isinstance(objective, DictConfig):
@@ -60,6 +60,7 @@ class Naming:
         paths = (str(objective).lower(), str(boosting.get("combine", "")))
         ladder = "" if self.job is None else str(self.job.runtime.choices.get("student", ""))
         found = (str(self.config.name), self.dataset, *(path.rpartition(".")[2] for path in paths), ladder)
+        found += tuple(map(str, boosting.get("knowledge") or ()))
         return tuple(dict.fromkeys(tag[: LENGTH[1]] for tag in found if tag))
 
     def _differences(self) -> list[str]:

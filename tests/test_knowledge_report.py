@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from pkd_lightning.report import write_report
+from pkd_lightning.naming import Naming
+from pkd_lightning.report import print_table, write_report
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.figures import cards
+from pkd_lightning.reporting.grouping import grouped
 from pkd_lightning.reporting.knowledge import CAPTION, knowledge_caption, knowledge_panels, taught, terms_of
 from pkd_lightning.reporting.load import load_run
-from tests.test_report import make_run, parsed, visible
+from pkd_lightning.sweeps.listing import list_runs
+from tests.support import patterns, tiny_config, tiny_run
+from tests.test_report import make_results, make_run, parsed, visible
 
+__all__ = ["patterns"]
 pytestmark = pytest.mark.report
 Row = dict[str, Any]
 
@@ -107,3 +113,25 @@ def test_the_page_has_the_figure_and_its_words(tmp_path: Path) -> None:
         "at most ", ""
     )
     assert parsed(page).tags.count("svg") == 5 + 4 + 3
+
+
+def test_runs_are_named_by_their_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = make_results(knowledge=["fitnet", "rkd"])
+    print_table(own, Console(width=200))
+    assert "digits: digits, anchored objective + fitnet + rkd, learned combination, seed 0" in capsys.readouterr().out
+    runs = [make_run(tmp_path / "plain"), make_run(tmp_path / "terms", own)]
+    groups, _ = grouped([load_run(run) for run in runs])
+    assert [group.label for group in groups] == [
+        "digits · anchored · learned", "digits · anchored + fitnet + rkd · learned",
+    ]  # fmt: skip
+    assert "objective anchored + fitnet + rkd · combine learned" in visible(write_report(runs[1], figures=False))
+
+
+def test_results_tell_the_terms_and_say_nothing_where_there_are_none(tmp_path: Path) -> None:
+    fitnet = "knowledge=fitnet"
+    assert tiny_run(tmp_path / "terms", fitnet, "boosting.rounds=1")["knowledge"] == ["fitnet"]
+    assert "knowledge" not in tiny_run(tmp_path / "plain", "boosting.rounds=1")
+    assert Naming(tiny_config(tmp_path, fitnet), "patterns").tags[-1] == "fitnet"
+    settings = [row.settings for row in list_runs(tmp_path / "terms") + list_runs(tmp_path / "plain")]
+    assert [row[0] == "knowledge=fitnet" for row in settings] == [True, False]
+    assert not any("knowledge" in setting for setting in settings[0][1:] if "_target_" in setting)

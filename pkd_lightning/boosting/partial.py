@@ -51,6 +51,7 @@ def partial_results(
         "split": data.config.split,
         "seed": seed,
         "objective": objective_name(config),
+        **({"knowledge": list(config.knowledge)} if config.knowledge else {}),
         "combine": config.combine,
         "sizes": dict(zip(("train", "validation", "test"), data.whole, strict=True)),
         "wall_seconds": {"teacher": teacher and teacher.seconds, "rounds": [row["seconds"] for row in rounds]},

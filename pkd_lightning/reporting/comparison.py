@@ -302,6 +302,6 @@ def _tables(groups: Sequence[Group]) -> list[str]:
             rows += [[row.get(heading, "") for heading in head] for row in cells]
         text = [index for index, heading in enumerate(head) if heading in TEXT]
         parts += [page.section_heading(title, 3), page.table(head, rows, text, strong)]
-    note = f"A group: experiment · objective · combination [settings that set it apart]. Latency: {LATENCY} "
-    note += f"Directories are below {place}."
+    note = "A group: experiment · objective + terms of knowledge · combination [settings that set it apart]. "
+    note += f"Latency: {LATENCY} Directories are below {place}."
     return [*parts, page.paragraphs([note])]

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from pkd_lightning.reporting.files import LEVELS
 from pkd_lightning.reporting.load import RunRecord
-from pkd_lightning.reporting.values import number, prefix_cost
+from pkd_lightning.reporting.values import number, prefix_cost, terms
 from pkd_lightning.rundir import VOLATILE
 
 # What may differ between runs of one setting: besides the keys that are not in a run's hash, its seed, the place of
@@ -95,7 +95,8 @@ def curve(group: Group) -> Curve:
 
 
 def _base_label(run: RunRecord) -> str:
-    return " · ".join(str(run.results[key]) for key in ("experiment", "objective", "combine"))
+    experiment, objective, combine = (str(run.results[key]) for key in ("experiment", "objective", "combine"))
+    return " · ".join((experiment, objective + terms(run.results), combine))
 
 
 def _settings(run: RunRecord, notes: list[str]) -> dict[str, str]:

@@ -33,6 +33,7 @@ from pkd_lightning.reporting.values import (
     number,
     percent,
     share,
+    terms,
     trained_together,
 )
 
@@ -49,6 +50,7 @@ def run_page(run: RunRecord, figures: Path | None) -> str:
         raise RunError(f"{figures} is a link: figures are written only into the run's own directory; remove it")
     results = run.results
     words = [f"{key} {results.get(key, MISSING)}" for key in ("dataset", "split", "objective", "combine", "seed")]
+    words[2] += terms(results)
     graphics = [] if figures is None else _graphics(run, figures)
     body = [
         page.heading(str(results["experiment"]), " · ".join(words)),

@@ -27,6 +27,7 @@ from pkd_lightning.reporting.values import (
     prefix_cost,
     ratio,
     share,
+    terms,
     trained_together,
 )
 
@@ -216,7 +217,8 @@ def condition_sentence(results: Row) -> str:
 
 def _title(results: Row) -> str:
     words = [str(results.get(key, MISSING)) for key in ("experiment", "dataset", "objective", "combine")]
-    return f"{words[0]}: {words[1]}, {words[2]} objective, {words[3]} combination, seed {results.get('seed', MISSING)}"
+    words[2] += f" objective{terms(results)}"
+    return f"{words[0]}: {words[1]}, {words[2]}, {words[3]} combination, seed {results.get('seed', MISSING)}"
 
 
 def _footnotes(results: Row, shown: set[str], rows: Sequence[dict[str, str]]) -> list[str]:

@@ -39,6 +39,12 @@ def number(mapping: Mapping[str, Any] | None, *keys: str) -> float:
     return math.nan
 
 
+def terms(results: Row) -> str:
+    """The terms of knowledge beside the objective, as ` + fitnet + rkd`; empty where there are none."""
+    names = results.get("knowledge")
+    return "".join(f" + {name}" for name in names) if isinstance(names, list) else ""
+
+
 def acceptance(entry: Row) -> str:
     """The kind of acceptance of a round, a key of ACCEPTED_FULL where it is a known one.
 

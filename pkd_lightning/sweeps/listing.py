@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -153,6 +154,11 @@ def beside_defaults(run: Path, defaults: dict[str, dict[str, str]]) -> list[str]
             defaults[name] = {}
     known = defaults[name]
     differ = {key: own[key] for key in own if own[key] != known.get(key) and key != "name"}
+    targets = [key for key in differ if re.fullmatch(r"boosting\.knowledge\.[^.]+\._target_", key)]
+    if targets:  # the terms by their names, first, as a command has them
+        names = ",".join(key.split(".")[2] for key in targets)
+        rest = {key: value for key, value in differ.items() if key not in targets}
+        differ = {"knowledge": f"[{names}]" if len(targets) > 1 else names, **rest}
     more = len(differ) - MOST_KEYS
     settings = [f"{key}={differ[key]}" for key in list(differ)[:MOST_KEYS]]
     return settings + ([f"others={more} more"] if more > 0 else [])
