@@ -22,9 +22,10 @@ from benchmarks.tables import DOCS, SLOT, markdown
 from benchmarks.timing import Row, interleaved, judged, shown, summary
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.evaluate import hardware, versions
-from pkd_lightning.export import Exported, export, find, name_of
+from pkd_lightning.export import Exported, export, name_of
 from pkd_lightning.export.c_source import loaded
 from pkd_lightning.rounding import WEIGHTS
+from pkd_lightning.saved import folder_of
 
 RESULTS, DOCUMENT = DOCS / "weights.json", DOCS / "inference.md"
 FLAGS = ("-O3", "-march=native")  # for the C compiler
@@ -33,7 +34,7 @@ SECTION = re.compile(r"^\.(rodata|data\.rel\.ro)\S*\s+(\d+)", re.MULTILINE)  # o
 
 def rows(run: str, rounds: int) -> list[Row]:
     """A row a kind of weights, of a run or a pretrained ensemble."""
-    source = find(run)
+    source = folder_of(run)
     name = f"{run}, pretrained" if not Path(run).exists() else name_of(source).rsplit("-", 1)[0]
     ensemble = ProgressiveEnsemble.load(source)
     images = torch.zeros(1, *ensemble.task.input_shape, dtype=torch.uint8)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pkd_lightning.errors import ConfigError, PKDError
+from pkd_lightning.results import SHARE, VALUE
 
 SWEPT = ("seed", "boosting.rounds", "boosting.temperature", "trainer.optimizer.lr")
 ENSEMBLE = ("validation_accuracy", "accuracy", "macs_total", "params")
@@ -75,6 +76,11 @@ def workspace(entity: str, project: str, rounds: int = 7, swept: Sequence[str] =
                         metric_regex=rf"(teacher|assistant)-.*/{name}")
         for name in ("validation_loss", "validation_accuracy")
     ]  # fmt: skip
+    knowledge = [
+        panels.LinePlot(title=f"{stage}: {title}", x=f"{stage}/step", y=[], metric_regex=f"{stage}/{head}.*")
+        for stage in stages[1:]
+        for title, head in (("shares of the gradient", SHARE), ("losses of the terms of knowledge", VALUE))
+    ]
     return workspaces.Workspace(
         entity=entity,
         project=project,
@@ -84,6 +90,7 @@ def workspace(entity: str, project: str, rounds: int = 7, swept: Sequence[str] =
             workspaces.Section(name="Students", panels=students, is_open=True),
             workspaces.Section(name="Curves by round", panels=curves),
             workspaces.Section(name="Several teachers", panels=several),
+            workspaces.Section(name="Knowledge by round", panels=knowledge),
         ],
         runset_settings=workspaces.RunsetSettings(
             pinned_columns=[f"summary:ensemble/{name}" for name in ("validation_accuracy", "macs_total")]

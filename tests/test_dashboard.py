@@ -62,7 +62,7 @@ def test_it_shows_what_a_run_logs(
         return summary
 
     monkeypatch.setattr("pkd_lightning.wandb_tracker.figures_of", final)
-    tiny_run(tmp_path, ACCEPT, "logger=wandb", "boosting.rounds=2")
+    tiny_run(tmp_path, ACCEPT, "logger=wandb", "boosting.rounds=2", "knowledge=fitnet")
 
     capsys.readouterr()
     assert dashboard.main(["me/mine", "--print", "--rounds", "2", "--swept", "seed", "boosting.rounds"]) == 0
@@ -76,8 +76,9 @@ def test_it_shows_what_a_run_logs(
     assert [text for text in accessors if text.startswith("config:")] == [
         "config:seed.value", "config:boosting.value.rounds",
     ]  # fmt: skip
-    curves = [panel["config"] for name in ("Students", "Curves by round") for panel in shown[name]]
-    assert len(curves) == 5 + 3 * 3
+    sections = ("Students", "Curves by round", "Knowledge by round")
+    curves = [panel["config"] for name in sections for panel in shown[name]]
+    assert len(curves) == 5 + 3 * 3 + 2 * 2
     for curve in curves:
         names = curve["metrics"] or [name for name in logged if re.fullmatch(curve["metricRegex"], name)]
         assert names

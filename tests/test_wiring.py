@@ -387,7 +387,7 @@ def test_what_is_random_in_a_candidate_is_named_in_the_order_of_its_seed(
     loop = in_second_round(make_loop(tmp_path, seed=5))
     monkeypatch.setattr(boosting_loop, "seeded", noted)
     loop.train(1, 2)
-    assert drawn == [(5, "round-01/3", 1, "init"), (5, "round-01/3", 1, "fit")]
+    assert drawn == [(5, "round-01/3", 1, part) for part in ("init", "knowledge", "fit")]
 
 
 def test_edges_are_met_where_both_are_above_zero() -> None:
