@@ -37,6 +37,7 @@ from pkd_lightning.loggers import About, NoTracker, SilentTracker, Tracker
 from pkd_lightning.models.building import path_of
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.outputs import NONE, Taps
+from pkd_lightning.results import OBJECTIVE
 from pkd_lightning.teacher import TeacherConfig
 from pkd_lightning.teachers.options import SEVERAL, C, TeachersConfig, is_several, teachers_of
 from pkd_lightning.teachers.trying import try_teacher, try_teachers
@@ -336,6 +337,8 @@ def _terms(config: Any) -> dict[str, Term]:
     if not isinstance(config, Mapping):
         raise ConfigError([f"must be terms by name, not {config!r}"])
     faults: list[str] = []
+    if OBJECTIVE in config:  # its share of the gradient would be taken for the objective's
+        faults.append(f"{OBJECTIVE}: is the name of the objective in metrics.jsonl; give the term another name")
     found = {str(name): collect(faults, str(name), partial(_term, one)) for name, one in config.items()}
     if faults:
         raise ConfigError(faults)

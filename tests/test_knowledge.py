@@ -231,6 +231,7 @@ def test_no_terms_leave_the_run_where_it_is(tmp_path: Path) -> None:
     [
         ("boosting.knowledge=3", "boosting.knowledge: must be terms by name, not 3"),
         ("+boosting.knowledge.a=3", "boosting.knowledge.a: is no term"),
+        (FITNET.replace(".fitnet=", ".objective="), "boosting.knowledge.objective: is the name of the objective"),
         ("+boosting.knowledge.a._target_=torch.nn.ReLU", "boosting.knowledge.a: is no term"),
         (FITNET.replace("student", "studnt"), "boosting.knowledge.fitnet"),
         (FITNET.replace("student:", "weight: -1, student:"), r"boosting\.knowledge\.fitnet\.weight=-1: must be"),
