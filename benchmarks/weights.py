@@ -34,7 +34,8 @@ SECTION = re.compile(r"^\.(rodata|data\.rel\.ro)\S*\s+(\d+)", re.MULTILINE)  # o
 
 def rows(run: str, rounds: int) -> list[Row]:
     """A row a kind of weights, of a run or a pretrained ensemble."""
-    source = folder_of(run)
+    folder = folder_of(run)
+    source = folder.parent if folder.name == "students" else folder
     name = f"{run}, pretrained" if not Path(run).exists() else name_of(source).rsplit("-", 1)[0]
     ensemble = ProgressiveEnsemble.load(source)
     images = torch.zeros(1, *ensemble.task.input_shape, dtype=torch.uint8)

@@ -69,7 +69,6 @@ class TrainerConfig:
         schedule: progress in [0, 1] to a multiplier of the learning rate (see `pkd_lightning.schedules`).
         max_epochs: most epochs of one fit.
         patience: epochs without a better validation loss before a fit stops; None never stops it early.
-        weights: those a fit leaves: of the epoch with the `best` validation loss, or of its `last`.
         batch_size: samples per step. The last step of an epoch has what is left; a single sample joins the step before.
         gradient_clip: largest gradient norm; a step whose norm is not finite is skipped. None does neither.
         accelerator: `cpu`, `gpu`, or `auto`: a GPU where mamba_ssm's CUDA scan can run on it, else the CPU.
@@ -91,13 +90,13 @@ class TrainerConfig:
         num_nodes: machines; with more than one, srun or torchrun starts the processes.
         strategy: `ddp`, which is what `auto` means for several processes, or Lightning's
             `ddp_find_unused_parameters_true` for a model some of whose parameters have no part in the loss.
+        weights: those a fit leaves: of the epoch with the `best` validation loss, or of its `last`.
     """
 
     optimizer: Callable[..., Any]
     schedule: Callable[[float], float]
     max_epochs: int = 50
     patience: int | None = 5
-    weights: Weights = "best"
     batch_size: int = 32
     gradient_clip: float | None = 1.0
     accelerator: Accelerator = "auto"
@@ -113,6 +112,7 @@ class TrainerConfig:
     devices: int = 1
     num_nodes: int = 1
     strategy: Strategy = "auto"
+    weights: Weights = "best"
 
     def __post_init__(self) -> None:
         import torch

@@ -492,7 +492,7 @@ def test_the_published_trainer_is_as_published() -> None:
         "max_epochs": 50, "patience": 5, "batch_size": 32, "gradient_clip": None, "accelerator": "auto",
         "precision": "32-true", "matmul_precision": "highest", "compile": False, "num_workers": 0, "progress": True,
         "mode": "auto", "callbacks": [], "lightning": {}, "checkpoint_every": "auto", "devices": 1, "num_nodes": 1,
-        "strategy": "auto",
+        "strategy": "auto", "weights": "best",
     }  # fmt: skip
 
 
