@@ -31,7 +31,7 @@ from pkd_lightning.kernels.lanes import (
 )
 from pkd_lightning.kernels.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
 from pkd_lightning.kernels.scan.states import fill
-from pkd_lightning.kernels.threads import share, threads_for
+from pkd_lightning.kernels.threads import share_kernel, threads_for
 
 EPSILON = f32(torch.finfo(torch.float32).eps)  # as torch's RMSNorm has it by default
 WORTH = 64  # channels of a token that take about as long as a state update
@@ -149,15 +149,8 @@ def _backward(s, memory, first, last, workspace):
         dw[c] = sums[c]
 
 
-def _run(kernel_: Any, s: Sizes, addresses: list[tuple[int, ...]], held: object) -> None:
-    """Share the samples out over threads, each with the addresses that are its own."""
-
-    def run(thread: int, first: int, last: int, _alive: object = held) -> None:
-        space = torch.empty((s.cells**2 + 3) * s.across + WIDTH, dtype=torch.float32, device="cpu")
-        kernel_(s, addresses[thread], first, last, space.data_ptr())
-
-    if s.batch:
-        share(run, s.batch, len(addresses))
+def _space(s: Sizes) -> int:
+    return (s.cells**2 + 3) * s.across + WIDTH
 
 
 def _threads(s: Sizes) -> int:
@@ -172,7 +165,7 @@ def _averages(s: Sizes, tokens: Tensor, weight: Tensor | None) -> tuple[Tensor, 
     out = tokens.new_empty(s.batch, s.channels * s.cells**2)
     scales = tokens.new_empty(s.batch, s.rows * s.columns if s.normed else 0)
     given = (tokens.data_ptr(), _address(weight), out.data_ptr(), scales.data_ptr())
-    _run(_forward, s, [given] * _threads(s), (tokens, weight, out, scales))
+    share_kernel(_forward, s, [given] * _threads(s), s.batch, _space(s), (tokens, weight, out, scales))
     return out, scales
 
 
@@ -194,7 +187,8 @@ class _Pool(torch.autograd.Function):
         s, grad_out = ctx.sizes, real(grad_out).contiguous()
         dtokens, dw = torch.empty_like(tokens), tokens.new_zeros(_threads(s), s.channels)
         read = (grad_out, tokens, weight, scales, dtokens)
-        _run(_backward, s, [(*map(_address, read), part.data_ptr()) for part in dw], (read, dw))
+        given = [(*map(_address, read), part.data_ptr()) for part in dw]
+        share_kernel(_backward, s, given, s.batch, _space(s), (read, dw))
         return None, dtokens, None if weight is None else dw[0] if len(dw) == 1 else dw.sum(0)
 
 

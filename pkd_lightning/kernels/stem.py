@@ -32,7 +32,7 @@ from pkd_lightning.kernels.lanes import (
 )
 from pkd_lightning.kernels.memory import PLAIN, check_unchanged, kinds_of, real, refuse_second_derivative
 from pkd_lightning.kernels.scan.states import fill
-from pkd_lightning.kernels.threads import share, threads_for
+from pkd_lightning.kernels.threads import share_kernel, threads_for
 
 
 class Sizes(NamedTuple):
@@ -195,29 +195,22 @@ def _sizes(images: Tensor, stem: Tensor, project: Tensor, strides: tuple[int, in
     )
 
 
-def _run(kernel_: Any, s: Sizes, addresses: list[tuple[int, ...]], size: int, held: object) -> None:
-    """Share the groups out over threads, each with the addresses that are its own."""
-
-    def run(thread: int, first: int, last: int, _alive: object = held) -> None:
-        space = torch.empty(size, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
-        kernel_(s, addresses[thread], first, last, space.data_ptr())
-
-    if s.batch:
-        share(run, -(-s.batch // WIDTH), len(addresses))
+def _groups(s: Sizes) -> int:
+    return -(-s.batch // WIDTH)
 
 
 def _threads(s: Sizes) -> int:
     first, second = s.channels * s.size**2 * s.rows * s.columns, s.size_2**2 * s.rows_2 * s.columns_2 * s.model
     # a state update takes about as long as eight products
-    return threads_for(-(-s.batch // WIDTH), s.batch * s.stem * (first + second) // 8)
+    return threads_for(_groups(s), s.batch * s.stem * (first + second) // 8)
 
 
 def _tokens(s: Sizes, images: Tensor, weights: Sequence[Tensor], keep: bool) -> tuple[Tensor, Tensor | None]:
     """The tokens, and with `keep` what the backward pass starts from."""
     flat, out = torch.cat([x.flatten() for x in weights]), images.new_empty(s.batch, s.rows_2 * s.columns_2, s.model)
-    saved = images.new_empty(-(-s.batch // WIDTH), s.between) if keep else None
+    saved = images.new_empty(_groups(s), s.between) if keep else None
     given = (flat.data_ptr(), images.data_ptr(), out.data_ptr(), 0 if saved is None else saved.data_ptr())
-    _run(_forward, s, [given] * _threads(s), s.gradient, (images, flat, out, saved))
+    share_kernel(_forward, s, [given] * _threads(s), _groups(s), s.gradient, (images, flat, out, saved))
     return out, saved
 
 
@@ -240,7 +233,7 @@ class _Stem(torch.autograd.Function):
         dw = images.new_zeros(_threads(s), s.weights)
         read = (flat, images, saved, grad_out)
         given = [(*(x.data_ptr() for x in read), part.data_ptr()) for part in dw]
-        _run(_backward, s, given, s.end, (read, dw))
+        share_kernel(_backward, s, given, _groups(s), s.end, (read, dw))
         parts = (dw[0] if len(dw) == 1 else dw.sum(0)).split([x.numel() for x in weights])
         return None, None, *(part.view(x.shape) for part, x in zip(parts, weights, strict=True))
 

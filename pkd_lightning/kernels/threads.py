@@ -63,3 +63,25 @@ def share(call: Callable[[int, int, int], object], units: int, threads: int) -> 
         wait(waiting)
     for result in waiting:
         result.result()
+
+
+def share_kernel(
+    kernel: Callable[..., object], sizes: object, addresses: list[tuple[int, ...]], units: int, space: int, held: object
+) -> None:
+    """`share` of a kernel that is called with sizes, addresses, a range of `units`, and the address of its workspace.
+
+    Args:
+        kernel: the kernel.
+        sizes: its first argument.
+        addresses: those of each thread, of which there are as many.
+        units: independent pieces; where there are none, nothing is called.
+        space: float32 elements of each thread's workspace.
+        held: whatever owns the memory at the addresses.
+    """
+
+    def run(thread: int, first: int, last: int, _alive: object = held) -> None:
+        workspace = torch.empty(space, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        kernel(sizes, addresses[thread], first, last, workspace.data_ptr())
+
+    if units:
+        share(run, units, len(addresses))
