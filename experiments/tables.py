@@ -1,5 +1,6 @@
 """The tables of the READMEs, made from the studies' results files; `experiments.readme` puts them there."""
 
+import fnmatch
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,9 @@ import yaml
 from experiments.plan import load_study
 from experiments.study import collected
 from pkd_lightning.errors import RunError
-from pkd_lightning.reporting.load import COST_KEYS
+from pkd_lightning.reporting.load import COST_KEYS, read_metrics
 from pkd_lightning.reporting.values import condition_counts, prefix_cost
+from pkd_lightning.results import OBJECTIVE, SHARE
 
 ROOT = Path(__file__).parent.parent
 Results = dict[str, Any]
@@ -34,6 +36,8 @@ COST_TOGETHER = "parameters / MACs together, % of the teacher's"
 def load(study: Path) -> Runs:
     """The collected results of a study, by run in the order of its study.yaml, and by seed; not those not yet there.
 
+    Beside what a results file holds, `metrics` are the lines of the epochs, where the run keeps them.
+
     Raises:
         RunError: where results were made with other overrides than those of study.yaml.
     """
@@ -41,17 +45,20 @@ def load(study: Path) -> Runs:
     for job in load_study(study).jobs:
         results = collected(job)
         if results is not None:
-            found.setdefault(job.run.name, []).append(results)
+            metrics = read_metrics(job.kept / "metrics.jsonl")[0] if "metrics" in job.run.keep else []
+            found.setdefault(job.run.name, []).append({**results, "metrics": metrics})
     return found
 
 
 def chosen(study: str, names: Sequence[str]) -> Runs:
-    """The results of the named runs of a study, or of all.
+    """The results of the named runs of a study, or of all; a name may be a pattern, `weigh_*`.
 
     Raises:
         RunError: where there are none of a run, or its seeds have different students, so that they have no mean.
     """
     runs = load(ROOT / "experiments" / study)
+    every = [run.name for run in load_study(ROOT / "experiments" / study).runs]
+    names = [name for pattern in names for name in (fnmatch.filter(every, pattern) or [pattern])]
     missing = [name for name in names if name not in runs] if names else [] if runs else ["any run"]
     if missing:
         raise RunError(f"experiments/{study}: no results of {', '.join(missing)}; make study STUDY={study}")
@@ -367,6 +374,72 @@ def ablation(runs: Runs) -> str:
     return table(head, rows)
 
 
+def epochs_of(results: Results) -> list[dict[str, Any]]:
+    """The epochs of a run's last round, of the attempt that gave its student."""
+    last = results["rounds"][-1]
+    stage, attempt = f"round-{last['round']:02d}", last["attempts"] - 1
+    return [row for row in results["metrics"] if (row["stage"], row["attempt"]) == (stage, attempt)]
+
+
+def fastest_epoch(runs: list[Results]) -> float:
+    """Seconds of the fastest epoch of the last round, of all seeds: what other work on the machine lengthens least."""
+    return min(row["seconds"] for run in runs for row in epochs_of(run))
+
+
+def share_of_terms(results: Results) -> float:
+    """What share of the gradient's norm the terms of knowledge have together, in the mean over the epochs."""
+    key = f"{SHARE}{OBJECTIVE}"
+    return 1 - statistics.mean(row[key] for row in epochs_of(results)) if key in epochs_of(results)[0] else 0.0
+
+
+def weights(runs: Runs) -> str:
+    """A row a family of runs FAMILY_FACTOR: accuracy on the validation part and share of the gradient, by factor."""
+    found: dict[str, dict[str, Results]] = {}
+    for name, seeds in runs.items():
+        family, factor = name.removeprefix("weigh_").rsplit("_", 1)
+        found.setdefault(family, {})[factor] = only({name: seeds})[0]
+    factors = list(dict.fromkeys(factor for row in found.values() for factor in row))
+    rows = []
+    for family, row in found.items():
+        cells = [
+            f"{100 * row[factor]['rounds'][-1]['validation_accuracy']:.1f} ({share_of_terms(row[factor]):.2f})"
+            for factor in factors
+        ]
+        rows.append([family, *cells])
+    return table(["", *factors], rows)
+
+
+def last_epochs(runs: Runs) -> str:
+    """A row a run of one student: the last epoch, what choosing another would have shown, and the terms' pull.
+
+    The difference to the first run is taken seed by seed, over the seeds that both have.
+    """
+    rows = []
+    first, reference = next(iter(runs.items()))
+    base = {run["seed"]: run["rounds"][-1]["accuracy"] for run in reference}
+    for name, seeds in runs.items():
+        shared = [run for run in seeds if run["seed"] in base and name != first]
+        gains = [run["rounds"][-1]["accuracy"] - base[run["seed"]] for run in shared]
+        courses = [[row["validation_accuracy"] for row in epochs_of(run)] for run in seeds]
+        shares = [share_of_terms(run) for run in seeds]
+        rows.append(
+            [
+                name,
+                len(seeds),
+                percent([run["rounds"][-1]["accuracy"] for run in seeds]),
+                percent(gains, 2, "+") if gains else "",
+                " ".join(f"{100 * gain:+.1f}" for gain in gains),
+                percent([course[-1] for course in courses]),
+                percent([max(course) for course in courses]),
+                f"{statistics.mean(shares):.2f}" if any(shares) else "",
+                f"{fastest_epoch(seeds):.1f}",
+            ]
+        )
+    head = ["run", "seeds", "last epoch, test", f"against {first}", "seed by seed", "last epoch, validation"]
+    head += ["best epoch, validation", "terms' share of the gradient", "fastest epoch (s)"]
+    return table(head, rows)
+
+
 def time(runs: Runs) -> str:
     """A row a run: seconds of the teacher and of the rounds, hours of one core of all its seeds, and the machine."""
     rows: list[list[object]] = [
@@ -410,6 +483,8 @@ TABLES: dict[str, Callable[[Runs], str]] = {
         first_students,
         teachers,
         ablation,
+        weights,
+        last_epochs,
         time,
         hours,
     )
