@@ -1,6 +1,7 @@
 """The tables and figures of the READMEs say what the results files say, and change with them."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -327,3 +328,63 @@ def test_final_errors_are_those_of_the_last_round_and_the_axis_is_that_of_the_en
     assert teacher[0] == pytest.approx(9)
     assert axes.get_xlim()[1] == pytest.approx(98)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second"]
+
+
+def with_epochs(study: Path, run: str, courses: list[list[float]], objective: list[list[float]] | None = None) -> None:
+    """Give the seeds of a run their validation accuracies by epoch, in its second attempt, and the objective's shares.
+
+    An epoch takes a second more than the one before it.
+    """
+    (study / "study.yaml").write_text(re.sub(rf"{run}: {{}}", f"{run}: {{keep: [metrics]}}", STUDY))
+    for seed, course in enumerate(courses):
+        with changed(study, f"{run}-seed{seed}") as results:
+            results["rounds"] = [row | {"attempts": 2, "validation_accuracy": course[-1]} for row in results["rounds"]]
+            stage = f"round-{len(results['rounds']) - 1:02d}"
+        rows = [{"stage": stage, "attempt": 0, "epoch": 0, "validation_accuracy": 0.99, "seconds": 0.1}]
+        rows.append({"stage": "teacher", "attempt": 1, "epoch": 0, "validation_accuracy": 0.98, "seconds": 0.2})
+        for epoch, accuracy in enumerate(course):
+            shares = {} if objective is None else {"gradient_share/objective": objective[seed][epoch]}
+            row = {"stage": stage, "attempt": 1, "epoch": epoch, "validation_accuracy": accuracy}
+            rows.append({**row, "seconds": 2.0 + epoch + seed, **shares})
+        kept = study / "kept" / f"{run}-seed{seed}"
+        kept.mkdir(parents=True)
+        (kept / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_last_epoch_stands_beside_the_best_one(study):
+    """Of the student alone, of the attempt that gave it; differences to the first run by seed."""
+    with_epochs(study, "second", [[0.4, 0.6, 0.5], [0.5, 0.4, 0.3]], [[0.8, 0.6, 0.4], [0.2, 0.2, 0.2]])
+    for seed, accuracy in ((0, 0.52), (1, 0.49)):
+        with changed(study, f"second-seed{seed}") as run:
+            run["rounds"][0]["accuracy"] = accuracy
+    row = "| second | 2 | 50.5 ± 2.1 | | | 40.0 ± 14.1 | 55.0 ± 7.1 | 0.60 | 2.0 |"
+    assert row in slot("last_epochs", " second").splitlines()
+    text = STUDY.replace("first: {}", "first: {keep: [metrics]}").replace("second: {}", "second: {keep: [metrics]}")
+    with_epochs(study, "first", [[0.5], [0.5]])
+    (study / "study.yaml").write_text(text)
+    lines = slot("last_epochs", " first second").splitlines()
+    assert "| first | 2 | 80.0 ± 14.1 | | | 50.0 ± 0.0 | 50.0 ± 0.0 | | 2.0 |" in lines
+    assert "| second | 2 | 50.5 ± 2.1 | -29.50 ± 16.26 | -18.0 -41.0 | 40.0 ± 14.1 | 55.0 ± 7.1 | 0.60 | 2.0 |" in lines
+
+
+def test_weights_of_terms_stand_side_by_side_by_factor(study):
+    with_epochs(study, "second", [[0.4, 0.6, 0.5]], [[0.8, 0.6, 0.7]])
+    with_epochs(study, "first", [[0.55]], [[0.1]])
+    names = ("weigh_a_b_1", "weigh_a_b_0.1")
+    lines = ["seeds: [0]\nruns:", *(f"  {name}: {{keep: [metrics]}}" for name in names), "  missing: {}\n"]
+    (study / "study.yaml").write_text("\n".join(lines))
+    for old, new in zip(("first", "second"), names, strict=True):
+        (study / "results" / f"{old}-seed0.json").rename(study / "results" / f"{new}-seed0.json")
+        (study / "kept" / f"{old}-seed0").rename(study / "kept" / f"{new}-seed0")
+    lines = slot("weights", " weigh_*").splitlines()
+    assert "| | 1 | 0.1 |" in lines
+    assert "| a_b | 55.0 (0.90) | 50.0 (0.30) |" in lines
+
+
+def test_a_pattern_names_runs_in_the_order_of_the_study(study):
+    assert list(tables.chosen("some", ["second", "f*"])) == ["second", "first"]
+    assert list(tables.chosen("some", ["*s*t", "*nd"])) == ["first", "second"]
+    with pytest.raises(RunError, match="no results of third"):
+        slot("rounds", " third*")
+    with pytest.raises(RunError, match="no results of missing"):
+        slot("rounds", " *")
