@@ -44,12 +44,14 @@ NEEDS = {
     "teacher/paper_mnist_cosine": "mnist",
     "student/mnist_best": "mnist",
     "teacher/mnist_best": "mnist",
+    "teacher/paper_cifar10": "cifar10",
     "teacher/resnet18": "cifar10",
     "teacher/mamba_medium": "cifar10",
 }
 # what an option needs beside it that no file of the package has
 BESIDE = {
     "teacher/none": ("boosting.alpha=1",),
+    "teacher/paper_cifar10": ("teacher.model.n_blocks=2",),  # of 96: a minute
     "knowledge/attention_bridge": (TINY[0], "teacher=attention", "boosting.knowledge.attention_bridge.skip=1"),
 }
 

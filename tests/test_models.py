@@ -48,6 +48,14 @@ def test_published_students(mnist_paper, index):
     assert cost.macs_total > cost.flops_published
 
 
+def test_the_published_teacher_of_cifar10():
+    shape = (3, 32, 32)
+    cost = measure(
+        instantiate(load_config("teacher=paper_cifar10").teacher.model)(image_shape=shape, num_classes=10), shape
+    )
+    assert (cost.params, cost.flops_published) == (443_530, 2_390_016)
+
+
 def test_published_teacher_and_totals(mnist_paper):
     cost = measure(instantiate(mnist_paper.teacher.model)(image_shape=MNIST, num_classes=10), MNIST)
     assert (cost.params, cost.flops_published) == (34_674, 95_648)
