@@ -214,6 +214,19 @@ def test_learned_scales_are_fitted_on_training_rows_and_judged_on_validation_row
         assert other.validation_loss != candidate.validation_loss
 
 
+@pytest.mark.parametrize("objective", ["independent", "anchored"])
+def test_held_out_scales_are_fitted_on_validation_rows_alone(objective: str, tmp_path: Path) -> None:
+    loop = in_second_round(make_loop(tmp_path, objective=objective, combine="held_out"))
+    candidate = loop.train(0, 0)
+    ensemble, labels, rows = loop.state.ensemble_logits, loop.data.labels, loop.data.validation
+    parts = (matrix[rows.start : rows.stop] for matrix in (ensemble, candidate.logits, loop.teacher.logits, labels))
+    expected = fit_scales(*parts, loop.config)
+    assert candidate.scales == expected
+    for matrix in (ensemble, candidate.logits, loop.teacher.logits):
+        matrix[: rows.start] += 3
+    assert loop.round().scales(candidate.logits, (1.0, 1.0)) == expected
+
+
 def test_the_loss_a_candidate_is_judged_by_is_that_of_the_ensemble_on_validation_rows(tmp_path: Path) -> None:
     loop = in_second_round(make_loop(tmp_path, alpha=0.3, temperature=3.0))
     rows = slice(loop.data.validation.start, loop.data.validation.stop)

@@ -17,11 +17,13 @@ class Combination:
     Attributes:
         initial: round t (from 0) to (a_t, c_t).
         learned: `initial` is only the start; a_t and c_t > 0 are learned with the student, where the objective sees
-            the ensemble, and solved for on the training rows at the end of the round.
+            the ensemble, and solved for at the end of the round.
+        held_out: solve for them on the validation rows, which students have not learned; else on the training rows.
     """
 
     initial: Callable[[int], Scales]
     learned: bool = False
+    held_out: bool = False
 
 
 def _mean(round_: int) -> Scales:
@@ -35,6 +37,7 @@ def _sum(round_: int) -> Scales:
 mean = Combination(_mean)
 sum = Combination(_sum)
 learned = Combination(_mean, learned=True)
+held_out = Combination(_mean, learned=True, held_out=True)
 
 
 def combination_of(config: BoostingConfig) -> Combination:

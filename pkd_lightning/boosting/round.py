@@ -135,10 +135,11 @@ class Round:
         return torch.empty(0) if self.teacher is None else self.teacher.logits[rows]
 
     def scales(self, logits: Tensor, learned: Scales) -> Scales:
-        """(a, c) of a student with these logits: fitted on the training rows, or as they were in its training."""
+        """(a, c) of a student with these logits: fitted on the rows of the combination, or as they were in training."""
         if not (self.combination.learned and self.later):
             return learned
-        rows = slice(len(self.data.training))
+        part = self.data.validation if self.combination.held_out else self.data.training
+        rows = slice(part.start, part.stop)
         ensemble, teacher, labels = self.state.ensemble_logits[rows], self.teacher_logits(rows), self.data.labels[rows]
         return fit_scales(ensemble, logits[rows], teacher, labels, self.config)
 
