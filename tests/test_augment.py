@@ -66,6 +66,37 @@ def test_crop_flip_treats_samples_alone_and_channels_together():
     assert len(set(found)) > 20  # of 50; one offset for all would give 1
 
 
+@pytest.mark.parametrize("erase", [2, 3])
+def test_squares_are_erased_around_every_pixel_evenly(erase):
+    """Whole ones inside, cut ones at the border; through all channels, and nothing else changes."""
+    images = coded(1, channels=2, height=4, width=5).expand(6000, -1, -1, -1)
+    results = crop_flip(images, generator(), padding=0, flip=False, erase=erase)
+    changed = results != images
+    assert (results[changed] == 0).all()
+    assert torch.equal(changed[:, 0], changed[:, 1])
+    seen, counts = changed[:, 0].flatten(1).unique(dim=0, return_counts=True)
+    expected = set()
+    for y in range(4):
+        for x in range(5):
+            inside = torch.zeros(4, 5, dtype=torch.bool)
+            top, left = y - erase // 2, x - erase // 2
+            inside[max(0, top) : top + erase, max(0, left) : left + erase] = True
+            expected.add(tuple(inside.flatten().tolist()))
+    assert {tuple(one.tolist()) for one in seen} == expected
+    assert len(expected) == 20
+    assert (counts - 300).abs().max() < 6 * 300**0.5
+    assert torch.equal(crop_flip(images, generator(), erase=0), crop_flip(images, generator()))
+
+
+def test_squares_are_erased_after_crop_and_flip():
+    """Which are those without squares, where these are not."""
+    images = coded(64, channels=3)
+    plain, erased = (crop_flip(images, generator(3), padding=1, erase=side) for side in (0, 5))
+    changed = plain != erased
+    assert (erased[changed] == 0).all()
+    assert changed.flatten(1).any(1).all()
+
+
 def test_default_crop_flip_moves_by_four_and_flips():
     images = coded(300, height=9, width=9)
     found = explain_all(images, crop_flip(images, generator()), 4)
@@ -120,10 +151,12 @@ def test_small_batches(augment, batch):
     assert augment(coded(batch), generator()).shape == (batch, 1, SIDE, SIDE)
 
 
-@pytest.mark.parametrize(("shape", "padding"), [((3, 8, 8), 1), ((2, 3, 8, 8), -1)])
-def test_wrong_arguments_are_named(shape, padding):
-    with pytest.raises(ValueError, match=rf"{shape[0]}.*padding {padding}"):
-        crop_flip(torch.zeros(shape), generator(), padding)
+@pytest.mark.parametrize(
+    ("shape", "padding", "erase"), [((3, 8, 8), 1, 0), ((2, 3, 8, 8), -1, 0), ((2, 3, 8, 8), 0, -2)]
+)
+def test_wrong_arguments_are_named(shape, padding, erase):
+    with pytest.raises(ValueError, match=rf"{shape[0]}.*padding {padding} and erase {erase}"):
+        crop_flip(torch.zeros(shape), generator(), padding, erase=erase)
 
 
 # ---------------------------------------------------------------------------------- affine

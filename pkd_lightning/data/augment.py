@@ -10,8 +10,10 @@ ELASTIC_LENGTH = 1 / 7  # what noise is smoothed over, in image sides: 4 pixels 
 ELASTIC_NODES = 6  # points a side where noise is drawn: 1.4 such lengths apart, close enough for a smooth field
 
 
-def crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
-    """Crop each sample at random from its zero-padded self, and mirror half of them left to right.
+def crop_flip(
+    images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True, erase: int = 0
+) -> Tensor:
+    """Crop each sample at random from its zero-padded self, mirror half of them left to right, and erase a square.
 
     Args:
         images: (batch, channels, height, width), any dtype; left unchanged.
@@ -19,17 +21,19 @@ def crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4, flip
             draws the same augmentation whatever the device.
         padding: pixels of zeros added on each side; each sample moves by -padding..padding in each direction.
         flip: mirror each sample with probability 0.5.
+        erase: side of the square of zeros, in pixels, whose centre may be any pixel, so that some of it may lie outside
+            (cutout, arXiv 1708.04552); 0 for none.
 
     Returns:
-        A tensor like `images`, each sample with its own offset and flip.
+        A tensor like `images`, each sample with its own offset, flip and square.
 
     Raises:
-        ValueError: `images` is not 4-dimensional, or `padding` is negative.
+        ValueError: `images` is not 4-dimensional, or `padding` or `erase` is negative.
     """
-    if images.dim() != 4 or padding < 0:
+    if images.dim() != 4 or padding < 0 or erase < 0:
         raise ValueError(
-            "crop_flip needs images (batch, channels, height, width) and padding >= 0; "
-            f"got shape {tuple(images.shape)} and padding {padding}"
+            "crop_flip needs images (batch, channels, height, width), padding >= 0 and erase >= 0; "
+            f"got shape {tuple(images.shape)}, padding {padding} and erase {erase}"
         )
     batch, channels, height, width = images.shape
     if batch == 0:
@@ -42,11 +46,25 @@ def crop_flip(images: Tensor, generator: torch.Generator, padding: int = 4, flip
     lines = torch.arange(0, padded.numel(), line, device=images.device).view(batch, channels, -1)[:, :, :height]
     starts = lines + (rows * line + columns).to(images.device)[:, None, None]
     cropped = padded.flatten().unfold(0, width, 1).index_select(0, starts.flatten()).view(images.shape)
-    if not flip:
-        return cropped
-    mirrored = torch.rand(batch, generator=generator, device=generator.device).to(images.device) < 0.5
-    both = torch.cat([cropped, cropped.flip(3)])
-    return both.index_select(0, torch.arange(batch, device=images.device) + batch * mirrored)
+    if flip:
+        mirrored = torch.rand(batch, generator=generator, device=generator.device).to(images.device) < 0.5
+        both = torch.cat([cropped, cropped.flip(3)])
+        cropped = both.index_select(0, torch.arange(batch, device=images.device) + batch * mirrored)
+    if erase:
+        inside = [
+            _square(size, erase, torch.randint(size, (batch,), generator=generator, device=generator.device))
+            for size in (height, width)
+        ]
+        down, across = (one.to(images.device) for one in inside)
+        cropped.masked_fill_((down[:, :, None] & across[:, None, :])[:, None], 0)
+    return cropped
+
+
+def _square(size: int, side: int, centres: Tensor) -> Tensor:
+    """(batch, size) bool, which places along one direction lie in squares of that side around the centres (batch,)."""
+    first = centres[:, None] - side // 2
+    places = torch.arange(size, device=centres.device)
+    return (places >= first) & (places < first + side)
 
 
 def shift(images: Tensor, generator: torch.Generator, pixels: int = 2) -> Tensor:
