@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from experiments import tables
 from experiments.plan import load_study
 from experiments.study import collected
-from experiments.tables import PAPER, Results, chosen, of_teacher, per_round
+from experiments.tables import PUBLISHED, Results, chosen, of_teacher, per_round
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting import style
 from pkd_lightning.reporting.load import read_metrics
@@ -55,8 +55,8 @@ def errors(study: str, run: str, against_paper: bool = False) -> Figure:
         draw_errors(axes, seeds, "prefix_accuracy", "o-", style.BLUE, "first t together")
         draw_errors(axes, seeds, "accuracy", "s--", style.VERMILLION, "student t alone")
         if against_paper:
-            published = [100 - accuracy for accuracy in PAPER]
-            axes.plot(range(1, len(PAPER) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
+            published = [100 - accuracy for accuracy in PUBLISHED[seeds[0]["dataset"]].students]
+            axes.plot(range(1, len(published) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
         teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
         axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
         style.student_axis(axes, len(seeds[0]["rounds"]), "student t, or the first t")

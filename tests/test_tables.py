@@ -26,12 +26,13 @@ def result(run: str, seed: int, accuracies: list[float], **cost: int) -> dict[st
     ]  # fmt: skip
     return {
         "seed": seed,
+        "dataset": "mnist",
         "objective": run,
         "combine": "mean",
         "teacher": {"accuracy": 0.9 + 0.02 * seed, "nll": 0.1, **costs},
         "rounds": rounds,
         "ensemble": {"accuracy": accuracies[-1] + 0.01, "nll": 0.2, **costs},
-        "wall_seconds": {"teacher": 10.0, "rounds": [1.0, 2.0], "total": 14.0 + seed},
+        "wall_seconds": {"teacher": 10.0 + 0.01 * seed + 0.001 * len(run), "rounds": [1.0, 2.0], "total": 14.0 + seed},
         "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
         "study": {"run": run, "overrides": []},
     }
@@ -234,6 +235,16 @@ def test_time_is_that_of_all_seeds_and_cores(study):
     assert "| second | 2 | 10 | 3 | 2.00 | 2 |" in lines
     assert "| first | 2 | 10 | 3 | 0.01 | 1 |" in lines
     assert "| all | 4 | | | 2.01 | |" in lines
+
+
+def test_a_teacher_that_runs_share_is_counted_once(study):
+    """It was trained for 1,000 s by whichever came first, and everything else of the runs takes 8."""
+    for name in ("first-seed0", "first-seed1", "second-seed0", "second-seed1"):
+        with changed(study, name) as run:
+            run["wall_seconds"] |= {"teacher": 1000.0, "total": 1002.0}
+    lines = slot("time").splitlines()
+    assert "| first | 2 | 1,000 | 3 | 0.28 | 1 |" in lines
+    assert "| all | 4 | | | 0.28 | |" in lines
 
 
 def test_every_study_is_counted(study):
