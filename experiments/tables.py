@@ -112,9 +112,10 @@ def chosen(study: str, names: Sequence[str]) -> Runs:
 
 
 def every_study() -> Runs:
-    """By the name of the study, all its results."""
+    """By the name of the study, all its results; not a study without any."""
     folders = sorted(path.parent for path in (ROOT / "experiments").glob("*/study.yaml"))
-    return {folder.name: [run for seeds in load(folder).values() for run in seeds] for folder in folders}
+    studies = {folder.name: [run for seeds in load(folder).values() for run in seeds] for folder in folders}
+    return {name: runs for name, runs in studies.items() if runs}
 
 
 def only(runs: Runs) -> list[Results]:
