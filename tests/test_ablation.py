@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 
+from experiments.cifar10_ablation.mixers import Attention, Depthwise
+from experiments.cifar10_ablation.residual import ResidualNetwork
 from experiments.plan import load_study
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Cost, measure
-from pkd_lightning.models.classifier import Block, MambaClassifierConfig
+from pkd_lightning.models.classifier import Block, MambaClassifier, MambaClassifierConfig
 from pkd_lightning.models.ladder import Ladder
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +48,52 @@ def test_the_ablation_is_of_the_committed_ladder():
     for mamba, convolution in zip(costs(whole), costs(runs["anchored_convolutions"]), strict=True):
         assert convolution.params <= 1.04 * mamba.params
         assert convolution.macs_total <= mamba.macs_total
+
+
+def test_a_depthwise_mixer_is_mambas_block_without_its_scan():
+    torch.manual_seed(0)
+    mixer = Depthwise(3, (4, 6), kernel=5)
+    tokens = torch.randn(2, 24, 3)
+    x, z = (tokens @ mixer.in_proj.weight.T).chunk(2, -1)
+    planes = F.pad(x.transpose(1, 2).reshape(2, 6, 4, 6), (2, 2, 2, 2))
+    mixed = torch.zeros(2, 6, 4, 6)
+    for dy in range(5):
+        for dx in range(5):
+            mixed += mixer.conv.weight[:, 0, dy, dx, None, None] * planes[:, :, dy : dy + 4, dx : dx + 6]
+    mixed = (mixed + mixer.conv.bias[:, None, None]).flatten(2).transpose(1, 2)
+    expected = (mixed * mixed.sigmoid() * z * z.sigmoid()) @ mixer.out_proj.weight.T
+    torch.testing.assert_close(mixer(tokens), expected)
+
+
+def test_attention_is_that_of_each_head_after_its_convolution():
+    torch.manual_seed(0)
+    mixer = Attention(6, (2, 3), width=4)
+    assert mixer.heads == 2
+    tokens = torch.randn(2, 6, 6)
+    placed = tokens + mixer.conv(tokens.transpose(1, 2).reshape(2, 6, 2, 3)).flatten(2).transpose(1, 2)
+    q, k, v = (placed @ mixer.qkv.weight.T).chunk(3, -1)
+    heads = [torch.softmax(q[..., s : s + 4] @ k[..., s : s + 4].mT / 2, -1) @ v[..., s : s + 4] for s in (0, 4)]
+    torch.testing.assert_close(mixer(tokens), torch.cat(heads, -1) @ mixer.out_proj.weight.T)
+
+
+def test_the_cost_of_attention_is_that_of_its_products():
+    """Two products of the scores and values, and what the counter sees of the rest."""
+    model = MambaClassifier(
+        (1, 4, 4), 2, tokeniser="patches", patch_size=1, d_model=6, head="mean", norm="rms",
+        mixer="experiments.cifar10_ablation.mixers.Attention", mixer_options={"width": 4},
+    )  # fmt: skip
+    tokens = 16
+    inside = tokens * (6 * 24 + 8 * 6 + 9 * 6) + 2 * tokens * tokens * 8
+    outside = tokens * 6 + 6 * 2
+    assert measure(model, (1, 4, 4)).macs_total == inside + outside
+
+
+def test_a_residual_network_sees_the_whole_image_and_has_the_teachers_form():
+    network = ResidualNetwork((3, 32, 32), 10, width=4).eval()
+    images = torch.randn(2, 3, 32, 32, requires_grad=True)
+    logits = network(images)
+    assert logits.shape == (2, 10)
+    logits[0].sum().backward()
+    assert (images.grad[1] == 0).all()
+    assert (images.grad[0].abs().sum(0) > 0).float().mean() > 0.5
+    assert sum(p.numel() for p in ResidualNetwork((3, 32, 32), 10, width=64).parameters()) == 2_440_266
