@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from benchmarks.tables import DOCS, markdown
+from pkd_lightning.assembling import options
 from pkd_lightning.checks import build
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import total_macs
@@ -28,7 +29,6 @@ from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.earlier import following, reads
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.evaluate import ExitCurves, hardware, versions
-from pkd_lightning.experiment import options
 from pkd_lightning.finish import config_of
 from pkd_lightning.fitting import predict
 from pkd_lightning.prefixes import mix

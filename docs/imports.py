@@ -20,7 +20,7 @@ FLOORS = (
             "naming", "report", "pretrained", "export",
         ),
     ),
-    ("from a configuration to checked parts", ("experiment", "trial")),
+    ("from a configuration to checked parts", ("assembling", "experiment", "trial")),
     ("results, reports, run directories", ("evaluate", "growth", "reporting", "rundir")),
     ("rounds of boosting", ("boosting",)),
     (

@@ -191,7 +191,7 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> tuple[
         if checkpoint is not None and Path(checkpoint).expanduser().resolve() in coming:
             config.teacher.checkpoint = None
         if build:
-            from pkd_lightning.experiment import assemble  # here: its import takes seconds that nothing else needs
+            from pkd_lightning.assembling import assemble  # here: its import takes seconds that nothing else needs
 
             assemble(config)
     except ConfigError as error:

@@ -33,13 +33,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.checkpoint import atomic_write, write_json
 from pkd_lightning.checks import unknown_keys
 from pkd_lightning.cli import load_config, log_to_terminal
 from pkd_lightning.cost import Cost, measure
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import ConfigError, PKDError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.models.building import ImageShape
 from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig

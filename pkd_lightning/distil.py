@@ -9,13 +9,14 @@ import torch
 from omegaconf import DictConfig
 
 from pkd_lightning import ranks
+from pkd_lightning.assembling import assemble, open_tracker
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.partial import partial_results
 from pkd_lightning.boosting.peers import PeersLoop
 from pkd_lightning.checkpoint import write_json
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.evaluate import collect_results
-from pkd_lightning.experiment import TORCH_THREADS, Experiment, assemble, open_tracker
+from pkd_lightning.experiment import TORCH_THREADS, Experiment
 from pkd_lightning.fitting import Stage
 from pkd_lightning.growth import source_of
 from pkd_lightning.live import LivePage

@@ -94,7 +94,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def tell_agent(config: DictConfig, directory: RunDirectory) -> None:
     """Log a finished run: the agent of a W&B sweep waits for the figures of its run, whoever has trained it."""
-    from pkd_lightning.experiment import open_tracker  # torch, which a finished run needs for this alone
+    from pkd_lightning.assembling import open_tracker  # torch, which a finished run needs for this alone
 
     results = read_json(directory.results)
     with open_tracker(config, directory.path, Naming(config, results["dataset"])) as tracker:

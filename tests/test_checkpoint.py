@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pkd_lightning import teacher
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.checkpoint import HASH, append_line, content_hash, load_tensors, read_json, save_weights, write_json
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.reporting.load import read_metrics
 from pkd_lightning.rundir import RunDirectory
 from tests.support import ACCEPT, tiny_config, tiny_run

@@ -10,12 +10,12 @@ from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.cli import CONF, load_config, suggestions
 from pkd_lightning.composition import PARTS, SETTINGS, complete
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
 from pkd_lightning.rundir import plain_config, plain_hash
 from tests.support import ACCEPT, QUICK, TINY, tiny_config, tiny_run
@@ -456,7 +456,7 @@ def test_an_objective_without_options_need_not_be_a_dataclass() -> None:
         (["objective=published", "boosting.objective.gamma=0"], "boosting.objective.gamma=0: must be a number above 0"),
         (["objective=anchored", "+boosting.objective.gama=2"], "boosting.objective.gama: no such option."),
         (["boosting.objective=published", "boosting.weights=samples"], "boosting.weights='samples': must be none"),
-        (["boosting.combine=avg"], "boosting.combine: 'avg': must be one of learned, mean, sum, or an import path."),
+        (["boosting.combine=avg"], "boosting.combine: 'avg': must be one of held_out, learned, mean, sum, or an import path."),
         (["boosting.rounds=0", "boosting.objective=publishd"], "boosting.objective: 'publishd'"),
     ],
 )

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import BatchDataset, DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, DataError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import predict
 from pkd_lightning.run import run
 from pkd_lightning.rundir import RunDirectory

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
 from pkd_lightning import fit_checkpoint
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fit_checkpoint import FitCheckpoint, Saving, flat, remove_all
 from pkd_lightning.process import stop, stopped_by_signals
 from pkd_lightning.rundir import RunDirectory

@@ -15,11 +15,11 @@ from torch._dynamo.exc import TorchDynamoException
 
 from pkd_lightning import evaluate as evaluation
 from pkd_lightning import fitting
+from pkd_lightning.assembling import assemble
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cost import Cost
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fit_checkpoint import FitCheckpoint, Saving
 from pkd_lightning.fit_module import FitModule
 from pkd_lightning.fitting import FitTrainer, Stage, compile_errors, fit

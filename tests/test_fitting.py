@@ -19,6 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.combine import learned
 from pkd_lightning.boosting.objectives import Additive
 from pkd_lightning.boosting.options import BoostingConfig
@@ -27,7 +28,6 @@ from pkd_lightning.data import epochs
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import Batch, BatchDataset, DataConfig, DataModule
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fit_module import FitModule
 from pkd_lightning.fitting import Stage, fit, predict
 from pkd_lightning.progress import FitProgress

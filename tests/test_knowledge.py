@@ -11,10 +11,10 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 from pkd_lightning import fit_module
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting import student
 from pkd_lightning.cli import load_config
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.knowledge.attached import Knowledge, shares, try_losses
 from pkd_lightning.knowledge.fitnet import FitNet
 from pkd_lightning.knowledge.term import Pair, Term

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pkd_lightning import matrix, teacher
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
-from pkd_lightning.experiment import assemble
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.teacher import cached_logits
 from tests.support import ACCEPT, tiny_config, tiny_run

@@ -326,9 +326,9 @@ def test_a_run_with_all_its_matrices_in_files_is_the_same_run(tmp_path: Path, mo
 
 def test_residuals_follow_the_accepted_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """S in the checkpoint is the sum of eta * (f_t - g) over the students that were kept."""
+    from pkd_lightning.assembling import assemble
     from pkd_lightning.data.module import DataModule
     from pkd_lightning.ensemble import ProgressiveEnsemble
-    from pkd_lightning.experiment import assemble
     from pkd_lightning.fitting import predict
     from pkd_lightning.rundir import RunDirectory
     from tests.support import tiny_config

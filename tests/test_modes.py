@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.data.module import Batch, DataConfig, DataModule
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.schedules import cosine
 from pkd_lightning.teacher import TeacherModule

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.student import NoTeacher
 from pkd_lightning.boosting.weak_learner import faults_without_teacher
 from pkd_lightning.cli import load_config
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.loggers import summary_of
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.report import compare, write_report

@@ -28,7 +28,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from pkd_lightning import experiment
+from pkd_lightning import assembling
 from pkd_lightning import run as run_module
 from pkd_lightning.cli import CONF
 from pkd_lightning.errors import ConfigError, Pruned
@@ -704,10 +704,10 @@ def test_a_pruned_run_has_not_failed_to_its_tracker(tmp_path: Path, monkeypatch:
         def close(self, failed: bool) -> None:
             closed.append(failed)
 
-    monkeypatch.setattr(experiment, "_tracker", lambda config: Tracking)
+    monkeypatch.setattr(assembling, "_tracker", lambda config: Tracking)
     config = tiny_config(tmp_path)
     for error in (Pruned("after 1 of 3 rounds"), ZeroDivisionError()):
-        with pytest.raises(type(error)), experiment.open_tracker(config, tmp_path, Naming(config, "patterns")):
+        with pytest.raises(type(error)), assembling.open_tracker(config, tmp_path, Naming(config, "patterns")):
             raise error
     assert closed == [False, True]
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.peers import Mutual, One, PeerLoss, PeersModule, peer_loss_of, peer_rungs
@@ -17,7 +18,6 @@ from pkd_lightning.boosting.student import RoundTargets
 from pkd_lightning.data.module import Batch
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.losses import mutual_losses
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.rundir import RunDirectory

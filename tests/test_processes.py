@@ -231,7 +231,7 @@ def test_the_number_of_processes_does_not_change_the_run_directory(tmp_path: Pat
 
 
 def test_of_one_process_nothing_is_started_or_joined(tmp_path: Path) -> None:
-    from pkd_lightning.experiment import assemble
+    from pkd_lightning.assembling import assemble
 
     config = tiny_config(tmp_path)
     with together(config, assemble(config).trainer) as leave:

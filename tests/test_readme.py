@@ -12,8 +12,8 @@ from PIL import Image
 from benchmarks import tables as bench_tables
 from experiments.figures import FIGURES, digest
 from experiments.readme import documents, fill
+from pkd_lightning.assembling import assemble
 from pkd_lightning.cli import load_config
-from pkd_lightning.experiment import assemble
 from pkd_lightning.run import run
 from pkd_lightning.sweeps.space import Space
 from tests.support import TINY, tiny_run

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import measure, total_macs
 from pkd_lightning.earlier import following, outputs_for
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_student, load_students
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.export import FORMATS, export
 from pkd_lightning.export.facts import Job
 from pkd_lightning.fit_module import compiled

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.ensemble import ProgressiveEnsemble
-from pkd_lightning.experiment import assemble
 from tests.support import TINY, stopped_by, tiny_config, tiny_run
 from tests.test_process import LAUNCHERS
 

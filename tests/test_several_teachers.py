@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pkd_lightning import distil, teacher
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.student import StudentModule
@@ -18,7 +19,6 @@ from pkd_lightning.checkpoint import write_json
 from pkd_lightning.composition import complete, models_of, without_bars
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fit_module import FitModule
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.report import write_report

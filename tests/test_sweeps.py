@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from pkd_lightning import report
+from pkd_lightning.assembling import assemble
 from pkd_lightning.cli import CONF, log_to_terminal
 from pkd_lightning.composition import without_bars
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.reporting.grouping import grouped, short_keys
 from pkd_lightning.reporting.load import load_run
 from pkd_lightning.rundir import RunDirectory, held

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pkd_lightning import distil, teacher
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.student import StudentModule
 from pkd_lightning.cli import load_config
 from pkd_lightning.data.module import Batch, DataModule
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.run import run
 from pkd_lightning.rundir import RunDirectory

@@ -10,10 +10,10 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 
+from pkd_lightning.assembling import assemble, open_tracker
 from pkd_lightning.cli import load_config, suggestions
 from pkd_lightning.composition import complete
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble, open_tracker
 from pkd_lightning.loggers import About, Tracker
 from pkd_lightning.naming import Naming
 from pkd_lightning.rundir import RunDirectory, plain_config, plain_hash

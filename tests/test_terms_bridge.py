@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.knowledge.bridge import AttentionBridge, bridge_loss, similarities
 from pkd_lightning.knowledge.term import Pair
 from pkd_lightning.models.classifier import ORDERS

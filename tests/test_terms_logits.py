@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.knowledge.dist import DIST
 from pkd_lightning.knowledge.dkd import DKD, target_and_others
 from pkd_lightning.knowledge.standardised import Standardised

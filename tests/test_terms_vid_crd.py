@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkd_lightning import ranks
+from pkd_lightning.assembling import assemble
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.knowledge.attached import shares
 from pkd_lightning.knowledge.crd import CRD, Contrast, contrastive_loss
 from pkd_lightning.knowledge.term import FeatureTerm, Pair

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from pkd_lightning import wandb_tracker
+from pkd_lightning.assembling import assemble
 from pkd_lightning.cli import CONF, load_config
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.experiment import assemble
 from pkd_lightning.fitting import EpochLines
 from pkd_lightning.wandb_tracker import WandbTracker, figures_of, stage_name
 from tests.support import ACCEPT, tiny_run

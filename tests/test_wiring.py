@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pkd_lightning import evaluate as evaluation
 from pkd_lightning import schedules
 from pkd_lightning import teacher as teacher_of
+from pkd_lightning.assembling import assemble, open_tracker
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.boosting import loop as boosting_loop
 from pkd_lightning.boosting import round as boosting_round
@@ -33,7 +34,6 @@ from pkd_lightning.cost import Latency
 from pkd_lightning.data.module import Batch, DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.experiment import assemble, open_tracker
 from pkd_lightning.fitting import FitResult, Stage, predict
 from pkd_lightning.metrics import calibration_error, quality
 from pkd_lightning.models.ladder import Ladder
