@@ -456,7 +456,10 @@ def test_an_objective_without_options_need_not_be_a_dataclass() -> None:
         (["objective=published", "boosting.objective.gamma=0"], "boosting.objective.gamma=0: must be a number above 0"),
         (["objective=anchored", "+boosting.objective.gama=2"], "boosting.objective.gama: no such option."),
         (["boosting.objective=published", "boosting.weights=samples"], "boosting.weights='samples': must be none"),
-        (["boosting.combine=avg"], "boosting.combine: 'avg': must be one of held_out, learned, mean, sum, or an import path."),
+        (
+            ["boosting.combine=avg"],
+            "boosting.combine: 'avg': must be one of held_out, learned, mean, sum, or an import path.",
+        ),
         (["boosting.rounds=0", "boosting.objective=publishd"], "boosting.objective: 'publishd'"),
     ],
 )

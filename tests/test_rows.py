@@ -1,0 +1,31 @@
+"""The rows of Mamba-PKD's Table 2, by arithmetic."""
+
+import pytest
+
+from experiments.cifar10_paper import rows
+from pkd_lightning.cost import measure
+from pkd_lightning.models.classifier import MambaClassifier
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        ((1, 28, 28), {"seq_len": 196, "n_blocks": 4, "d_state": 64, "d_state_step": 2}),
+        ((3, 32, 32), {"seq_len": 192, "n_blocks": 3, "d_state": 16, "expand": 4, "d_model": 2, "dt_rank": 3}),
+    ],
+)
+def test_the_arithmetic_of_the_rows_is_that_of_models(image: tuple[int, ...], options: dict[str, int]) -> None:
+    model = MambaClassifier(image, 10, **{"dt_rank": 1, "pixel_channels": "all", **options})
+    cost, config = measure(model, image), model.config
+    known = config.seq_len, config.expand, config.d_model
+    assert rows.parameters(config.n_blocks, config.d_state, *known, config.dt_rank, config.d_state_step) == cost.params
+    assert rows.flops(config.n_blocks, *known) == cost.flops_published
+
+
+def test_the_teacher_of_table_2_is_one_architecture_and_its_students_are_none() -> None:
+    assert rows.architectures(rows.TEACHER) == [(3072, 4, 1, 6, 2)]
+    assert [rows.architectures(row) for row in rows.STUDENTS] == [[]] * 7
+    assert [rows.tokens_by_flops(row) for row in rows.STUDENTS] == [{}] * 7
+    found = rows.tokens_by_parameters(rows.STUDENTS[4])
+    assert found == {(2, 1, 5, 0): 125}
+    assert rows.parameters(48, 256, 125, 2, 1, 5, 0) == 76_908
