@@ -13,6 +13,7 @@ import yaml
 
 from experiments.plan import load_study
 from experiments.study import collected
+from pkd_lightning.boosting.peers import STAGE as PEERS
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting.load import COST_KEYS, read_metrics
 from pkd_lightning.reporting.values import condition_counts, prefix_cost
@@ -434,9 +435,13 @@ def epochs_of(results: Results) -> list[dict[str, Any]]:
     return [row for row in results["metrics"] if (row["stage"], row["attempt"]) == (stage, attempt)]
 
 
-def fastest_epoch(runs: list[Results]) -> float:
-    """Seconds of the fastest epoch of the last round, of all seeds: what other work on the machine lengthens least."""
-    return min(row["seconds"] for run in runs for row in epochs_of(run))
+def fastest_epochs(runs: list[Results]) -> float:
+    """Seconds of the fastest epoch of every fit of students, of all seeds: what other work lengthens least."""
+    fits: dict[str, list[float]] = {}
+    for row in (row for run in runs for row in run["metrics"]):
+        if row["stage"] == PEERS or row["stage"].startswith("round-"):
+            fits.setdefault(row["stage"], []).append(row["seconds"])
+    return sum(map(min, fits.values()))
 
 
 def share_of_terms(results: Results) -> float:
@@ -485,12 +490,39 @@ def last_epochs(runs: Runs) -> str:
                 percent([course[-1] for course in courses]),
                 percent([max(course) for course in courses]),
                 f"{statistics.mean(shares):.2f}" if any(shares) else "",
-                f"{fastest_epoch(seeds):.1f}",
+                f"{fastest_epochs(seeds):.1f}",
             ]
         )
     head = ["run", "seeds", "last epoch, test", f"against {first}", "seed by seed", "last epoch, validation"]
     head += ["best epoch, validation", "terms' share of the gradient", "fastest epoch (s)"]
     return table(head, rows)
+
+
+def ladders(runs: Runs) -> str:
+    """A row a run: its students alone, all together, and seed by seed against the first run that is named."""
+    rows = []
+    first, reference = next(iter(runs.items()))
+    base = {run["seed"]: run["ensemble"]["accuracy"] for run in reference}
+    count = len(reference[0]["rounds"])
+    for name, seeds in runs.items():
+        gains = [run["ensemble"]["accuracy"] - base[run["seed"]] for run in seeds if run["seed"] in base]
+        gains = [] if name == first else gains
+        rows.append(
+            [
+                name,
+                len(seeds),
+                *(percent(values) for values in per_round(seeds, "accuracy")),
+                percent([run["ensemble"]["accuracy"] for run in seeds]),
+                percent(gains, 2, "+") if gains else "",
+                " ".join(f"{100 * gain:+.1f}" for gain in gains),
+                f"{seeds[0]['ensemble']['params']:,}",
+                f"{seeds[0]['ensemble']['macs_total']:,}",
+                f"{fastest_epochs(seeds):.1f}",
+            ]
+        )
+    alone = [f"{t + 1} alone" for t in range(count)]
+    head = ["run", "seeds", *alone, "all together", f"against {first}", "seed by seed", "parameters", "total MACs"]
+    return table([*head, "fastest epochs (s)"], rows)
 
 
 def time(runs: Runs) -> str:
@@ -538,6 +570,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
         ablation,
         weights,
         last_epochs,
+        ladders,
         time,
         hours,
     )

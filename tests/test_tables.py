@@ -368,14 +368,38 @@ def test_the_last_epoch_stands_beside_the_best_one(study):
     for seed, accuracy in ((0, 0.52), (1, 0.49)):
         with changed(study, f"second-seed{seed}") as run:
             run["rounds"][0]["accuracy"] = accuracy
-    row = "| second | 2 | 50.5 ± 2.1 | | | 40.0 ± 14.1 | 55.0 ± 7.1 | 0.60 | 2.0 |"
+    row = "| second | 2 | 50.5 ± 2.1 | | | 40.0 ± 14.1 | 55.0 ± 7.1 | 0.60 | 0.1 |"
     assert row in slot("last_epochs", " second").splitlines()
     text = STUDY.replace("first: {}", "first: {keep: [metrics]}").replace("second: {}", "second: {keep: [metrics]}")
     with_epochs(study, "first", [[0.5], [0.5]])
     (study / "study.yaml").write_text(text)
     lines = slot("last_epochs", " first second").splitlines()
-    assert "| first | 2 | 80.0 ± 14.1 | | | 50.0 ± 0.0 | 50.0 ± 0.0 | | 2.0 |" in lines
-    assert "| second | 2 | 50.5 ± 2.1 | -29.50 ± 16.26 | -18.0 -41.0 | 40.0 ± 14.1 | 55.0 ± 7.1 | 0.60 | 2.0 |" in lines
+    assert "| first | 2 | 80.0 ± 14.1 | | | 50.0 ± 0.0 | 50.0 ± 0.0 | | 0.1 |" in lines
+    assert "| second | 2 | 50.5 ± 2.1 | -29.50 ± 16.26 | -18.0 -41.0 | 40.0 ± 14.1 | 55.0 ± 7.1 | 0.60 | 0.1 |" in lines
+
+
+def test_ladders_are_compared_seed_by_seed_and_by_the_fastest_epoch_of_each_fit(study):
+    text = STUDY.replace("first: {}", "first: {keep: [metrics]}").replace("second: {}", "second: {keep: [metrics]}")
+    for seed, accuracies in ((0, [0.5, 0.64]), (1, [0.7, 0.93])):
+        path = study / "results" / f"second-seed{seed}.json"
+        path.write_text(json.dumps(result("second", seed, accuracies)))
+    stages = {"first": ("round-00", "round-01", "teacher"), "second": ("peers",)}
+    for run, names in stages.items():
+        for seed in (0, 1):
+            kept = study / "kept" / f"{run}-seed{seed}"
+            kept.mkdir(parents=True)
+            rows = [
+                {"stage": stage, "attempt": 0, "epoch": epoch, "seconds": 10.0 * place + epoch - seed + 4}
+                for place, stage in enumerate(names)
+                for epoch in (0, 1)
+            ]
+            (kept / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (study / "study.yaml").write_text(text)
+    lines = slot("ladders", " first second").splitlines()
+    first = "| first | 2 | 70.0 ± 14.1 | 80.0 ± 14.1 | 81.0 ± 14.1 | | | 100 | 5,000 | 16.0 |"
+    assert first in lines
+    second = "| second | 2 | 60.0 ± 14.1 | 78.5 ± 20.5 | 79.5 ± 20.5 | -1.50 ± 6.36 | -6.0 +3.0 | 100 | 5,000 | 3.0 |"
+    assert second in lines
 
 
 def test_weights_of_terms_stand_side_by_side_by_factor(study):
