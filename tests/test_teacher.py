@@ -147,13 +147,15 @@ def test_a_teacher_asked_in_the_step_sees_what_the_student_sees(
 
     def watched(self: StudentModule, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         model = whose[0].model
-        given = self.targets.teacher.outputs(batch.index, batch.inputs).logits
+        asked = self.targets.teacher if self.training else self.targets.known
+        given = asked.outputs(batch.index, batch.inputs).logits
         assert not given.requires_grad
         if self.training:  # of augmented images
             seen.append(bool(torch.allclose(given, model(batch.inputs), atol=1e-5)))
             assert torch.equal(given, whose[0].logits[batch.index]) is not online
         else:
             torch.testing.assert_close(given, model(batch.inputs), rtol=1e-4, atol=1e-4)
+            assert torch.equal(given, whose[0].logits[batch.index])
         return losses(self, batch)
 
     whose: list[teacher.Teacher] = []
@@ -162,6 +164,29 @@ def test_a_teacher_asked_in_the_step_sees_what_the_student_sees(
     monkeypatch.setattr(StudentModule, "losses", watched)
     tiny_run(tmp_path, SHIFTED, f"teacher.online={str(online).lower()}", "boosting.rounds=2", ACCEPT)
     assert set(seen) == {online}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("boosting.rounds=2", ACCEPT), ("boosting=mutual", "boosting.rounds=2", "boosting.alpha=0.5"),
+        ("boosting.rounds=1", "+teacher.assistants.middle.model=${teacher.model}"),
+    ],
+)  # fmt: skip
+def test_an_online_teacher_is_not_asked_for_validation_rows(
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the same in every epoch, so its logits of them are known."""
+    rows: list[int] = []
+    outputs = teacher.OnlineTeacher.outputs
+
+    def counted(self: teacher.OnlineTeacher, index: torch.Tensor, inputs: torch.Tensor) -> Any:
+        rows.extend(index.tolist())
+        return outputs(self, index, inputs)
+
+    monkeypatch.setattr(teacher.OnlineTeacher, "outputs", counted)
+    results = tiny_run(tmp_path, SHIFTED, "teacher.online=true", *flags)
+    assert set(rows) == set(range(results["sizes"]["train"]))
 
 
 def test_without_augmentation_it_makes_no_difference_when_a_teacher_is_asked(tmp_path: Path) -> None:

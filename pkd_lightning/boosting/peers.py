@@ -176,13 +176,10 @@ class PeersModule(FitModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, and the mean of the peers' logits."""
-        logits, labels = self(batch.inputs).logits, batch.labels
+        logits, labels, targets = self(batch.inputs).logits, batch.labels, self._targets[0]
+        asked = targets.teacher if self.training else targets.known
         # with alpha = 1 a teacher is not read, so an online one need not be asked
-        teacher = (
-            logits.new_empty(0)
-            if self.alpha == 1
-            else self._targets[0].teacher.outputs(batch.index, batch.inputs).logits
-        )
+        teacher = logits.new_empty(0) if self.alpha == 1 else asked.outputs(batch.index, batch.inputs).logits
         alone = [distillation_loss(own, teacher, labels, self.alpha, self.temperature) for own in logits]
         from_others, shared = self.peer_loss(logits, labels)
         each = torch.stack(alone) + from_others

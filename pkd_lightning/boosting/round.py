@@ -97,11 +97,12 @@ class Round:
         state, informed = self.state, None
         if knowledge is not None and self.teacher is not None:
             informed = self.teacher.asked([*features, *knowledge.teacher_features])
+        known = self.teacher.known(features) if self.teacher is not None and self.teacher.online else None
         return RoundTargets(
             NoTeacher() if self.teacher is None else self.teacher.asked(features), state.ensemble_logits,
             state.indicator(self.directory), max(state.bound, 1e-3), state.round,
             state.sample_weights() if self.config.weights == "samples" and self.later else None,
-            students, informed,
+            students, informed, known,
         )  # fmt: skip
 
     def edges(self, logits: Tensor, clipped: bool = True) -> Tensor | None:

@@ -35,6 +35,7 @@ class RoundTargets(nn.Module):
     Args:
         teacher: gives its logits g, and its features where the objective needs them.
         informed: the teacher with the features that terms of knowledge need, too; asked for training rows alone.
+        known: the teacher as it is asked for validation rows; None where it is the same.
         ensemble: (N, L) logits F_{t-1}.
         indicator: (N, L) bool, 1[K+ > K-].
         bound: B.
@@ -57,11 +58,12 @@ class RoundTargets(nn.Module):
         weight: Tensor | None = None,
         students: Sequence[nn.Module] = (),
         informed: CachedTeacher | OnlineTeacher | None = None,
+        known: CachedTeacher | None = None,
     ) -> None:
         super().__init__()
         self.students = tuple(students)  # in a tuple: they are no part of the candidate
         # buffers, to be moved to the student's device at once
-        self.teacher, self.informed = teacher, informed or teacher
+        self.teacher, self.informed, self.known = teacher, informed or teacher, known or teacher
         for name, value in (("ensemble", ensemble), ("indicator", indicator), ("weight", weight)):
             self.register_buffer(name, value, persistent=False)
         self.bound, self.round = bound, round_
@@ -149,7 +151,7 @@ class StudentModule(FitModule):
         """The round's loss, and the logits of the ensemble with the student."""
         index, targets = batch.index, self.targets
         knowledge = self.knowledge if self.training else None
-        asked = targets.teacher if knowledge is None else targets.informed
+        asked = targets.known if not self.training else targets.teacher if knowledge is None else targets.informed
         student, teacher = self(batch.inputs), asked.outputs(index, batch.inputs)
         ensemble = mix(targets.ensemble[index], student.logits, self._scales())
         view = RoundBatch(

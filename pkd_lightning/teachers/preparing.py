@@ -198,16 +198,19 @@ class AssistantModule(FitModule):
 
     def __init__(self, model: nn.Module, trainer: TrainerConfig, config: AssistantConfig, teacher: Teacher) -> None:
         super().__init__(model, trainer)
-        self.config, self.lesson = config, Lesson(teacher.asked())
+        asked = teacher.asked()
+        self.config, self.lesson = config, Lesson(asked, teacher.known() if teacher.online else asked)
 
     def on_fit_start(self) -> None:
         """Move the teacher's logits to where the assistant is."""
         self.lesson.teacher.to(self.device)
+        self.lesson.known.to(self.device)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The distillation loss, and the logits."""
         logits = self(batch.inputs).logits
-        taught = self.lesson.teacher.outputs(batch.index, batch.inputs).logits
+        asked = self.lesson.teacher if self.training else self.lesson.known
+        taught = asked.outputs(batch.index, batch.inputs).logits
         config = self.config
         return distillation_loss(logits, taught, batch.labels, config.alpha, config.temperature), logits
 
@@ -217,6 +220,7 @@ class Lesson:
     """Holds a teacher as no part of the module that is trained, saved or averaged."""
 
     teacher: CachedTeacher | OnlineTeacher
+    known: CachedTeacher | OnlineTeacher  # for validation rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Lesson":
         """Itself: a callback that averages weights copies the whole module."""
