@@ -58,6 +58,7 @@ class Taps:
             path: None if places is None else places(name) for path, name in names.items()
         }
         self._found: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "Taps":
@@ -78,6 +79,8 @@ class Taps:
 
         def take(module: nn.Module, inputs: Any, output: Any) -> None:
             self._found[path] = output if back is None else output.index_select(1, back.to(output.device))
+            if back is None and isinstance(output, Tensor) and not output.is_inference():
+                self._versions[path] = output._version
 
         return take
 
@@ -85,14 +88,18 @@ class Taps:
         """What `forward`, which calls the model once, gives, with the features that were taken on the way.
 
         Raises:
-            ConfigError: where a module was not called, or gave no tensor.
+            ConfigError: where a module was not called, gave no tensor, or one that a later operation has changed.
         """
-        self._found = {}
+        self._found, self._versions = {}, {}
         logits, features = output_of(forward(inputs))
         for path in self.modules:
             if not isinstance(self._found.get(path), Tensor):
                 gave = f"gave a {type(self._found[path]).__name__}" if path in self._found else "was not called"
                 raise ConfigError([f"{path!r}: this module {gave}, so there is no feature of that name"])
+            if path in self._versions and self._found[path]._version != self._versions[path]:
+                raise ConfigError(
+                    [f"{path!r}: what this module gives is changed in place by what follows; name the module after it"]
+                )
         return Output(logits, {**features, **self._found}) if self.modules else Output(logits, features)
 
 

@@ -84,7 +84,10 @@ def test_a_term_of_all_blocks_fits_models_of_any_number_of_them() -> None:
     listed = FeatureTerm(student="blocks.*", teacher=["tokens", "blocks.0", "blocks.-1"])
     assert listed.for_models(model_of(n_blocks=3), model_of()).teacher_features == ("tokens", "blocks.0", "blocks.-1")
     plain = FeatureTerm(student="blocks.-1", teacher="blocks.0")
-    assert plain.for_models(model_of(), model_of()) is plain
+    found = plain.for_models(model_of(), model_of())
+    assert (found.student_features, found.teacher_features) == (("blocks.-1",), ("blocks.0",))
+    assert found.grids == [((3, 2), (3, 2))]
+    assert plain.for_models(model_of(), None) is plain
     with pytest.raises(ConfigError) as error:
         FeatureTerm(student="bloks.*", teacher="head.*").for_models(model_of(), model_of())
     assert [fault.split(": no module")[0] for fault in error.value.faults] == [
@@ -147,6 +150,22 @@ def fused(model: MambaClassifier, path: str) -> tuple[int, int]:
         )
         tapped(model, path)
     return sum(bool(around) for around in calls), sum(not around for around in calls)
+
+
+@pytest.mark.parametrize("path", ["0", "1"])
+def test_what_a_later_module_changes_in_place_is_refused(path: str) -> None:
+    """It would be the later module's tensor by the time it is read."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    with Taps(model, [path]) as taps:
+        if path == "1":
+            assert (taps.call(model, torch.randn(3, 4)).features["1"] >= 0).all()
+        else:
+            with pytest.raises(ConfigError, match="'0': what this module gives is changed in place"):
+                taps.call(model, torch.randn(3, 4))
+            model[1] = nn.ReLU()
+            assert (taps.call(model, torch.randn(30, 4)).features["0"] < 0).any()
+    with torch.inference_mode(), Taps(model, [path]) as taps:
+        assert taps.call(model, torch.randn(3, 4)).features[path].shape == (3, 4)
 
 
 def test_what_is_tapped_is_called() -> None:
