@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,13 @@ from pkd_lightning.boosting import student
 from pkd_lightning.cli import load_config
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.knowledge.attached import Knowledge, shares, try_losses
+from pkd_lightning.knowledge.attention_transfer import AttentionTransfer
 from pkd_lightning.knowledge.fitnet import FitNet
+from pkd_lightning.knowledge.mixers import Mixers
 from pkd_lightning.knowledge.term import Pair, Term
-from pkd_lightning.knowledge.tokens import as_tokens, resized
+from pkd_lightning.knowledge.tokens import as_planes, as_tokens, grid_of, resized
+from pkd_lightning.knowledge.vid import VID
+from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.outputs import Output, Taps
 from pkd_lightning.rundir import RunDirectory, plain_config, plain_hash
 from tests.support import ACCEPT, TINY, patterns, tiny_config, tiny_run
@@ -80,18 +85,77 @@ def test_planes_vectors_and_tokens_are_tokens() -> None:
 @pytest.mark.parametrize(("positions", "length"), [(16, 4), (4, 16), (6, 3), (3, 6), (16, 8), (5, 5)])
 def test_tokens_are_interpolated(positions: int, length: int) -> None:
     constant = torch.full((2, positions, 3), 1.5)
-    torch.testing.assert_close(resized(constant, length), torch.full((2, length, 3), 1.5))
+    other = torch.zeros(1, length, 7)
+    torch.testing.assert_close(resized(constant, other), torch.full((2, length, 3), 1.5))
     tokens = torch.randn(2, positions, 3)
     if length < positions:  # averages of equal parts keep the mean
-        torch.testing.assert_close(resized(tokens, length).mean(1), tokens.mean(1))
+        torch.testing.assert_close(resized(tokens, other).mean(1), tokens.mean(1))
 
 
 def test_rasters_are_interpolated_as_rasters() -> None:
     rows = torch.arange(4.0).repeat_interleave(4)  # of each position its row
-    smaller = resized(rows.view(1, 16, 1), 4)
+    smaller = resized(rows.view(1, 16, 1), torch.zeros(1, 4, 1))
     assert smaller.flatten().tolist() == [0.5, 0.5, 2.5, 2.5]
-    larger = resized(torch.tensor([0.0, 0, 1, 1]).view(1, 4, 1), 16).view(4, 4)
+    larger = resized(torch.tensor([0.0, 0, 1, 1]).view(1, 4, 1), torch.zeros(1, 16, 1)).view(4, 4)
     assert torch.equal(larger, larger[:, :1].expand(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [((4, 16), (2, 8)), ((1, 64), (1, 16)), ((2, 8), (4, 16)), ((2, 9), (4, 3)), ((3, 3), (1, 1))]
+)
+def test_features_of_known_rasters_are_resized_as_such(given: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Side by side: averaged where it shrinks, interpolated where it grows."""
+    planes, other = torch.randn(2, 3, *given), torch.zeros(2, 5, *wanted)
+    expected = planes
+    fewer = min(given[0], wanted[0]), min(given[1], wanted[1])
+    if fewer != given:
+        expected = torch.nn.functional.adaptive_avg_pool2d(expected, fewer)
+    if fewer != wanted:
+        expected = torch.nn.functional.interpolate(expected, wanted, mode="bilinear")
+    torch.testing.assert_close(resized(planes, other), as_tokens(expected))
+
+
+def test_a_signal_is_no_square() -> None:
+    """64 steps of a signal, and 16: each is the mean of four that follow one another."""
+    steps = torch.arange(64.0).view(1, 64, 1)
+    shorter = resized(as_planes(steps, (1, 64)), as_planes(torch.zeros(1, 16, 1), (1, 16)))
+    assert shorter.flatten().tolist() == [1.5 + 4 * i for i in range(16)]
+    assert as_planes(steps, (1, 32)) is steps  # of another number
+    assert as_planes(steps, None) is steps
+    mixed = resized(as_planes(steps, (1, 64)), torch.zeros(1, 16, 1))  # the other does not say that it is a signal
+    assert torch.equal(mixed, shorter)
+
+
+@pytest.mark.parametrize(
+    ("path", "grid"), [("blocks.0", (4, 4)), ("blocks.0.mixer", (4, 4)), ("tokens", (4, 4)), ("", (4, 4))]
+)
+def test_a_model_says_how_its_tokens_lie(path: str, grid: tuple[int, int]) -> None:
+    model = MambaClassifier((1, 8, 8), 3, tokeniser="patches", patch_size=2, d_model=4, norm="rms", head="mean")
+    assert grid_of(model, path) == grid
+    both = torch.nn.ModuleDict({"one": model, "other": torch.nn.Linear(2, 2)})
+    assert grid_of(both, f"one.{path}".rstrip(".")) == grid
+    assert grid_of(both, "other") is None
+
+
+@pytest.mark.parametrize("term", [FitNet, VID, AttentionTransfer, Mixers])
+def test_terms_compare_features_as_the_models_rasters_lie(term: Any) -> None:
+    """A student of 4x16 tokens, and a teacher of 2x8: not the 8x8 and 4x4 that their numbers could be."""
+    models = [
+        MambaClassifier((1, 8, 32), 3, tokeniser="patches", patch_size=size, d_model=4, norm="rms", head="mean")
+        for size in (2, 4)
+    ]
+    found = term(student="blocks.0", teacher="blocks.-1").for_models(*models)
+    assert found.grids == [((4, 16), (2, 8))]
+    outputs = []
+    for model in models:
+        with Taps(model, ["blocks.0", "blocks.-1"]) as taps:
+            outputs.append(taps.call(model, torch.randn(2, 1, 8, 32)))
+    seen = Pair(*outputs, torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    ((own, its),) = found.taken(seen)
+    assert own.shape == (2, 4, 4, 16)
+    assert its.shape == (2, 4, 2, 8)
+    assert torch.equal(as_tokens(own), outputs[0].features["blocks.0"])
+    assert found.loss(seen, found.parts(seen, 2)).isfinite()
 
 
 # ---------------------------------------------------------------------------------- a term
@@ -125,7 +189,7 @@ def test_hints_are_zero_where_the_regressor_gives_the_teachers_features() -> Non
     term, seen = FitNet(student="at", teacher="at"), pair(torch.randn(4, 9, 3), torch.randn(4, 16, 5))
     parts = term.parts(seen, 4)
     assert term.loss(seen, parts) > 0
-    regressed = resized(parts[0](seen.student.features["at"]), 16)  # type: ignore[index]
+    regressed = resized(parts[0](seen.student.features["at"]), torch.zeros(1, 16, 1))  # type: ignore[index]
     torch.testing.assert_close(term.loss(pair(seen.student.features["at"], regressed), parts), torch.tensor(0.0))
     torch.testing.assert_close(
         term.loss(seen, parts), (regressed - seen.teacher.features["at"]).square().mean(), rtol=1e-6, atol=0

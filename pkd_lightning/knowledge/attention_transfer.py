@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.knowledge.term import FeatureTerm
-from pkd_lightning.knowledge.tokens import as_tokens, resized
+from pkd_lightning.knowledge.tokens import as_tokens, mapped, resized
 from pkd_lightning.knowledge.vectors import precise, unit
 
 
@@ -43,7 +43,7 @@ class AttentionTransfer(FeatureTerm):
 
     def between(self, student: Tensor, teacher: Tensor, part: nn.Module) -> Tensor:
         """`attention_loss` of the maps, at the smaller one's size."""
-        maps = [attention(as_tokens(feature)) for feature in (student, teacher)]
-        length = min(map_.shape[1] for map_ in maps)
-        own, its = (resized(map_.unsqueeze(2), length).squeeze(2) for map_ in maps)
+        maps = [mapped(lambda tokens: attention(tokens).unsqueeze(2), feature) for feature in (student, teacher)]
+        fewest = min(maps, key=lambda map_: as_tokens(map_).shape[1])
+        own, its = (resized(map_, fewest).squeeze(2) for map_ in maps)
         return attention_loss(own, its)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pkd_lightning.checks import Faults
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.knowledge.term import FeatureTerm, Pair, by_depth, listed, path_faults
-from pkd_lightning.knowledge.tokens import as_tokens, resized
+from pkd_lightning.knowledge.tokens import Grid, as_planes, as_tokens, grid_of, resized
 from pkd_lightning.outputs import Taps, paths_of
 
 EPS = 1e-6  # norm of a row of similarities below which its direction counts less, and has no steep gradient
@@ -67,6 +67,7 @@ class Link(NamedTuple):
         key: of what gives k; None where the same module does.
         dt_rank: channels of x_proj before those of B and C.
         read: (L,) where in the raster the tokens lie that it reads one after another; None where in order.
+        grids: rasters of the student's and of the teacher's tokens, where the models tell.
     """
 
     student: str
@@ -74,6 +75,7 @@ class Link(NamedTuple):
     key: str | None
     dt_rank: int
     read: Tensor | None
+    grids: tuple[Grid | None, Grid | None] = (None, None)
 
     def seen(self, length: int, device: torch.device) -> Tensor:
         """(L, L), for tokens of the raster: itself and what the student has read before."""
@@ -138,7 +140,14 @@ class AttentionBridge(FeatureTerm):
             raise ConfigError(faults)
         read = Taps(student, own).read
         links = [
-            Link(own[i], queries[j], keys[j] if keys else None, ranks[own[i]] or 0, read[own[i]])
+            Link(
+                own[i],
+                queries[j],
+                keys[j] if keys else None,
+                ranks[own[i]] or 0,
+                read[own[i]],
+                (grid_of(student, own[i]), grid_of(teacher, queries[j])),
+            )
             for i, j in by_depth(len(own), len(queries))
         ]
         given = [link.key for link in links if link.key is not None]
@@ -190,7 +199,8 @@ class AttentionBridge(FeatureTerm):
             query, key, _ = query.chunk(3, dim=-1)
         else:
             key = as_tokens(pair.teacher.features[link.key])
-        query, key = (resized(tokens[:, self.skip :], length) for tokens in (query, key))
+        wanted = as_planes(own, link.grids[0])
+        query, key = (resized(as_planes(tokens[:, self.skip :], link.grids[1]), wanted) for tokens in (query, key))
         seen = link.seen(length, own.device)
         return bridge_loss(C, B, query, key, seen if self.causal else torch.ones_like(seen))
 

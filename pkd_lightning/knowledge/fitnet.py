@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkd_lightning.knowledge.term import FeatureTerm
-from pkd_lightning.knowledge.tokens import as_tokens, resized
+from pkd_lightning.knowledge.tokens import as_tokens, mapped, resized
 
 
 def hint_loss(regressed: Tensor, teacher: Tensor) -> Tensor:
@@ -32,5 +32,4 @@ class FitNet(FeatureTerm):
 
     def between(self, student: Tensor, teacher: Tensor, part: nn.Module) -> Tensor:
         """`hint_loss` of the regressed and resized tokens."""
-        hint = as_tokens(teacher)
-        return hint_loss(resized(part(as_tokens(student)), hint.shape[1]), hint)
+        return hint_loss(resized(mapped(part, student), teacher), as_tokens(teacher))

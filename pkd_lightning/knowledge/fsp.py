@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.checks import Faults
 from pkd_lightning.knowledge.term import FeatureTerm, Pair
-from pkd_lightning.knowledge.tokens import as_tokens, resized
+from pkd_lightning.knowledge.tokens import as_tokens, mapped, resized
 from pkd_lightning.knowledge.vectors import precise
 
 
@@ -17,16 +17,17 @@ def flow(first: Tensor, last: Tensor) -> Tensor:
     """G_ij = mean over positions of f_i * g_j (equation 1).
 
     Args:
-        first: (batch, positions, m) tokens f of a layer.
-        last: (batch, positions, n) tokens g of a later one. Of other positions, the more are interpolated to the fewer.
+        first: tokens (batch, positions, m) or planes f of a layer.
+        last: tokens (batch, positions, n) or planes g of a later one. Of other positions, the more are brought to the
+            fewer.
 
     Returns:
         (batch, m, n).
     """
-    positions = min(first.shape[1], last.shape[1])
-    f, g = (precise(resized(tokens, positions)) for tokens in (first, last))
+    fewest = min((first, last), key=lambda feature: as_tokens(feature).shape[1])
+    f, g = (precise(resized(feature, fewest)) for feature in (first, last))
     with torch.autocast(f.device.type, enabled=False):
-        return f.transpose(1, 2) @ g / positions
+        return f.transpose(1, 2) @ g / f.shape[1]
 
 
 def flow_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class FSP(FeatureTerm):
 
     def _faults(self) -> Faults:
         faults = super()._faults()
-        if not faults.found and len(self.student_features) < 2:
+        if not faults.found and not self._by_depth and len(self.student_features) < 2:
             faults.found.append(f"student={self.student!r}: a flow is from one module to another; needs two or more")
         return faults
 
@@ -62,9 +63,9 @@ class FSP(FeatureTerm):
         """The mean of `flow_loss` over the flows."""
         assert isinstance(parts, nn.ModuleList)
         taken = zip(self.taken(pair), parts, strict=True)
-        tokens = [(part(as_tokens(own)), as_tokens(its)) for (own, its), part in taken]
+        features = [(mapped(part, own), its) for (own, its), part in taken]
         losses = [
             flow_loss(flow(first, last), flow(its_first, its_last))
-            for (first, its_first), (last, its_last) in pairwise(tokens)
+            for (first, its_first), (last, its_last) in pairwise(features)
         ]
         return sum(losses[1:], losses[0]) / len(losses)

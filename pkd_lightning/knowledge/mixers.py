@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.knowledge.term import FeatureTerm
-from pkd_lightning.knowledge.tokens import as_tokens, resized
+from pkd_lightning.knowledge.tokens import as_tokens, mapped, resized
 
 
 def alignment_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -41,5 +41,4 @@ class Mixers(FeatureTerm):
 
     def between(self, student: Tensor, teacher: Tensor, part: nn.Module) -> Tensor:
         """`alignment_loss` of the mapped and resized tokens."""
-        hidden = as_tokens(teacher)
-        return alignment_loss(resized(part(as_tokens(student)), hidden.shape[1]), hidden)
+        return alignment_loss(resized(mapped(part, student), teacher), as_tokens(teacher))

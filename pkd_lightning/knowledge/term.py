@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.checks import Faults, collect
 from pkd_lightning.errors import ConfigError
+from pkd_lightning.knowledge.tokens import Grid, as_planes, grid_of
 from pkd_lightning.outputs import Output, paths_of
 
 
@@ -128,10 +129,13 @@ class FeatureTerm(Term):
             for all of them.
         teacher: of the teacher's. Where any path has a `*`, all modules are matched by relative depth, see
             `by_depth`: one option then fits models of any number of blocks.
+        grids: of the tokens of each pair of modules, where the models tell (`tokens.grid_of`); is found by
+            `for_models`, and no option.
     """
 
     student: str | Sequence[str] = ()
     teacher: str | Sequence[str] = ()
+    grids: Sequence[tuple[Grid | None, Grid | None]] = ()
 
     def _faults(self) -> Faults:
         faults = super()._faults()
@@ -161,21 +165,32 @@ class FeatureTerm(Term):
         return any("*" in path for path in (*self.student_features, *self.teacher_features))
 
     def for_models(self, student: nn.Module, teacher: nn.Module | None) -> Self:
-        """Itself, or where a path has a `*` the term of the modules that are matched by depth."""
-        if not self._by_depth or teacher is None:
+        """The term of the modules that are meant, by depth where a path has a `*`, with the rasters of their tokens."""
+        if teacher is None:
             return self
+        if not self._by_depth:
+            return self._with_grids(student, teacher)
         faults: list[str] = []
         own = collect(faults, "student", lambda: paths_of(student, self.student_features))
         its = collect(faults, "teacher", lambda: paths_of(teacher, self.teacher_features))
         if own is None or its is None:
             raise ConfigError(faults)
         pairs = by_depth(len(own), len(its))
-        return replace(self, student=[own[i] for i, _ in pairs], teacher=[its[j] for _, j in pairs])
+        term = replace(self, student=[own[i] for i, _ in pairs], teacher=[its[j] for _, j in pairs])
+        return term._with_grids(student, teacher)
+
+    def _with_grids(self, student: nn.Module, teacher: nn.Module) -> Self:
+        paths = zip(self.student_features, self.teacher_features, strict=True)
+        return replace(self, grids=[(grid_of(student, own), grid_of(teacher, its)) for own, its in paths])
 
     def taken(self, pair: Pair) -> list[tuple[Tensor, Tensor]]:
-        """The features of the student and of the teacher, pair by pair."""
-        paths = zip(self.student_features, self.teacher_features, strict=True)
-        return [(pair.student.features[own], pair.teacher.features[its]) for own, its in paths]
+        """The features of the student and of the teacher, pair by pair: tokens of a known raster as planes."""
+        paths = list(zip(self.student_features, self.teacher_features, strict=True))
+        grids = self.grids or [(None, None)] * len(paths)
+        return [
+            (as_planes(pair.student.features[own], grid), as_planes(pair.teacher.features[its], other))
+            for (own, its), (grid, other) in zip(paths, grids, strict=True)
+        ]
 
     def parts(self, pair: Pair, samples: int) -> nn.Module:
         """What `made` gives for each pair of features."""

@@ -1,9 +1,12 @@
 """Features of any model as tokens: what a Mamba block gives, what a convolution gives, and grids of another size."""
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
 
 
 def as_tokens(feature: Tensor) -> Tensor:
@@ -22,21 +25,67 @@ def as_tokens(feature: Tensor) -> Tensor:
     return feature
 
 
-def resized(tokens: Tensor, length: int) -> Tensor:
-    """Tokens (batch, positions, channels) interpolated to another number of positions.
+def as_planes(tokens: Tensor, grid: Grid | None) -> Tensor:
+    """Tokens (batch, positions, channels) as planes (batch, channels, rows, columns), which say how positions lie.
 
-    Square numbers are rasters, read row by row, and interpolated as such; others in one dimension. A raster that
-    shrinks is averaged.
+    Without a raster, and where their number is not that of its positions, they are left as they are.
     """
-    positions = tokens.shape[1]
-    if positions == length:
+    if grid is None or tokens.ndim != 3 or grid[0] * grid[1] != tokens.shape[1]:
         return tokens
-    planes, side, target = tokens.transpose(1, 2), math.isqrt(positions), math.isqrt(length)
-    if side**2 == positions and target**2 == length:
-        planes = planes.unflatten(2, (side, side))
-        if target < side:
-            return F.adaptive_avg_pool2d(planes, target).flatten(2).transpose(1, 2)
-        return F.interpolate(planes, (target, target), mode="bilinear").flatten(2).transpose(1, 2)
-    if length < positions:
-        return F.adaptive_avg_pool1d(planes, length).transpose(1, 2)
-    return F.interpolate(planes, length, mode="linear").transpose(1, 2)
+    planes: Tensor = tokens.transpose(1, 2).unflatten(2, grid)
+    return planes
+
+
+def grid_of(model: nn.Module, path: str) -> Grid | None:
+    """The raster of the tokens that a module at `path` gives, where a module around it says so by its `tokens.grid`."""
+    known = dict(model.named_modules())
+    names = path.split(".")
+    for end in range(len(names), -1, -1):
+        around = known.get(".".join(names[:end]))
+        grid = getattr(getattr(around, "tokens", None), "grid", None)
+        if grid is not None:
+            return int(grid[0]), int(grid[1])
+    return None
+
+
+def rasters(*features: Tensor) -> list[Grid]:
+    """(rows, columns) of features that are compared: planes say theirs.
+
+    Tokens are a square raster where their number is a square and the others are square, too; else all lie in one row.
+    """
+    found: list[Grid | None] = []
+    for feature in features:
+        if feature.ndim == 4:
+            found.append((feature.shape[2], feature.shape[3]))
+        else:
+            positions = as_tokens(feature).shape[1]
+            side = math.isqrt(positions)
+            found.append((side, side) if side**2 == positions else None)
+    guessed = any(feature.ndim == 3 for feature in features)
+    if None in found or (guessed and any(grid is not None and grid[0] != grid[1] for grid in found)):
+        return [(1, as_tokens(feature).shape[1]) for feature in features]
+    return [grid for grid in found if grid is not None]
+
+
+def resized(feature: Tensor, other: Tensor) -> Tensor:
+    """The tokens (batch, positions, channels) of a feature on the raster of another, see `rasters`.
+
+    A side that shrinks is averaged, one that grows is interpolated.
+    """
+    tokens = as_tokens(feature)
+    given, wanted = rasters(feature, other)
+    if given == wanted:
+        return tokens
+    planes: Tensor = tokens.transpose(1, 2).unflatten(2, given)
+    fewer = min(given[0], wanted[0]), min(given[1], wanted[1])
+    if fewer != given:
+        planes = F.adaptive_avg_pool2d(planes, fewer)
+    if fewer != wanted:
+        planes = F.interpolate(planes, wanted, mode="bilinear")
+    return planes.flatten(2).transpose(1, 2)
+
+
+def mapped(part: Callable[[Tensor], Tensor], feature: Tensor) -> Tensor:
+    """What a map of each token makes of a feature; of planes it is planes."""
+    tokens = part(as_tokens(feature))
+    return as_planes(tokens, (feature.shape[2], feature.shape[3]) if feature.ndim == 4 else None)

@@ -76,6 +76,5 @@ class VID(FeatureTerm):
     def between(self, student: Tensor, teacher: Tensor, part: nn.Module) -> Tensor:
         """`variational_loss` of the resized tokens' mean."""
         assert isinstance(part, Gaussian)
-        tokens = as_tokens(teacher)
-        mean = part.mean(resized(as_tokens(student), tokens.shape[1]))
-        return variational_loss(mean, part.variance, tokens)
+        mean = part.mean(resized(student, teacher))
+        return variational_loss(mean, part.variance, as_tokens(teacher))
