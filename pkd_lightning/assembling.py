@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import combination_of
@@ -22,7 +23,7 @@ from pkd_lightning.boosting.peers import peer_loss_of
 from pkd_lightning.boosting.weak_learner import faults_without_teacher
 from pkd_lightning.checkpoint import not_finite
 from pkd_lightning.checks import build, collect, under, unknown_keys
-from pkd_lightning.composition import complete, mapping, no_teacher, top_level_faults
+from pkd_lightning.composition import NAME, complete, mapping, no_teacher, top_level_faults
 from pkd_lightning.data.module import DataConfig
 from pkd_lightning.errors import ConfigError, Pruned
 from pkd_lightning.experiment import Experiment
@@ -99,6 +100,8 @@ def _tracker(config: DictConfig) -> Callable[..., Tracker]:
 def _check_no_teacher(config: DictConfig) -> None:
     """Check the options of a teacher that is none."""
     given = {key: value for key, value in options(config).items() if key not in ("model", "trainer")}
+    if given.get("generations"):  # which the assistants are made of
+        given.pop("assistants", None)
     options_ = ("checkpoint", "online", *SEVERAL)
     faults = unknown_keys(given, [field.name for field in fields(TeacherConfig)] + [*SEVERAL])
     cure = "there is no teacher, its model is null; choose one, teacher=NAME"
@@ -108,7 +111,7 @@ def _check_no_teacher(config: DictConfig) -> None:
 
 
 def _teacher(config: DictConfig) -> TeacherConfig | TeachersConfig | None:
-    if not is_several(config) and no_teacher(config):
+    if no_teacher(config) and not config.get("members"):
         _check_no_teacher(config)
         return None
     return teachers_of(config, _classifier) if is_several(config) else _classifier(TeacherConfig, config, SEVERAL)
@@ -162,6 +165,11 @@ def _terms(config: Any) -> dict[str, Term]:
     faults: list[str] = []
     if OBJECTIVE in config:  # its share of the gradient would be taken for the objective's
         faults.append(f"{OBJECTIVE}: is the name of the objective in metrics.jsonl; give the term another name")
+    faults += [
+        f"{name}: cannot be a name; take a word that is no attribute of torch modules"
+        for name in map(str, config)
+        if not NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name)
+    ]
     found = {str(name): collect(faults, str(name), partial(_term, one)) for name, one in config.items()}
     if faults:
         raise ConfigError(faults)
@@ -169,10 +177,16 @@ def _terms(config: Any) -> dict[str, Term]:
 
 
 def _term(config: Any) -> Term:
-    made = _instantiate(config) if isinstance(config, DictConfig) and "_target_" in config else None
-    if not isinstance(made, Term):
+    given = isinstance(config, DictConfig) and "_target_" in config
+    if given and isinstance(config.get("schedule"), DictConfig) and "_target_" in config.schedule:
+        faults: list[str] = []
+        if collect(faults, "schedule", lambda: _callable(config.schedule)) is None:
+            raise ConfigError(faults)
+    made = _instantiate(config, _partial_=True) if given else None
+    kind = getattr(made, "func", None)
+    if not (isinstance(kind, type) and issubclass(kind, Term)):
         raise ConfigError([f"is no term; `_target_` must be one, such as {path_of(FitNet)}"])
-    return made
+    return build(kind, made.keywords)  # type: ignore[union-attr]
 
 
 def options(config: DictConfig, without: Sequence[str] = ()) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def workspace(entity: str, project: str, rounds: int = 7, swept: Sequence[str] =
         by_students("Edges of the classes", metric_regex="rounds/edge/class_.*"),
         by_students("Classes with an edge", "edges_satisfied"),
     ]
-    stages = ["teacher", *(f"round-{number + 1}" for number in range(rounds))]
+    stages = ["teacher", "peers", *(f"round-{number + 1}" for number in range(rounds))]
     curves = [
         panels.LinePlot(title=f"{stage}: {name.replace('_', ' ')}", x=f"{stage}/step", y=[f"{stage}/{name}"])
         for stage in stages
@@ -78,7 +78,7 @@ def workspace(entity: str, project: str, rounds: int = 7, swept: Sequence[str] =
     ]  # fmt: skip
     knowledge = [
         panels.LinePlot(title=f"{stage}: {title}", x=f"{stage}/step", y=[], metric_regex=f"{stage}/{head}.*")
-        for stage in stages[1:]
+        for stage in stages[2:]
         for title, head in (("shares of the gradient", SHARE), ("losses of the terms of knowledge", VALUE))
     ]
     return workspaces.Workspace(

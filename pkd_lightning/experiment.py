@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pkd_lightning import ranks
 from pkd_lightning.boosting.combine import combination_of
 from pkd_lightning.boosting.objectives import Objective, RoundBatch, objective_of
 from pkd_lightning.boosting.options import BoostingConfig
@@ -79,6 +80,13 @@ class Experiment:
         collect(faults, "boosting", self._try_combination)
         if faults:
             raise ConfigError(faults)
+        within = [name for name, term in self.boosting.knowledge.items() if term.within_batch]
+        if within and ranks.size() > 1:
+            logger.warning(
+                "knowledge: %s compare the samples that a process has of a batch, about %.0f of %d; weights chosen for"
+                " whole batches may not fit",
+                ", ".join(within), self.trainer.batch_size / ranks.size(), self.trainer.batch_size,
+            )  # fmt: skip
 
     def _student(self, data: DataModule, rungs: Sequence[int]) -> nn.Module:
         """A new student of the last of `rungs`; where it reads earlier ones, together with one of each rung before."""

@@ -294,6 +294,19 @@ def test_no_terms_leave_the_run_where_it_is(tmp_path: Path) -> None:
     ("given", "fault"),
     [
         ("boosting.knowledge=3", "boosting.knowledge: must be terms by name, not 3"),
+        (
+            f"+boosting.knowledge.type={{{TARGET}, student: blocks.0, teacher: blocks.0}}",
+            "boosting.knowledge.type: cannot be a name",
+        ),
+        (
+            f"+boosting.knowledge.a={{{TARGET}, student: blocks.0, teacher: blocks.0, wieght: 2}}",
+            r"boosting.knowledge.a.wieght: no such option. Did you mean 'boosting.knowledge.a.weight'\?",
+        ),
+        (
+            f"+boosting.knowledge.a={{{TARGET}, student: blocks.0, teacher: blocks.0, "
+            "schedule: {_target_: pkd_lightning.schedules.linear}}",
+            "boosting.knowledge.a.schedule: .*`_partial_: true` missing",
+        ),
         ("+boosting.knowledge.a=3", "boosting.knowledge.a: is no term"),
         (FITNET.replace(".fitnet=", ".objective="), "boosting.knowledge.objective: is the name of the objective"),
         ("+boosting.knowledge.a._target_=torch.nn.ReLU", "boosting.knowledge.a: is no term"),

@@ -119,6 +119,7 @@ def faults_of(root: Path, *flags: str) -> list[str]:
         (("boosting.alpha=1", "boosting.eta=0.1"), "boosting.eta=0.1: is of K+ and K-, which need a teacher"),
         (("boosting.alpha=1", "boosting.bound_quantile=0.9"), "boosting.bound_quantile=0.9: is of K+ and K-"),
         (("boosting.alpha=1", "teacher.online=true"), "teacher.online=True: there is no teacher"),
+        (("boosting.alpha=1", "teacher.generations=2"), "teacher.generations=2: there is no teacher"),
         (("boosting.alpha=1", f"teacher.checkpoint={__file__}"), "teacher.checkpoint="),
         (("boosting.alpha=1", "+teacher.onlin=true"), "teacher.onlin: no such option. Did you mean 'teacher.online'?"),
     ],

@@ -302,6 +302,7 @@ def test_two_processes_give_the_ensemble_of_one(flags: tuple[str, ...], tmp_path
         (["boosting.peers=torch.nn.Linear"], "boosting.peers: 'torch.nn.Linear' gives a type, not of type PeerLoss"),
         (["boosting.peers=one", "boosting.rounds=1"], "boosting.rounds=1: peers are at least 2 students"),
         (["boosting.peers=one", "boosting.objective=additive"], "boosting.objective='additive': peers have a loss of"),
+        (["boosting.peers=one", "objective=additive"], "boosting.objective='Additive': peers have a loss of"),
         (["boosting.peers=one", "boosting.max_time=3"], "boosting.max_time=3: must be null with peers"),
         (["boosting.peers=one", "boosting.weak_learner.require=condition"],
          "boosting.weak_learner.require='condition': peers are not judged"),

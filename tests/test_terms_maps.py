@@ -10,6 +10,7 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.knowledge.attention_transfer import AttentionTransfer, attention, attention_loss
 from pkd_lightning.knowledge.fsp import FSP, flow
 from pkd_lightning.knowledge.term import FeatureTerm, Pair
+from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.outputs import Output
 
 AT = AttentionTransfer(student="a", teacher="a")
@@ -162,6 +163,18 @@ def test_a_flow_needs_two_modules(paths: str | list[str]) -> None:
         FSP(student=paths, teacher=paths)
     with pytest.raises(ConfigError, match="student: is missing"):
         FSP(teacher=paths)
+
+
+def test_flows_of_all_blocks() -> None:
+    """Two or more: of one block there is none."""
+    models = [
+        MambaClassifier((1, 8, 8), 3, tokeniser="patches", patch_size=2, d_model=4, norm="rms", n_blocks=n, head="mean")
+        for n in (3, 2, 1)
+    ]
+    term = FSP(student="blocks.*", teacher="blocks.*").for_models(*models[:2])
+    assert (term.student_features, term.teacher_features) == (("blocks.1", "blocks.2"), ("blocks.0", "blocks.1"))
+    with pytest.raises(ConfigError, match="a flow is from one module to another"):
+        FSP(student="blocks.*", teacher="blocks.*").for_models(models[2], models[1])
 
 
 # ---------------------------------------------------------------------------------- where numbers are at their ends

@@ -138,9 +138,9 @@ class BoostingConfig:
         if self.rounds == 1:
             found.append("rounds=1: peers are at least 2 students")
         if self.objective != BoostingConfig.objective:
-            found.append(
-                f"objective={self.objective!r}: peers have a loss of their own; leave it out, or set peers=null"
-            )
+            kind = getattr(self.objective, "func", self.objective)
+            named = getattr(kind, "__name__", kind)
+            found.append(f"objective={named!r}: peers have a loss of their own; leave it out, or set peers=null")
         if self.weights == "samples":
             found.append("weights='samples': must be none with peers, who have no rounds before them")
         if self.weak_learner.require == "condition":

@@ -1,6 +1,7 @@
 """DIST: correlations of the answers in place of their divergence (Huang et al., NeurIPS 2022, arXiv 2205.10536)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ class DIST(Term):
     beta: float = 1.0
     gamma: float = 1.0
     temperature: float = 4.0
+
+    within_batch: ClassVar[bool] = True
 
     def _faults(self) -> Faults:
         faults = super()._faults()

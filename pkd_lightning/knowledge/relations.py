@@ -1,6 +1,7 @@
 """Terms of how the samples of a batch lie to each other: the student's channels and positions may be any."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class RelationTerm(FeatureTerm):
     """
 
     pooled: bool = True
+
+    within_batch: ClassVar[bool] = True
 
     def _faults(self) -> Faults:
         faults = super()._faults()

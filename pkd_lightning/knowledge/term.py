@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -42,6 +42,8 @@ class Term:
 
     weight: float = 1.0
     schedule: Callable[[float], float] | None = None
+
+    within_batch: ClassVar[bool] = False  # whether samples of a batch are compared with each other
 
     def __post_init__(self) -> None:
         self._faults().raise_if_any()

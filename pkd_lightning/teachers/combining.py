@@ -48,9 +48,10 @@ def log_weights(log_p: Tensor, combine: str | Sequence[float], labels: Tensor | 
 def combined(logits: Tensor, combine: str | Sequence[float], labels: Tensor | None = None) -> Tensor:
     """Log sum_m w_m softmax(g_m), the members' probabilities averaged, shifted to the mean of their logits.
 
-    Probabilities, not logits, are averaged, as softened outputs are by You et al. (KDD 2017) and CA-MKD (arXiv
-    2201.00007). A member counts by its weight, not by the scale of its logits. Where confident members disagree, the
-    mean keeps both answers: that of logits is a third one, which none of them gave.
+    Probabilities, not logits, are averaged. You et al. (KDD 2017) and CA-MKD (arXiv 2201.00007) average outputs that
+    are softened already; here they are combined once, at temperature 1, and the loss softens what comes of it. A member
+    counts by its weight, not by the scale of its logits. Where confident members disagree, the mean keeps both answers:
+    that of logits is a third one, which none of them gave.
 
     Softmax does not see the shift, but residual matrices do, which compare logits. With it, the mean over the classes
     is the weighted mean of the members', so that students start as near to the combination as to a single teacher, and
