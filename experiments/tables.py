@@ -167,12 +167,15 @@ def cost_together(results: Results) -> list[str]:
     return [" / ".join(pair) for pair in zip(*shares, strict=True)]
 
 
+def teacher_seconds(results: Results) -> float:
+    """What its training took; 0 where there is none."""
+    return results["wall_seconds"]["teacher"] or 0.0
+
+
 def core_hours(results: list[Results]) -> float:
     """The wall time of all `results`, times their threads, in hours; that of a teacher which runs share counts once."""
-    teachers = {run["wall_seconds"]["teacher"]: run["hardware"]["threads"] for run in results}
-    others = [
-        (run["wall_seconds"]["total"] - run["wall_seconds"]["teacher"]) * run["hardware"]["threads"] for run in results
-    ]
+    teachers = {teacher_seconds(run): run["hardware"]["threads"] for run in results}
+    others = [(run["wall_seconds"]["total"] - teacher_seconds(run)) * run["hardware"]["threads"] for run in results]
     return (sum(seconds * threads for seconds, threads in teachers.items()) + sum(others)) / 3600
 
 
@@ -383,7 +386,7 @@ def teachers(runs: Runs) -> str:
         [
             name,
             len(seeds),
-            f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
+            f"{statistics.median(map(teacher_seconds, seeds)):,.0f}",
             percent(of_teacher(seeds, "accuracy"), 2),
             f"{statistics.mean(of_teacher(seeds, 'nll')):.3f}",
         ]
@@ -531,7 +534,7 @@ def time(runs: Runs) -> str:
         [
             name,
             len(seeds),
-            f"{statistics.median(run['wall_seconds']['teacher'] for run in seeds):,.0f}",
+            f"{statistics.median(map(teacher_seconds, seeds)):,.0f}",
             f"{statistics.median(sum(run['wall_seconds']['rounds']) for run in seeds):,.0f}",
             f"{core_hours(seeds):.2f}",
             seeds[0]["hardware"]["threads"],

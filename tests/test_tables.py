@@ -247,6 +247,14 @@ def test_a_teacher_that_runs_share_is_counted_once(study):
     assert "| all | 4 | | | 0.28 | |" in lines
 
 
+def test_a_run_without_a_teacher_takes_no_time_for_it(study):
+    with changed(study, "second-seed0") as run:
+        run["wall_seconds"] |= {"teacher": None, "total": 720.0}
+    with changed(study, "second-seed1") as run:
+        run["wall_seconds"] |= {"teacher": None, "total": 360.0}
+    assert "| second | 2 | 0 | 3 | 0.30 | 1 |" in slot("time").splitlines()
+
+
 def test_every_study_is_counted(study):
     other = study.parent / "other"
     (other / "results").mkdir(parents=True)
