@@ -7,6 +7,8 @@ import itertools
 import logging
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,9 +30,10 @@ from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.reporting.grouping import grouped, short_keys
 from pkd_lightning.reporting.load import load_run
 from pkd_lightning.rundir import RunDirectory, held
-from pkd_lightning.sweeps import callback, page
+from pkd_lightning.sweeps import callback, page, stopping
 from pkd_lightning.sweeps.callback import Follower, JobRecords, share_threads
 from pkd_lightning.sweeps.records import Job, Sweep, common, find_sweeps, one_line, parsed, plan, sweep_name
+from pkd_lightning.sweeps.stopping import LAUNCHER, launched_here, stop_jobs_first
 from pkd_lightning.sweeps.summary import Summary, summarise
 from tests.support import TINY, tiny_config, tiny_run
 from tests.test_report import make_results, make_run, visible
@@ -537,3 +540,35 @@ def test_commands_are_not_hydras(command: str, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit) as stop:
         run.main()
     assert stop.value.code == 0
+
+
+@pytest.mark.parametrize(("own", "signalled"), [(True, True), (False, False)])
+def test_a_signal_reaches_the_jobs_of_this_launch_alone(
+    own: bool, signalled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes that work on one sweep would send each other signals, and each wait for the other to end."""
+    run = tmp_path / "run"
+    run.mkdir()
+    holding = f"import fcntl, time; lock = open({str(run / '.lock')!r}, 'ab'); fcntl.flock(lock, fcntl.LOCK_EX); "
+    job = subprocess.Popen([sys.executable, "-c", holding + "print('held', flush=True); time.sleep(60)"], stdout=-1)
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline() == b"held\n"
+        sweep = Sweep(tmp_path)
+        launcher = launched_here() if own else f"{socket.gethostname()}:1"
+        sweep.write(Job(0, ("seed=0",), "running", "run", host=socket.gethostname(), pid=job.pid, launcher=launcher))
+        monkeypatch.setenv(LAUNCHER, "")
+        ended: list[int] = []
+        monkeypatch.setattr(stopping.stop, "handle", lambda number, frame: ended.append(number))
+        before = signal.signal(signal.SIGTERM, stopping.stop.handle)
+        try:
+            stop_jobs_first(sweep)
+            assert os.environ[LAUNCHER] == launched_here()
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert ended == [signal.SIGTERM]
+        assert (job.poll() is not None) == signalled
+    finally:
+        job.kill()
+        job.wait()

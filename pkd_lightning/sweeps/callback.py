@@ -25,7 +25,7 @@ from pkd_lightning.reporting.load import results_so_far
 from pkd_lightning.reporting.values import percent, validation_of
 from pkd_lightning.rundir import RunDirectory, point_latest
 from pkd_lightning.sweeps.records import SWEEP, Job, Sweep, common, one_line, plan
-from pkd_lightning.sweeps.stopping import stop_jobs_first
+from pkd_lightning.sweeps.stopping import LAUNCHER, stop_jobs_first
 from pkd_lightning.sweeps.summary import accuracy_words, summarise
 
 LOOK = 2.0  # seconds between two looks at jobs that run elsewhere
@@ -95,6 +95,7 @@ class JobRecords(Callback):
             pid=os.getpid(),
             started=time.time(),
             found=run is not None and run.finished,
+            launcher=os.environ.get(LAUNCHER),
         )
         if earlier is not None and sweep.elsewhere(earlier):
             say(f"{sweep.title(job)} is running already: process {earlier.pid} on {earlier.host}")

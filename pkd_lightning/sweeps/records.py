@@ -51,6 +51,7 @@ class Job:
         started: seconds since the epoch.
         ended: seconds since the epoch.
         found: whether it had been finished before, so that nothing was trained.
+        launcher: the process that launched it, see `launched_here`.
     """
 
     number: int
@@ -63,6 +64,7 @@ class Job:
     started: float | None = None
     ended: float | None = None
     found: bool = False
+    launcher: str | None = None
 
 
 @dataclass(frozen=True)
