@@ -18,6 +18,7 @@ from experiments.study import collected
 from experiments.tables import PUBLISHED, Results, chosen, of_teacher, per_round
 from pkd_lightning.errors import RunError
 from pkd_lightning.reporting import style
+from pkd_lightning.reporting.exits import curves_of, exits_figure
 from pkd_lightning.reporting.load import read_metrics
 from pkd_lightning.reporting.values import prefix_cost
 
@@ -138,6 +139,19 @@ def final_errors(study: str, names: Sequence[str]) -> Figure:
         axes.set_yticks(range(len(runs), 0, -1), list(runs))
         style.legend_above(axes, 3)
     return figure
+
+
+def exits(study: str, run: str) -> Figure:
+    """Test error against mean multiply-accumulates of early exits, of the first seed; students alone and the teacher.
+
+    Raises:
+        RunError: the run's results have no early exits.
+    """
+    curves = curves_of(chosen(study, [run])[run][0])
+    if curves is None:
+        raise RunError(f"experiments/{study}: the results of {run} have no early exits")
+    with style.styled():
+        return exits_figure(curves)
 
 
 def fits(study: str, run: str) -> dict[str, list[dict[str, Any]]]:

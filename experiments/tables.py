@@ -15,6 +15,7 @@ from experiments.plan import load_study
 from experiments.study import collected
 from pkd_lightning.boosting.peers import STAGE as PEERS
 from pkd_lightning.errors import RunError
+from pkd_lightning.reporting.exits import RULES, exit_points
 from pkd_lightning.reporting.load import COST_KEYS, read_metrics
 from pkd_lightning.reporting.values import condition_counts, prefix_cost
 from pkd_lightning.results import OBJECTIVE, SHARE
@@ -528,6 +529,35 @@ def ladders(runs: Runs) -> str:
     return table([*head, "fastest epochs (s)"], rows)
 
 
+def exits(runs: Runs) -> str:
+    """One run over its seeds: a row a rule of early exits, a column a budget in percent of the whole ensemble's MACs.
+
+    Last the largest prefix within each budget, and what the budgets are.
+    """
+    seeds = only(runs)
+    points = {rule: [exit_points(run, rule) for run in seeds] for rule in RULES}
+    points = {rule: found for rule, found in points.items() if all(found)}
+    budgets = sorted(set.intersection(*(set(one) for found in points.values() for one in found)))
+    rows = [
+        [RULES[rule][0], *(percent([one[budget].accuracy for one in found], 2) for budget in budgets)]
+        for rule, found in points.items()
+    ]
+    fixed = [[within(run, budget) for run in seeds] for budget in budgets]
+    rows.append(["largest prefix within it", *("" if None in row else percent(row, 2) for row in fixed)])  # type: ignore[arg-type]
+    whole = seeds[0]["exits"]["prefix_macs"][-1]
+    rows.append(["MACs of the budget", *(f"{budget * whole:,.0f}" for budget in budgets)])
+    return table(["accuracy at a budget of", *(f"{100 * budget:.0f}%" for budget in budgets)], rows)
+
+
+def within(results: Results, budget: float) -> float | None:
+    """Accuracy of the largest prefix of at most this part of the whole ensemble's MACs; None where there is none."""
+    costs = results["exits"]["prefix_macs"]
+    found = [
+        row["prefix_accuracy"] for row, macs in zip(results["rounds"], costs, strict=True) if macs <= budget * costs[-1]
+    ]
+    return found[-1] if found else None
+
+
 def time(runs: Runs) -> str:
     """A row a run: seconds of the teacher and of the rounds, hours of one core of all its seeds, and the machine."""
     rows: list[list[object]] = [
@@ -574,6 +604,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
         weights,
         last_epochs,
         ladders,
+        exits,
         time,
         hours,
     )

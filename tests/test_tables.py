@@ -410,6 +410,36 @@ def test_ladders_are_compared_seed_by_seed_and_by_the_fastest_epoch_of_each_fit(
     assert second in lines
 
 
+def with_exits(study: Path, offset: float) -> None:
+    for seed in (0, 1):
+        with changed(study, f"first-seed{seed}") as run:
+            points = [
+                {"budget": budget, "accuracy": accuracy - offset * seed, "macs": 1e4 * budget}
+                for budget, accuracy in ((0.25, 0.5), (0.6, 0.75))
+            ]
+            run["exits"] = {"prefix_macs": [5000, 10_000], "rules": {"margin": {"budgeted": points}}}
+
+
+def test_early_exits_stand_beside_the_largest_prefix_within_each_budget(study):
+    with_exits(study, 0.1)
+    lines = slot("exits", " first").splitlines()
+    assert "| accuracy at a budget of | 25% | 60% |" in lines
+    assert any(line.endswith("| 45.00 ± 7.07 | 70.00 ± 7.07 |") for line in lines)
+    assert "| largest prefix within it | | 71.00 ± 14.14 |" in lines  # of 5,000 of 10,000
+    assert "| MACs of the budget | 2,500 | 6,000 |" in lines
+
+
+def test_early_exits_are_drawn_of_the_first_seed(study):
+    with pytest.raises(RunError, match="the results of first have no early exits"):
+        figures.exits("some", "first")
+    with_exits(study, 0.1)
+    axes = figures.exits("some", "first").axes[0]
+    (margin,) = [
+        line for line in axes.lines if line.get_label() not in ("student alone", "first t together", "teacher")
+    ]
+    assert margin.get_xydata().tolist() == [[2500, pytest.approx(50)], [6000, pytest.approx(25)]]
+
+
 def test_weights_of_terms_stand_side_by_side_by_factor(study):
     with_epochs(study, "second", [[0.4, 0.6, 0.5]], [[0.8, 0.6, 0.7]])
     with_epochs(study, "first", [[0.55]], [[0.1]])
