@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting import loop as boosting_loop
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
@@ -151,3 +152,35 @@ def test_no_round_starts_after_the_time_that_is_given(tmp_path: Path, fits: list
     assert results["stop_reason"] == "ended early, after boosting.max_time=1e-05 minutes"
     assert results["ensemble"]["members"] == 1
     assert tiny_run(tmp_path, ACCEPT, "boosting.max_time=1000")["ensemble"]["members"] == 3
+
+
+@pytest.mark.parametrize("combine", ["learned", "held_out", "mean", "sum"])
+def test_scales_solved_anew_are_those_of_a_run_of_that_combination(
+    combine: str, tmp_path: Path, fits: list[str]
+) -> None:
+    """Where the objective does not see the ensemble, students are the same whatever the combination."""
+    flags = ("boosting.objective=independent", ACCEPT, "boosting.rounds=3")
+    before = "mean" if combine != "mean" else "sum"
+    tiny_run(tmp_path, *flags, f"boosting.combine={before}")
+    source = place(tmp_path, *flags, f"boosting.combine={before}")
+    trained = tiny_run(tmp_path / "other", *flags, f"boosting.combine={combine}")
+    fits.clear()
+    grown = tiny_run(
+        tmp_path, *flags, f"boosting.combine={combine}", f"boosting.grow_from={source}", "boosting.grow_scales=solved"
+    )
+    assert not fits
+    for one, other in zip(grown["rounds"], trained["rounds"], strict=True):
+        assert one["scales"] == other["scales"]
+        assert one["prefix_accuracy"] == other["prefix_accuracy"]
+        assert one["prefix_nll"] == pytest.approx(other["prefix_nll"], abs=1e-6)
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], abs=1e-6)
+        assert one["edges"] == other["edges"]
+    kept = tiny_run(tmp_path, *flags, f"boosting.combine={combine}", f"boosting.grow_from={source}")
+    assert kept["rounds"][1]["scales"] != trained["rounds"][1]["scales"]
+
+
+def test_scales_can_be_solved_anew_only_of_a_run_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="grow_scales='solved': needs grow_from"):
+        assemble(tiny_config(tmp_path, "boosting.grow_scales=solved"))
+    with pytest.raises(ConfigError, match="grow_scales='anew': must be one of kept, solved"):
+        assemble(tiny_config(tmp_path, "boosting.grow_scales=anew"))

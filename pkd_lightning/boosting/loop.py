@@ -201,12 +201,15 @@ class BoostingLoop:
             logits = scratch(data.validation.stop, data.num_classes, self.directory)
             asked = following(model, students[:round_])
             predict(asked, data, range(data.validation.stop), self.trainer.device, out=logits)
-            n, a_c = len(data.training), (float(record["scales"][0]), float(record["scales"][1]))
-            edges, whole = (self.round().edges(logits[:n], clipped) for clipped in (True, False))
+            n, now = len(data.training), self.round()
+            edges, whole = (now.edges(logits[:n], clipped) for clipped in (True, False))
+            a_c, loss = (float(record["scales"][0]), float(record["scales"][1])), record["validation_loss"]
+            if self.config.grow_scales == "solved":
+                initial = torch.tensor(self.combination.initial(round_) if round_ > 0 else a_c)  # float32, as learned
+                a_c = now.scales(logits, (float(initial[0]), float(initial[1])))
+                loss = now.validation_loss(logits, a_c)
             fit_ = FitResult(record["epochs"], 0, 0.0)
-            candidate = Candidate(
-                model, a_c, logits, edges, whole, record["validation_loss"], fit_, record["accepted_by"]
-            )
+            candidate = Candidate(model, a_c, logits, edges, whole, loss, fit_, record["accepted_by"])
             if ranks.first():
                 source.copy(round_, self.directory / "students")
             self.join(candidate, record["attempts"], record["seconds"], None if source.same else record)

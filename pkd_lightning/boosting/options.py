@@ -14,6 +14,7 @@ Require = Literal["auto", "condition", "improvement"]
 OnFailure = Literal["expand", "accept"]
 FirstTerm = Literal["labels", "soft", "both"]
 Weights = Literal["none", "samples"]
+GrowScales = Literal["kept", "solved"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class BoostingConfig:
         knowledge: terms by name that are added to the loss of every round, see `pkd_lightning.knowledge.term.Term`.
         grow_from: directory of a run whose students are the first of this one, with their scales and residuals.
         grow_rounds: take so many of them; None for all.
+        grow_scales: `kept`: they join the ensemble with the scales they have there; `solved`: with those of this run's
+            combination.
         max_time: minutes after which no further round starts; None for no limit. Time of earlier processes counts.
     """
 
@@ -100,6 +103,7 @@ class BoostingConfig:
     knowledge: "Mapping[str, Term]" = field(default_factory=dict)
     grow_from: str | None = None
     grow_rounds: int | None = None
+    grow_scales: GrowScales = "kept"
     max_time: float | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +128,9 @@ class BoostingConfig:
                 faults.found.append(f"grow_from={self.grow_from!r}: is no run directory, {', '.join(missing)} missing")
         if self.grow_rounds is not None and self.grow_from is None:
             faults.found.append(f"grow_rounds={self.grow_rounds}: needs grow_from")
+        faults.choice("grow_scales", get_args(GrowScales))
+        if self.grow_scales == "solved" and self.grow_from is None:
+            faults.found.append("grow_scales='solved': needs grow_from")
         if self.peers is not None:
             faults.found += self._peer_faults()
         faults.raise_if_any()
