@@ -24,6 +24,12 @@ KEEP = {
     "figures": ("figures/*.png",),
 }
 COMPOSITION = (HydraException, OmegaConfBaseException)
+DIRECTORY = re.compile(r"\{run:([\w.-]+)\}")  # in an override: the run directory of another run, of the same seed
+
+
+def quoted(path: Path) -> str:
+    """A path as the value of an override."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,22 @@ class Job:
 
     def arguments(self, runs: Path) -> list[str]:
         """What `pkd_lightning.run` is called with; the study's overrides come last and so win."""
-        root = str(runs / self.folder.name).replace("'", "\\'")
-        return [f"seed={self.seed}", f"run_root='{root}'", *DEFAULTS, *self.overrides]
+        root = runs / self.folder.name
+        own = [
+            DIRECTORY.sub(lambda found: quoted(self.beside(found[1]).directory(runs).path), o) for o in self.overrides
+        ]
+        return [f"seed={self.seed}", f"run_root={quoted(root)}", *DEFAULTS, *own]
+
+    def beside(self, name: str) -> "Job":
+        """The job of another run with the same seed.
+
+        Raises:
+            ConfigError: where there is none.
+        """
+        for job in read_study(self.folder)[0].jobs:
+            if (job.run.name, job.seed) == (name, self.seed):
+                return job
+        raise ConfigError([f"{{run:{name}}}: that run has no seed {self.seed}"])
 
     def directory(self, runs: Path) -> RunDirectory:
         """Its run directory; OSError where the teacher's checkpoint, whose content counts, is not there yet."""
@@ -136,6 +156,8 @@ def _read_run(name: str, raw: Any, common: Run, names: list[str], faults: list[s
     for part in keep:
         if part not in KEEP:
             faults.append(f"keep={part!r}: must be one of {', '.join(KEEP)}.{suggest(part, KEEP)}")
+    others = dict.fromkeys(other for override in overrides for other in DIRECTORY.findall(override))
+    faults += [f"overrides: {{run:{other}}} must be in after" for other in others if other not in after]
     earlier = names[: names.index(name)]
     for other in after:
         if other not in names:
@@ -190,6 +212,9 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> tuple[
             path = RunDirectory(config).path
         if checkpoint is not None and Path(checkpoint).expanduser().resolve() in coming:
             config.teacher.checkpoint = None
+        grown = config.boosting.grow_from
+        if DIRECTORY.search(" ".join(job.run.overrides)) and grown and not Path(grown).exists():
+            config.boosting.update({"grow_from": None, "grow_rounds": None, "grow_scales": "kept"})  # it will be
         if build:
             from pkd_lightning.assembling import assemble  # here: its import takes seconds that nothing else needs
 

@@ -4,7 +4,8 @@
     python -m experiments.study NAME --list      # what is collected, unfinished, missing
     python -m experiments.study NAME hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
 
-`experiments/NAME/study.yaml`; overrides are those of `pkd_lightning.run`, and `{seed}` in one is the run's seed:
+`experiments/NAME/study.yaml`; overrides are those of `pkd_lightning.run`. `{seed}` in one is the run's seed, and
+`{run:OTHER}` the run directory of another run, of the same seed, that it comes after:
 
     seeds: [0, 1, 2]
     common: [experiment=digits]        # overrides of every run

@@ -209,6 +209,40 @@ def test_a_run_starts_after_all_seeds_of_those_it_needs(bench: Bench) -> None:
     assert bench.started == ["second-seed1"]
 
 
+def test_a_run_is_told_where_another_one_of_its_seed_is(bench: Bench) -> None:
+    text = """seeds: [0, 1]
+common: [experiment=digits, boosting.objective=independent]
+runs:
+  one: {overrides: [boosting.combine=mean]}
+  other:
+    overrides: ["boosting.grow_from={run:one}", boosting.grow_scales=solved]
+    after: [one]
+"""
+    bench.write(text)
+    assert bench.run() == 0
+    jobs = {job.name: job for job in load_study(bench.folder).jobs}
+    for seed in (0, 1):
+        place = jobs[f"one-seed{seed}"].directory(bench.runs).path
+        assert place.is_dir()
+        given = compose(*bench.arguments[f"other-seed{seed}"])
+        assert Path(given.boosting.grow_from) == place
+        assert bench.results(f"other-seed{seed}")["study"]["overrides"][2] == "boosting.grow_from={run:one}"
+
+
+def test_another_run_that_is_not_waited_for_is_a_fault(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write(
+        "seeds: [0]\ncommon: [experiment=digits]\nruns: {one: {}, other: {overrides: ['boosting.grow_from={run:one}']}}"
+    )
+    assert bench.run() == 1
+    assert "runs.other.overrides: {run:one} must be in after" in capsys.readouterr().err
+    bench.write(
+        "seeds: [0]\ncommon: [experiment=digits]\nruns: {one: {seeds: [1]}, "
+        "other: {overrides: ['boosting.grow_from={run:one}'], after: [one]}}"
+    )
+    assert bench.run() == 1
+    assert "{run:one}: that run has no seed 0" in capsys.readouterr().err
+
+
 def installed(plugin: str) -> pytest.MarkDecorator:
     absent = find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{plugin}") is None
     return pytest.mark.skipif(absent, reason=f"{plugin} is not installed: pip install 'pkd-lightning[launchers]'")
