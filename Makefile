@@ -30,7 +30,7 @@ test: $(READY) ## the default test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(READY) ## the tests that need real MNIST or minutes of training
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 $(ARGS)
 
 sweep: $(READY) ## search the ladder of mnist_best with Optuna, within the paper's budgets; goes on where it stopped
 	$(BIN)/python -m experiments.search experiments/mnist_best $(ARGS)
