@@ -463,12 +463,15 @@ def weights(runs: Runs) -> str:
     factors = list(dict.fromkeys(factor for row in found.values() for factor in row))
     rows = []
     for family, row in found.items():
-        cells = [
-            f"{100 * row[factor]['rounds'][-1]['validation_accuracy']:.1f} ({share_of_terms(row[factor]):.2f})"
-            for factor in factors
-        ]
+        cells = [weighed(row[factor]) if factor in row else "" for factor in factors]
         rows.append([family, *cells])
     return table(["", *factors], rows)
+
+
+def weighed(results: Results) -> str:
+    """Accuracy on the validation part, and the terms' share of the gradient where there are terms."""
+    accuracy, share = 100 * results["rounds"][-1]["validation_accuracy"], share_of_terms(results)
+    return f"{accuracy:.1f} ({share:.2f})" if share else f"{accuracy:.1f}"
 
 
 def last_epochs(runs: Runs) -> str:

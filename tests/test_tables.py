@@ -442,16 +442,19 @@ def test_early_exits_are_drawn_of_the_first_seed(study):
 
 def test_weights_of_terms_stand_side_by_side_by_factor(study):
     with_epochs(study, "second", [[0.4, 0.6, 0.5]], [[0.8, 0.6, 0.7]])
-    with_epochs(study, "first", [[0.55]], [[0.1]])
+    with_epochs(study, "first", [[0.55], [0.45]], [[0.1], [1.0]])
     names = ("weigh_a_b_1", "weigh_a_b_0.1")
-    lines = ["seeds: [0]\nruns:", *(f"  {name}: {{keep: [metrics]}}" for name in names), "  missing: {}\n"]
+    lines = ["seeds: [0]\nruns:", *(f"  {name}: {{keep: [metrics]}}" for name in (*names, "weigh_c_0.1"))]
     (study / "study.yaml").write_text("\n".join(lines))
     for old, new in zip(("first", "second"), names, strict=True):
         (study / "results" / f"{old}-seed0.json").rename(study / "results" / f"{new}-seed0.json")
         (study / "kept" / f"{old}-seed0").rename(study / "kept" / f"{new}-seed0")
+    (study / "kept" / "first-seed1").rename(study / "kept" / "weigh_c_0.1-seed0")
+    (study / "results" / "first-seed1.json").rename(study / "results" / "weigh_c_0.1-seed0.json")
     lines = slot("weights", " weigh_*").splitlines()
     assert "| | 1 | 0.1 |" in lines
     assert "| a_b | 55.0 (0.90) | 50.0 (0.30) |" in lines
+    assert "| c | | 45.0 |" in lines  # without a term, and at one of the factors
 
 
 def test_a_pattern_names_runs_in_the_order_of_the_study(study):
