@@ -141,6 +141,36 @@ def final_errors(study: str, names: Sequence[str]) -> Figure:
     return figure
 
 
+def gains(study: str, names: Sequence[str]) -> Figure:
+    """Accuracy of each run's last student less that of the first run, seed by seed, and their means: a line a run.
+
+    Seeds are those that both have. The best mean stands on top.
+    """
+    (_, reference), *others = chosen(study, names).items()
+    base = {run["seed"]: run["rounds"][-1]["accuracy"] for run in reference}
+    rows = {
+        name: [100 * (run["rounds"][-1]["accuracy"] - base[run["seed"]]) for run in seeds if run["seed"] in base]
+        for name, seeds in others
+    }
+    rows = dict(sorted(((name, row) for name, row in rows.items() if row), key=lambda item: statistics.mean(item[1])))
+    with style.styled():
+        figure = style.new_figure(1 + 0.28 * len(rows), width=1.3 * style.WIDTH)
+        axes = figure.add_subplot()
+        axes.axvline(0, color=style.INK, lw=1.2)
+        for place, row in enumerate(rows.values()):
+            axes.plot(
+                row, [place] * len(row), "o", color=style.BLUE, mfc="none", ms=5, label="a seed" if not place else ""
+            )
+        means = [statistics.mean(row) for row in rows.values()]
+        axes.plot(means, range(len(rows)), "|", color=style.VERMILLION, ms=14, mew=2, label="mean")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.margins(x=0.06)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(f"test accuracy against {names[0]} (points)")
+        style.legend_above(axes, 2)
+    return figure
+
+
 def exits(study: str, run: str) -> Figure:
     """Test error against mean multiply-accumulates of early exits, of the first seed; students alone and the teacher.
 
@@ -254,6 +284,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "single_longer",
         ],
     ),
+    "knowledge/gains.png": partial(gains, "knowledge", ["logits", "no_teacher", "no_teacher_longer", "sp", "rkd"]),
     "mnist_paper/curves.png": partial(
         curves,
         "mnist_paper",

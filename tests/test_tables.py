@@ -440,6 +440,24 @@ def test_early_exits_are_drawn_of_the_first_seed(study):
     assert margin.get_xydata().tolist() == [[2500, pytest.approx(50)], [6000, pytest.approx(25)]]
 
 
+def test_gains_are_drawn_seed_by_seed_the_best_on_top(study):
+    """`second` is 10 and 40 points behind `first`, which is 70 and 90% good."""
+    with changed(study, "second-seed0") as run:
+        run["rounds"][-1]["accuracy"] = 0.6
+    axes = figures.gains("some", ["first", "second"]).axes[0]
+    _, seeds, means = axes.lines
+    assert seeds.get_xydata().tolist() == [[pytest.approx(-10), 0], [pytest.approx(-40), 0]]
+    assert means.get_xydata().tolist() == [[pytest.approx(-25), 0]]
+    (study / "results" / "second-seed0.json").unlink()
+    text = STUDY.replace("missing: {}", "third: {}")
+    (study / "study.yaml").write_text(text)
+    for seed in (0, 1):
+        (study / "results" / f"third-seed{seed}.json").write_text(json.dumps(result("third", seed, [0.95])))
+    axes = figures.gains("some", ["first", "third", "second"]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["second", "third"]
+    assert axes.lines[1].get_xdata().tolist() == [pytest.approx(-40)]
+
+
 def test_weights_of_terms_stand_side_by_side_by_factor(study):
     with_epochs(study, "second", [[0.4, 0.6, 0.5]], [[0.8, 0.6, 0.7]])
     with_epochs(study, "first", [[0.55], [0.45]], [[0.1], [1.0]])
