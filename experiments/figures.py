@@ -284,7 +284,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "single_longer",
         ],
     ),
-    "knowledge/gains.png": partial(gains, "knowledge", ["logits", "no_teacher", "no_teacher_longer", "sp", "rkd"]),
+    "knowledge/gains.png": partial(
+        gains, "knowledge", ["logits", "no_teacher", "no_teacher_longer", "sp", "rkd", "dist"]
+    ),
     "mnist_paper/curves.png": partial(
         curves,
         "mnist_paper",
