@@ -147,11 +147,7 @@ def gains(study: str, names: Sequence[str]) -> Figure:
     Seeds are those that both have. The best mean stands on top.
     """
     (_, reference), *others = chosen(study, names).items()
-    base = {run["seed"]: run["rounds"][-1]["accuracy"] for run in reference}
-    rows = {
-        name: [100 * (run["rounds"][-1]["accuracy"] - base[run["seed"]]) for run in seeds if run["seed"] in base]
-        for name, seeds in others
-    }
+    rows = {name: [100 * gain for gain in tables.gains(seeds, reference, alone=True)] for name, seeds in others}
     rows = dict(sorted(((name, row) for name, row in rows.items() if row), key=lambda item: statistics.mean(item[1])))
     with style.styled():
         figure = style.new_figure(1 + 0.28 * len(rows), width=1.3 * style.WIDTH)

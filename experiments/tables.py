@@ -1,6 +1,7 @@
 """The tables of the READMEs, made from the studies' results files; `experiments.readme` puts them there."""
 
 import fnmatch
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from experiments.plan import load_study
 from experiments.study import collected
 from pkd_lightning.boosting.peers import STAGE as PEERS
 from pkd_lightning.errors import RunError
-from pkd_lightning.reporting.exits import RULES, exit_points
+from pkd_lightning.reporting.exits import RULES, exit_points, prefix_within
 from pkd_lightning.reporting.load import COST_KEYS, read_metrics
 from pkd_lightning.reporting.values import condition_counts, prefix_cost
 from pkd_lightning.results import OBJECTIVE, SHARE
@@ -89,7 +90,7 @@ def load(study: Path) -> Runs:
     for job in load_study(study).jobs:
         results = collected(job)
         if results is not None:
-            metrics = read_metrics(job.kept / "metrics.jsonl")[0] if "metrics" in job.run.keep else []
+            metrics = read_metrics(job.kept / "metrics.jsonl")[0]
             found.setdefault(job.run.name, []).append({**results, "metrics": metrics})
     return found
 
@@ -396,6 +397,16 @@ def teachers(runs: Runs) -> str:
     return table(["run", "seeds", "seconds of training", "accuracy", "cross-entropy"], rows)
 
 
+def gains(seeds: list[Results], reference: list[Results], alone: bool = False) -> list[float]:
+    """Accuracies of the ensembles, or of the last students `alone`, less a reference's: of each seed that both have."""
+
+    def accuracy(run: Results) -> float:
+        return float((run["rounds"][-1] if alone else run["ensemble"])["accuracy"])
+
+    base = {run["seed"]: accuracy(run) for run in reference}
+    return [accuracy(run) - base[run["seed"]] for run in seeds if run["seed"] in base]
+
+
 def ablation(runs: Runs) -> str:
     """A row a run: the ensemble, its parts and what it costs; mean and standard deviation over the seeds.
 
@@ -404,13 +415,11 @@ def ablation(runs: Runs) -> str:
     """
     rows = []
     first, reference = next(iter(runs.items()))
-    ends = {run["seed"]: run["ensemble"]["accuracy"] for run in reference}
     for name, seeds in runs.items():
         prefixes = per_round(seeds, "prefix_accuracy")
         middle = percent(prefixes[2], 2) if len(prefixes) > 2 else ""
-        shared = [run for run in seeds if run["seed"] in ends and name != first]
         met, later = (sum(counts) for counts in zip(*map(condition_counts, seeds), strict=True))
-        differences = [run["ensemble"]["accuracy"] - ends[run["seed"]] for run in shared]
+        differences = [] if name == first else gains(seeds, reference)
         rows.append(
             [
                 name,
@@ -481,10 +490,8 @@ def last_epochs(runs: Runs) -> str:
     """
     rows = []
     first, reference = next(iter(runs.items()))
-    base = {run["seed"]: run["rounds"][-1]["accuracy"] for run in reference}
     for name, seeds in runs.items():
-        shared = [run for run in seeds if run["seed"] in base and name != first]
-        gains = [run["rounds"][-1]["accuracy"] - base[run["seed"]] for run in shared]
+        differences = [] if name == first else gains(seeds, reference, alone=True)
         courses = [[row["validation_accuracy"] for row in epochs_of(run)] for run in seeds]
         shares = [share_of_terms(run) for run in seeds]
         rows.append(
@@ -492,8 +499,8 @@ def last_epochs(runs: Runs) -> str:
                 name,
                 len(seeds),
                 percent([run["rounds"][-1]["accuracy"] for run in seeds]),
-                percent(gains, 2, "+") if gains else "",
-                " ".join(f"{100 * gain:+.1f}" for gain in gains),
+                percent(differences, 2, "+") if differences else "",
+                " ".join(f"{100 * value:+.1f}" for value in differences),
                 percent([course[-1] for course in courses]),
                 percent([max(course) for course in courses]),
                 f"{statistics.mean(shares):.2f}" if any(shares) else "",
@@ -509,19 +516,17 @@ def ladders(runs: Runs) -> str:
     """A row a run: its students alone, all together, and seed by seed against the first run that is named."""
     rows = []
     first, reference = next(iter(runs.items()))
-    base = {run["seed"]: run["ensemble"]["accuracy"] for run in reference}
     count = len(reference[0]["rounds"])
     for name, seeds in runs.items():
-        gains = [run["ensemble"]["accuracy"] - base[run["seed"]] for run in seeds if run["seed"] in base]
-        gains = [] if name == first else gains
+        differences = [] if name == first else gains(seeds, reference)
         rows.append(
             [
                 name,
                 len(seeds),
                 *(percent(values) for values in per_round(seeds, "accuracy")),
                 percent([run["ensemble"]["accuracy"] for run in seeds]),
-                percent(gains, 2, "+") if gains else "",
-                " ".join(f"{100 * gain:+.1f}" for gain in gains),
+                percent(differences, 2, "+") if differences else "",
+                " ".join(f"{100 * value:+.1f}" for value in differences),
                 f"{seeds[0]['ensemble']['params']:,}",
                 f"{seeds[0]['ensemble']['macs_total']:,}",
                 f"{fastest_epochs(seeds):.1f}",
@@ -545,20 +550,11 @@ def exits(runs: Runs) -> str:
         [RULES[rule][0], *(percent([one[budget].accuracy for one in found], 2) for budget in budgets)]
         for rule, found in points.items()
     ]
-    fixed = [[within(run, budget) for run in seeds] for budget in budgets]
-    rows.append(["largest prefix within it", *("" if None in row else percent(row, 2) for row in fixed)])  # type: ignore[arg-type]
+    fixed = [[prefix_within(run, budget) for run in seeds] for budget in budgets]
+    rows.append(["largest prefix within it", *("" if any(map(math.isnan, row)) else percent(row, 2) for row in fixed)])
     whole = seeds[0]["exits"]["prefix_macs"][-1]
     rows.append(["MACs of the budget", *(f"{budget * whole:,.0f}" for budget in budgets)])
     return table(["accuracy at a budget of", *(f"{100 * budget:.0f}%" for budget in budgets)], rows)
-
-
-def within(results: Results, budget: float) -> float | None:
-    """Accuracy of the largest prefix of at most this part of the whole ensemble's MACs; None where there is none."""
-    costs = results["exits"]["prefix_macs"]
-    found = [
-        row["prefix_accuracy"] for row, macs in zip(results["rounds"], costs, strict=True) if macs <= budget * costs[-1]
-    ]
-    return found[-1] if found else None
 
 
 def time(runs: Runs) -> str:

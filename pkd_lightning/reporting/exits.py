@@ -123,13 +123,16 @@ def exits_table(results: Row) -> tuple[list[str], list[list[str]]]:
         for rule, found in points.items()
         if found
     ]
-    costs = _prefix_macs(results)
-    fixed = []
-    for budget in budgets:
-        within = [row for macs, row in zip(costs, results["rounds"], strict=False) if macs <= budget * costs[-1]]
-        fixed.append(percent(number(within[-1], "prefix_accuracy") if within else math.nan, 2))
+    fixed = [percent(prefix_within(results, budget), 2) for budget in budgets]
     head = ["budget", *(f"{decimal(100 * budget, 0)}%" for budget in budgets)]
     return head, [*rows, ["largest prefix within it", *fixed]]
+
+
+def prefix_within(results: Row, budget: float) -> float:
+    """Test accuracy of the largest prefix within a part of the whole ensemble's MACs, NaN where there is none."""
+    costs = _prefix_macs(results)
+    within = [row for macs, row in zip(costs, results["rounds"], strict=False) if macs <= budget * costs[-1]]
+    return number(within[-1], "prefix_accuracy") if within else math.nan
 
 
 CAPTION = (
