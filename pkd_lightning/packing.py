@@ -133,6 +133,8 @@ def _plan_tokens(plan: list[int], tokens: nn.Module, weights: Weights) -> int:
             plan[k.TOKENS_AT], plan[k.TOKENS_BIAS_AT] = _linear(tokens.embed, weights)
         return 0
     assert isinstance(tokens, PatchTokens | ConvolutionTokens)
+    if isinstance(tokens, ConvolutionTokens) and tokens.between is not None:
+        raise ValueError("blocks between the convolutions")
     plan[k.CONVOLUTIONS] = 1
     begin = tokens.project
     if isinstance(tokens, ConvolutionTokens):
@@ -181,6 +183,8 @@ def _plan_block(
     """What the kernel is told of a block, and the room that it needs. kind: of its norm."""
     mixer = block.mixer
     assert isinstance(mixer, Mamba)
+    if block.local is not None:
+        raise ValueError("a block with a local convolution")
     if not only_forward(block, Block) or block.residual != plan[k.RESIDUAL]:
         raise ValueError("a block that is not as it was built")
     given = mixer.plain_weights() if only_forward(mixer, Mamba) and "mix" not in mixer.__dict__ else None

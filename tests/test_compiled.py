@@ -215,6 +215,16 @@ def another_norm(place, norm):
     return lambda student: setattr(student.get_submodule(place), "norm", norm)
 
 
+def local(student):
+    student.blocks[0].local = nn.Conv2d(5, 5, 3, padding=1, groups=5)
+
+
+def between(student):
+    options = {"stem_channels": 3, "stem_blocks": 1, "patch_size": 3, "padding": True}
+    student.tokens = MambaClassifier((3, 8, 8), 10, tokeniser="convolutions", d_model=5, **options).tokens
+    student.head = nn.Linear(20, 10)
+
+
 def convolving(**options):
     return lambda student: setattr(student.tokens, "project", nn.Conv2d(3, 5, 3, **options))
 
@@ -229,7 +239,8 @@ def convolving(**options):
      (hook("tokens"), "a tokeniser with hooks"),
      (hook("tokens.project"), "a Conv2d that is no plain Conv2d"),
      (hook("blocks.0"), "a block that is not as it was built"),
-     (without_residual, "a block that is not as it was built"),
+     (without_residual, "a block that is not as it was built"), (local, "a block with a local convolution"),
+     (between, "blocks between the convolutions"),
      (hook("blocks.0.norm"), "a Identity that is no plain Identity"),
      (hook("norm"), "a Identity that is no plain Identity"),
      (another_norm("", nn.RMSNorm(5)), "a RMSNorm that is no plain Identity"),

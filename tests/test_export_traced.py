@@ -33,6 +33,19 @@ assert not [name for name in sys.modules if name.startswith("pkd_lightning")]
 """
 
 
+BETWEEN = {"tokeniser": "convolutions", "patch_size": 3, "stem_channels": 3, "stem_blocks": 2, "d_model": 4}
+BETWEEN |= {"padding": True, "norm": "rms", "direction": "cross", "head": "mean", "local_conv": 3}
+
+
+@pytest.mark.parametrize("name", [*TRACED, "safetensors"])
+def test_files_of_students_with_blocks_between_the_convolutions(name: str, tmp_path: Path) -> None:
+    members = [seeded((1, 8, 8), 3, seed, **BETWEEN) for seed in range(2)]
+    ensemble = ProgressiveEnsemble(members, SCALES[:2], task_of((1, 8, 8), 3)).eval()
+    done = export(ensemble, name, tmp_path)
+    with FORMATS[name].opened(done.path, Job(ensemble, done.facts, done.path)) as call:
+        agrees(ensemble, call, inputs_of((1, 8, 8)))
+
+
 def test_a_pt2_file_runs_in_a_process_that_has_torch_alone(tmp_path: Path) -> None:
     ensemble, images = small(), inputs_of((1, 8, 8))
     path, given, found = export(ensemble, "pt2", tmp_path).path, tmp_path / "images.pt", tmp_path / "found.pt"

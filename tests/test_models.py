@@ -1,5 +1,6 @@
 """The Mamba block and the classifier against computations from the equations, the published table, one contract."""
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import measure
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.classifier import Block, MambaClassifier, MambaClassifierConfig
+from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier, MambaClassifierConfig
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.tokens import PatchTokens, PixelTokens, pooled_grid, possible_lengths
 
@@ -420,6 +421,17 @@ CONTRACT = {
         (3, 10, 12), {"tokeniser": "convolutions", "stem_channels": 2, "patch_size": 5, "padding": True, "d_model": 4,
                       "n_blocks": 3, "norm": "rms", "direction": "cross", "head": "grid", "shared": True}
     ),
+    "convolutions, blocks between them": (
+        (3, 12, 16), {"tokeniser": "convolutions", "stem_channels": 3, "stem_blocks": 5, "patch_size": 3, "d_model": 4,
+                      "padding": True, "n_blocks": 2, "norm": "rms", "direction": "cross", "head": "grid",
+                      "local_conv": 3}
+    ),
+    "blocks between that share weights": (
+        (1, 10, 10), {"tokeniser": "convolutions", "stem_channels": 2, "stem_blocks": 2, "patch_size": 3, "d_model": 3,
+                      "padding": True, "n_blocks": 3, "direction": "alternating", "head": "mean", "shared": True,
+                      "norm": "layer"}
+    ),
+    "pixels, local": ((1, 4, 12), {"seq_len": 12, "n_blocks": 2, "local_conv": 5}),
     "one patch": ((3, 4, 4), {"tokeniser": "patches", "patch_size": 4, "d_model": 6, "head": "mean"}),
 }  # fmt: skip
 
@@ -470,6 +482,57 @@ def test_evaluation_repeats_and_state_dicts_restore(contract, tmp_path):
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     with torch.no_grad():
         assert torch.equal(other(images), first)
+
+
+def test_a_local_convolution_is_added_before_the_norm():
+    block = scrambled(Block(MambaClassifierConfig(d_model=3, norm="rms", local_conv=3), 0, (2, 5)))
+    tokens = torch.randn(2, 10, 3)
+    planes = nn.functional.pad(tokens.transpose(1, 2).reshape(2, 3, 2, 5), (1, 1, 1, 1))
+    local = block.local.bias[:, None, None] + sum(
+        block.local.weight[:, 0, y, x, None, None] * planes[:, :, y : y + 2, x : x + 5]
+        for y in range(3)
+        for x in range(3)
+    )
+    placed = tokens + local.flatten(2).transpose(1, 2)
+    plain = copy.deepcopy(block)
+    plain.local = None
+    for order in ORDERS["cross"]:
+        expected = plain(placed, (2, 5), *order)
+        torch.testing.assert_close(block(tokens, (2, 5), *order), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_blocks_between_the_convolutions_read_their_own_raster(shared):
+    """They stand in the place of SiLU, and have its channels; the first block of each raster reads row by row."""
+    options = {"tokeniser": "convolutions", "stem_channels": 3, "patch_size": 3, "d_model": 4, "norm": "rms"}
+    options |= {"n_blocks": 2, "direction": "cross", "shared": shared, "head": "mean"}
+    model = scrambled(MambaClassifier((1, 8, 12), 5, padding=True, stem_blocks=3, local_conv=3, **options)).eval()
+    images, stem = torch.randn(2, 1, 8, 12), model.tokens.between
+    planes = model.tokens.stem(images)
+    tokens = planes.flatten(2).transpose(1, 2)
+    assert (stem.grid, model.tokens.grid, tokens.shape) == ((4, 6), (2, 3), (2, 24, 3))
+    assert len(stem.blocks) == (1 if shared else 3)
+    for i in range(3):
+        tokens = stem.blocks[0 if shared else i](tokens.contiguous(), (4, 6), *ORDERS["cross"][i])
+    planes = stem.norm(tokens).transpose(1, 2).reshape(2, 3, 4, 6)
+    tokens = model.tokens.project(planes).flatten(2).transpose(1, 2)
+    for i in range(2):
+        tokens = model.blocks[0 if shared else i](tokens.contiguous(), (2, 3), *ORDERS["cross"][i])
+    torch.testing.assert_close(model(images), model.head(model.norm(tokens).mean(1)))
+
+
+def test_the_cost_of_local_convolutions_and_blocks_between():
+    shape, options = (3, 8, 8), {"tokeniser": "convolutions", "stem_channels": 2, "patch_size": 3, "padding": True}
+    options |= {"d_model": 5, "d_state": 3, "n_blocks": 2, "norm": "rms", "head": "mean"}
+    plain, local, both = (
+        measure(MambaClassifier(shape, 10, **options, **more), shape)
+        for more in ({}, {"local_conv": 3}, {"local_conv": 3, "stem_blocks": 2})
+    )
+    assert local.params == plain.params + 2 * (9 + 1) * 5
+    assert local.macs_total == plain.macs_total + 2 * 9 * 5 * 4
+    block = Block(MambaClassifierConfig(d_model=2, d_state=3, norm="rms", local_conv=3), 0, (4, 4))
+    assert both.params == local.params + 2 * sum(p.numel() for p in block.parameters()) + 2
+    assert both.macs_total == local.macs_total + 2 * (block.mixer.macs(16) + 9 * 2 * 16)
 
 
 def test_block_i_has_i_steps_more_states():
@@ -570,6 +633,8 @@ def test_every_impossible_value_is_named_at_once_with_what_is_allowed():
         "shared": 1,
         "padding": "same",
         "stem_channels": 0,
+        "stem_blocks": -1,
+        "local_conv": 0,
         "mixer": [2],
         "mixer_options": "gain",
         "reuse": "add",
@@ -602,6 +667,19 @@ def test_a_misspelt_option_suggests_the_right_one():
         ({"tokeniser": "convolutions", "patch_size": 1, "stem_channels": 2}, ["patch_stride=2", "patch_size=1"]),
         ({"tokeniser": "convolutions", "patch_size": 3, "stem_channels": 2, "seq_len": 4}, ["seq_len=4"]),
         ({"seq_len": 16, "stem_channels": 2}, ["stem_channels=2"]),
+        ({"seq_len": 16, "stem_blocks": 2}, ["stem_blocks=2"]),
+        ({"seq_len": 16, "local_conv": 4}, ["local_conv=4", "odd"]),
+        (
+            {
+                "tokeniser": "convolutions",
+                "patch_size": 3,
+                "stem_channels": 1,
+                "stem_blocks": 1,
+                "norm": "rms",
+                "d_model": 2,
+            },
+            ["norm='rms'", "stem_channels=1"],
+        ),
         ({"tokeniser": "patches", "padding": True}, ["padding=True"]),
         ({"seq_len": 16, "shared": True, "d_state_step": 2}, ["d_state_step=2"]),
     ],

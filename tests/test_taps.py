@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.kernels.scan import block as kernels
 from pkd_lightning.knowledge.term import FeatureTerm, by_depth
+from pkd_lightning.knowledge.tokens import grid_of
 from pkd_lightning.models.classifier import ORDERS, MambaClassifier
 from pkd_lightning.outputs import Taps, paths_of
 
@@ -138,6 +139,23 @@ def test_what_is_in_the_rasters_order_is_left_as_it_is() -> None:
     whole = model_of()
     whole.blocks[1].mixer.reads_in_order = False  # type: ignore[assignment]
     assert whole.raster_positions("blocks.1.mixer") is None
+
+
+def test_mixers_between_the_convolutions_have_the_raster_there() -> None:
+    torch.manual_seed(0)
+    options = {"tokeniser": "convolutions", "stem_channels": 3, "stem_blocks": 2, "patch_size": 3, "padding": True}
+    model = MambaClassifier((1, 12, 8), 3, d_model=4, direction="cross", n_blocks=2, head="mean", **options)
+    inside = "tokens.between.blocks.1.mixer"
+    assert grid_of(model, inside) == grid_of(model, "tokens.between") == (6, 4)
+    assert grid_of(model, "blocks.1.mixer") == grid_of(model, "tokens") == (3, 2)
+    places = model.raster_positions(inside)
+    assert places is not None
+    assert places.tolist() == list(range(24))[::-1]
+    assert model.raster_positions("tokens.between.blocks.0.mixer") is None
+    with torch.no_grad(), Taps(model, [inside, "tokens.between.blocks.0", "tokens.between.blocks.1"]) as taps:
+        found = taps.call(model, torch.randn(2, 1, 12, 8)).features
+    added = found["tokens.between.blocks.1"] - found["tokens.between.blocks.0"]
+    torch.testing.assert_close(found[inside], added, rtol=1e-4, atol=1e-6)
 
 
 def fused(model: MambaClassifier, path: str) -> tuple[int, int]:

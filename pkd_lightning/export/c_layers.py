@@ -97,6 +97,14 @@ class Student:
                     f" write; the formats onnx and pt2 do, and --members {place - 1} leaves it out"
                 ]
             )
+        found = [f"{name}={value}" for name in ("stem_blocks", "local_conv") if (value := getattr(model.config, name))]
+        if found:
+            raise ConfigError(
+                [
+                    f"member {place}: it has {' and '.join(found)}, which --format c does not write; the formats onnx"
+                    " and pt2 do"
+                ]
+            )
         self.model, self.image_shape = model, as_image(input_shape)
         self.arrays: dict[str, Tensor] = {}
         self.structs: list[str] = []

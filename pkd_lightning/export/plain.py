@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.earlier import InTurn
 from pkd_lightning.ensemble import ProgressiveEnsemble
-from pkd_lightning.models.classifier import Block
+from pkd_lightning.models.classifier import Block, with_local
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.prefixes import mix
 from pkd_lightning.tasks import Classification
@@ -64,7 +64,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.norm, self.mixer, self.residual = block.norm, block.mixer, block.residual
+        self.local, self.norm, self.mixer, self.residual = block.local, block.norm, block.mixer, block.residual
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], columns: bool = False, backwards: bool = False) -> Tensor:
         """See `Block.forward`."""
@@ -72,6 +72,7 @@ class PlainBlock(nn.Module):
         order = [r * width + c for c in range(width) for r in range(rows)] if columns else list(range(rows * width))
         order = order[::-1] if backwards else order
         back = sorted(range(len(order)), key=order.__getitem__)
+        tokens = with_local(self.local, tokens, grid)
         x = self.norm(tokens)
         if not (columns or backwards) or not getattr(self.mixer, "reads_in_order", True):
             x = self.mixer(x)

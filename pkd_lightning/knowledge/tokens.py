@@ -37,14 +37,18 @@ def as_planes(tokens: Tensor, grid: Grid | None) -> Tensor:
 
 
 def grid_of(model: nn.Module, path: str) -> Grid | None:
-    """The raster of the tokens that a module at `path` gives, where a module around it says so by its `tokens.grid`."""
+    """The raster of the tokens that a module at `path` gives, where it or one around it says so.
+
+    It does by an attribute `grid`, (rows, columns), of its own or of its `tokens`.
+    """
     known = dict(model.named_modules())
     names = path.split(".")
     for end in range(len(names), -1, -1):
         around = known.get(".".join(names[:end]))
-        grid = getattr(getattr(around, "tokens", None), "grid", None)
-        if grid is not None:
-            return int(grid[0]), int(grid[1])
+        for owner in (around, getattr(around, "tokens", None)):
+            grid = getattr(owner, "grid", None)
+            if isinstance(grid, tuple) and len(grid) == 2:
+                return int(grid[0]), int(grid[1])
     return None
 
 

@@ -1,7 +1,8 @@
 """The image classifier: tokens, blocks of Mamba or of another mixer, head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import get_args, get_type_hints
 
 import torch
@@ -21,12 +22,13 @@ from pkd_lightning.models.tokens import (
     ConvolutionTokens,
     PatchTokens,
     PixelTokens,
-    convolved_grid,
+    convolved_grids,
     pooled_grid,
     possible_lengths,
 )
 
 CELLS: dict[Head, int] = {"mean": 1, "grid": 2}  # on each side, over which these heads average
+IN_STEM = "tokens.between."  # before the paths of the modules of `StemBlocks`
 GRID = CELLS["grid"]  # the `grid` head averages the tokens over a GRID x GRID raster
 # in which orders the blocks read the tokens' raster, one block after another: (by columns, backwards)
 ORDERS: dict[Direction, tuple[tuple[bool, bool], ...]] = {
@@ -56,13 +58,18 @@ class MambaClassifierConfig:
         patch_stride: step between patches, or of the first convolution; smaller than patch_size for overlap. None for
             patch_size, and for 2 with convolutions.
         stem_channels: channels between the two convolutions (convolutions only).
+        stem_blocks: blocks between the two convolutions, on the raster and of the channels there, instead of SiLU
+            (convolutions only).
         padding: pad the convolutions with zeros (convolutions only).
         norm: normalisation before each block and before the head.
         residual: add each block's input to its output.
+        local_conv: side of a depthwise convolution over the tokens' raster, whose result is added to the tokens before
+            each block; None for none. It tells the block where a token lies and what is around it (conditional
+            positional encoding, Chu et al., arXiv 2102.10882).
         direction: `forward`: every block reads the tokens in order; `alternating`: every second one in reverse;
             `cross`: by rows, by rows in reverse, by columns, by columns in reverse, and again (cf. VMamba,
             arXiv 2401.10166).
-        shared: all blocks have the same weights (cf. ALBERT, arXiv 1909.11942).
+        shared: all blocks of a raster have the same weights (cf. ALBERT, arXiv 1909.11942).
         mixer: import path of what mixes the tokens of each block, see `models.mixers`; of several, block i has the
             i-th, and after the last the first again.
         mixer_options: options of the mixer itself.
@@ -84,9 +91,11 @@ class MambaClassifierConfig:
     patch_size: int = 4
     patch_stride: int | None = None
     stem_channels: int | None = None
+    stem_blocks: int = 0
     padding: bool = False
     norm: Norm = "none"
     residual: bool = True
+    local_conv: int | None = None
     direction: Direction = "forward"
     shared: bool = False
     mixer: str | Sequence[str] = MAMBA
@@ -99,8 +108,9 @@ class MambaClassifierConfig:
         faults = Faults(self)
         for name in ("n_blocks", "d_model", "d_state", "d_conv", "expand", "patch_size"):
             faults.whole(name, 1)
-        faults.whole("d_state_step", 0)
-        for name in ("dt_rank", "seq_len", "patch_stride", "stem_channels"):
+        for name in ("d_state_step", "stem_blocks"):
+            faults.whole(name, 0)
+        for name in ("dt_rank", "seq_len", "patch_stride", "stem_channels", "local_conv"):
             faults.whole(name, 1, optional=True)
         hints = get_type_hints(type(self))
         for name in ("tokeniser", "pixel_channels", "norm", "direction", "head", "reuse"):
@@ -111,16 +121,20 @@ class MambaClassifierConfig:
             faults.found.append(f"mixer_options={self.mixer_options!r}: must be a mapping of options")
         faults.found += self._mixer_faults()
         at_fault = {fault.split("=")[0] for fault in faults.found}
-        if self.d_model == 1 and self.norm in ("rms", "layer"):
-            faults.found.append(
-                f"norm={self.norm!r}: over the one channel of d_model=1 it keeps at most a token's sign; use none"
-            )
+        widths = {"d_model": self.d_model} | ({"stem_channels": self.stem_channels} if self.stem_blocks else {})
+        for name, width in widths.items():
+            if width == 1 and self.norm in ("rms", "layer"):
+                faults.found.append(
+                    f"norm={self.norm!r}: over the one channel of {name}=1 it keeps at most a token's sign; use none"
+                )
+        if "local_conv" not in at_fault and self.local_conv is not None and self.local_conv % 2 == 0:
+            faults.found.append(f"local_conv={self.local_conv}: must be odd, so that it has a middle")
         if self.shared is True and self.d_state_step != 0:
             faults.found.append(
                 f"d_state_step={self.d_state_step}: blocks that share weights have one state size; use 0"
             )
         if self.tokeniser in ("pixels", "patches"):
-            for name in ("stem_channels", "padding"):
+            for name in ("stem_channels", "stem_blocks", "padding"):
                 if name not in at_fault and getattr(self, name):
                     faults.found.append(f"{name}={getattr(self, name)!r}: only the convolutions tokeniser has it")
         if self.tokeniser == "pixels" and not at_fault & {"seq_len", "pixel_channels"}:
@@ -197,21 +211,26 @@ class MambaClassifierConfig:
         if stride > self.patch_size:
             found.append(f"patch_stride={stride}: larger than patch_size={self.patch_size}, pixels would be skipped")
         if image_shape is not None:
-            grid = convolved_grid(image_shape, self.patch_size, stride, self.padding)
+            grids = convolved_grids(image_shape, self.patch_size, stride, self.padding)
             size = f"{image_shape[1]}x{image_shape[2]}"
-            if grid is None:
+            if grids is None:
                 found.append(f"patch_size={self.patch_size}: the two convolutions do not fit into a {size} image")
-            elif self.head == "grid" and min(grid) < GRID:
+            elif self.head == "grid" and min(grid := grids[1]) < GRID:
                 found.append(f"head='grid': {grid[0]}x{grid[1]} tokens are fewer than {GRID}x{GRID}")
         return found
 
 
 class Block(nn.Module):
-    """One block of the classifier: optional pre-norm, a mixer, optional residual connection, in any of the `ORDERS`."""
+    """One block of the classifier, in any of the `ORDERS`.
+
+    Optional local convolution, optional pre-norm, a mixer, optional residual connection.
+    """
 
     def __init__(self, config: MambaClassifierConfig, index: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.norm = make_norm(config.norm, config.d_model)
+        channels, side = config.d_model, config.local_conv
+        self.local = nn.Conv2d(channels, channels, side, padding=side // 2, groups=channels) if side else None
+        self.norm = make_norm(config.norm, channels)
         offered = {
             "d_model": config.d_model,
             "d_state": config.d_state + index * config.d_state_step,
@@ -229,6 +248,7 @@ class Block(nn.Module):
 
         The block reads them row by row, or by `columns`, from the end where `backwards`.
         """
+        tokens = with_local(self.local, tokens, grid)
         if isinstance(self.mixer, Mamba) and getattr(self.mixer, "reads_in_order", True):
             order = Order(*grid, backwards) if columns else Order(backwards=backwards)
             out = self.mixer.fused_residual(tokens, self.norm, order, self.residual)
@@ -236,6 +256,46 @@ class Block(nn.Module):
                 return out
         x = in_order(self.mixer, self.norm(tokens), grid, columns, backwards)
         return tokens + x if self.residual else x
+
+
+def with_local(local: nn.Module | None, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (batch, length, d_model) of a raster and their local convolution, where there is one."""
+    if local is None:
+        return tokens
+    planes: Tensor = local(tokens.transpose(1, 2).unflatten(2, grid))
+    return tokens + planes.flatten(2).transpose(1, 2)
+
+
+def through(blocks: nn.ModuleList, count: int, direction: Direction, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Tokens (batch, length, d_model) of a raster after `count` blocks, which are fewer where they share weights."""
+    orders = ORDERS[direction]
+    for i in range(count):
+        tokens = blocks[i % len(blocks)](tokens, grid, *orders[i % len(orders)])
+    return tokens
+
+
+class StemBlocks(nn.Module):
+    """Blocks and a norm between the two convolutions of `ConvolutionTokens`: planes of a raster `grid` to the same."""
+
+    def __init__(self, config: MambaClassifierConfig, grid: tuple[int, int]) -> None:
+        super().__init__()
+        assert config.stem_channels is not None
+        config = replace(config, d_model=config.stem_channels, n_blocks=config.stem_blocks)
+        self.count, self.direction, self.grid = config.n_blocks, config.direction, grid
+        self.blocks = make_blocks(config, grid)
+        self.norm = make_norm(config.norm, config.d_model)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """Map planes (batch, stem_channels, rows, columns) to the same shape."""
+        tokens = planes.flatten(2).transpose(1, 2).contiguous()
+        tokens = self.norm(through(self.blocks, self.count, self.direction, tokens, self.grid))
+        planes = tokens.transpose(1, 2).unflatten(2, self.grid)
+        return planes
+
+
+def make_blocks(config: MambaClassifierConfig, grid: tuple[int, int]) -> nn.ModuleList:
+    """The blocks of a raster; one where they share weights."""
+    return nn.ModuleList(Block(config, i, grid) for i in range(1 if config.shared else config.n_blocks))
 
 
 class MambaClassifier(nn.Module):
@@ -280,14 +340,13 @@ class MambaClassifier(nn.Module):
                 config.patch_size,
                 config.patch_stride or 2,
                 config.padding,
+                partial(StemBlocks, config) if config.stem_blocks else None,
             )
         else:
             self.tokens = PatchTokens(
                 image_shape, config.d_model, config.patch_size, config.patch_stride or config.patch_size
             )
-        self.blocks = nn.ModuleList(
-            Block(config, i, self.tokens.grid) for i in range(1 if config.shared else config.n_blocks)
-        )
+        self.blocks = make_blocks(config, self.tokens.grid)
         self.norm = make_norm(config.norm, config.d_model)
         features = {"flatten": self.tokens.length, "mean": 1, "grid": GRID * GRID}[config.head] * config.d_model
         self.head = nn.Linear(features, num_classes)
@@ -329,13 +388,12 @@ class MambaClassifier(nn.Module):
         """
         if images.ndim == 3:  # signals
             images = images.unsqueeze(2)
-        tokens, orders = self.tokens(images), ORDERS[self.config.direction]
+        tokens = self.tokens(images)
         if self.reuse is not None:
             tokens = self.reuse(tokens, earlier)
         elif earlier:
             raise ConfigError(["a student that has not been told which ones it follows: call its `follow` first"])
-        for i in range(self.config.n_blocks):
-            tokens = self.blocks[i % len(self.blocks)](tokens, self.tokens.grid, *orders[i % len(orders)])
+        tokens = through(self.blocks, self.config.n_blocks, self.config.direction, tokens, self.tokens.grid)
         pooled = self._fused_pool(tokens)
         logits: Tensor = self.head(self._pool(self.norm(tokens)) if pooled is None else pooled)
         return logits
@@ -357,17 +415,22 @@ class MambaClassifier(nn.Module):
         A mixer has the order in which its block reads, and so have the linear layers of a `Mamba`. Blocks that share
         weights have that of the last call.
         """
+        between = getattr(self.tokens, "between", None)
+        blocks, count, grid = self.blocks, self.config.n_blocks, self.tokens.grid
+        if isinstance(between, StemBlocks) and path.startswith(IN_STEM):
+            path = path.removeprefix(IN_STEM)
+            blocks, count, grid = between.blocks, between.count, between.grid
         owner, number, name, *inside = [*path.split("."), "", ""]
         if owner != "blocks" or name != "mixer":
             return None
-        mixer, orders = self.blocks[int(number)].mixer, ORDERS[self.config.direction]
+        mixer, orders = blocks[int(number)].mixer, ORDERS[self.config.direction]
         tokens_inside = not inside[0] or (isinstance(mixer, Mamba) and inside[0] in LINEAR)
-        last = self.config.n_blocks - 1 if self.config.shared else int(number)
+        last = count - 1 if self.config.shared else int(number)
         columns, backwards = orders[last % len(orders)]
         if not (columns or backwards) or not tokens_inside or not getattr(mixer, "reads_in_order", True):
             return None
-        places = torch.arange(self.tokens.length).view(1, -1, 1)
-        return as_read(places, self.tokens.grid, columns, backwards).flatten()
+        places = torch.arange(grid[0] * grid[1]).view(1, -1, 1)
+        return as_read(places, grid, columns, backwards).flatten()
 
     def _pool(self, tokens: Tensor) -> Tensor:
         if self.config.head == "flatten":

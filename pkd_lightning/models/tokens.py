@@ -1,5 +1,7 @@
 """From images to token sequences."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,7 +86,7 @@ class PatchTokens(nn.Module):
 
 
 class ConvolutionTokens(nn.Module):
-    """Two convolutions with SiLU between them, one token per position of the second, row by row.
+    """Two convolutions with SiLU or other layers between them, one token per position of the second, row by row.
 
     The first has `stem_channels` channels, kernels of patch_size and the given stride; the second has d_model channels,
     kernels of 3x3 and stride 2. For the same parameters such a stem sees far more of small images than one layer of
@@ -97,18 +99,28 @@ class ConvolutionTokens(nn.Module):
         patch_size: side of the first kernel.
         stride: of the first convolution.
         padding: pad both with zeros by half their kernels; without, only whole windows count.
+        between: makes what stands between them, of (rows, columns) there: a module of planes (batch, stem_channels,
+            rows, columns) to the same. None for SiLU.
     """
 
     def __init__(
-        self, image_shape: ImageShape, d_model: int, stem_channels: int, patch_size: int, stride: int, padding: bool
+        self,
+        image_shape: ImageShape,
+        d_model: int,
+        stem_channels: int,
+        patch_size: int,
+        stride: int,
+        padding: bool,
+        between: Callable[[tuple[int, int]], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        grid = convolved_grid(image_shape, patch_size, stride, padding)
-        assert grid is not None, "checked by MambaClassifierConfig.faults"
-        self.grid = grid
-        self.length = grid[0] * grid[1]
+        grids = convolved_grids(image_shape, patch_size, stride, padding)
+        assert grids is not None, "checked by MambaClassifierConfig.faults"
+        self.grid = grids[1]
+        self.length = self.grid[0] * self.grid[1]
         first, second = (size // 2 if padding else 0 for size in (patch_size, SECOND_KERNEL))
         self.stem = nn.Conv2d(image_shape[0], stem_channels, patch_size, stride, first)
+        self.between = None if between is None else between(grids[0])
         self.project = nn.Conv2d(stem_channels, d_model, SECOND_KERNEL, SECOND_STRIDE, second)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -116,13 +128,14 @@ class ConvolutionTokens(nn.Module):
         fused = self._fused(images)
         if fused is not None:
             return fused
-        tokens: Tensor = self.project(F.silu(self.stem(images)))
+        planes = self.stem(images)
+        tokens: Tensor = self.project(F.silu(planes) if self.between is None else self.between(planes))
         return tokens.flatten(2).transpose(1, 2)
 
     def _fused(self, images: Tensor) -> Tensor | None:
         """The tokens by one kernel; None where there is none for it, for a few images, or where a layer does more."""
         own = [own_weights(self._modules.get(name), nn.Conv2d) for name in ("stem", "project")]
-        if None in own or torch.is_autocast_enabled("cpu") or images.requires_grad:
+        if self.between is not None or None in own or torch.is_autocast_enabled("cpu") or images.requires_grad:
             return None
         (stem, bias), (project, bias_2) = own  # type: ignore[misc]
         as_built = all(
@@ -143,11 +156,12 @@ class ConvolutionTokens(nn.Module):
         return stem_cpu(images, (stem, bias), (project, bias_2), (strides[0], strides[1]), (paddings[0], paddings[1]))
 
 
-def convolved_grid(image_shape: ImageShape, patch_size: int, stride: int, padding: bool) -> tuple[int, int] | None:
-    """(rows, columns) of `ConvolutionTokens`, or None where the image is too small for both kernels."""
-    sides = []
-    for side in image_shape[1:]:
-        for size, step in ((patch_size, stride), (SECOND_KERNEL, SECOND_STRIDE)):
-            side = (side + 2 * (size // 2 if padding else 0) - size) // step + 1 if side > 0 else 0
-        sides.append(side)
-    return (sides[0], sides[1]) if min(sides) > 0 else None
+def convolved_grids(
+    image_shape: ImageShape, patch_size: int, stride: int, padding: bool
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(rows, columns) after each convolution of `ConvolutionTokens`; None where the image is too small for both."""
+    grids, sides = [], list(image_shape[1:])
+    for size, step in ((patch_size, stride), (SECOND_KERNEL, SECOND_STRIDE)):
+        sides = [(side + 2 * (size // 2 if padding else 0) - size) // step + 1 if side > 0 else 0 for side in sides]
+        grids.append((sides[0], sides[1]))
+    return (grids[0], grids[1]) if min(sides) > 0 else None
