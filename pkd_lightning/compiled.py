@@ -48,9 +48,10 @@ class CompiledStudent(nn.Module):
         self.input_shape = tuple(input_shape)
         self.classes = student.head.out_features
         self._build()
-        blocks: list[Any] = list(student.blocks)
-        states = [blocks[i % len(blocks)].mixer.A_log.numel() for i in range(student.config.n_blocks)]
-        self.updates = student.tokens.length * sum(states)  # of the scans for one image
+        self.updates = _updates(student.blocks, student.config.n_blocks, student.tokens.grid)
+        between = getattr(student.tokens, "between", None)
+        if between is not None:
+            self.updates += _updates(between.blocks, between.count, between.grid)
 
     def _build(self) -> None:
         self._table = torch.tensor(self.addresses(self.scales))
@@ -66,6 +67,13 @@ class CompiledStudent(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map preprocessed images (batch, C, H, W), or signals, to logits (batch, classes)."""
         return _run([self], self._table, images)
+
+
+def _updates(blocks: nn.ModuleList, count: int, grid: tuple[int, int]) -> int:
+    """How many states the scans of the blocks of a raster update for one image."""
+    layers: list[Any] = list(blocks)
+    states: int = sum(layers[i % len(layers)].mixer.A_log.numel() for i in range(count))
+    return math.prod(grid) * states
 
 
 class CompiledPrefixes:

@@ -1,6 +1,7 @@
 """A student's sizes and weights as the inference kernels read them: a plan of integers, and one row of weights."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pkd_lightning.kernels.lanes import LOG2E, WIDTH
 from pkd_lightning.kernels.scan.block import BLOCK
 from pkd_lightning.kernels.scan.states import CHUNK
 from pkd_lightning.models.building import ImageShape
-from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier
+from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier, MambaClassifierConfig, StemBlocks
 from pkd_lightning.models.mamba import Mamba, only_forward, own_weights
 from pkd_lightning.models.options import Norm
 from pkd_lightning.models.tokens import ConvolutionTokens, PatchTokens, PixelTokens
@@ -66,21 +67,52 @@ def plan_of(student: nn.Module, shape: ImageShape, weights: Weights) -> tuple[li
         raise ValueError("a MambaClassifier that reads earlier students")
     config, tokens, plan = student.config, student.tokens, [0] * k.PLAN
     plan[k.CHANNELS], plan[k.HEIGHT], plan[k.WIDTH_] = shape
-    plan[k.ROWS], plan[k.COLUMNS] = tokens.grid
-    plan[k.MODEL], plan[k.MODEL_V] = config.d_model, vectors(config.d_model)
-    room = max(_plan_tokens(plan, tokens, weights), _plan_head(plan, student, weights))
-    kind, plan[k.NORM] = NORMS[config.norm]
-    plan[k.RESIDUAL], plan[k.BLOCKS] = config.residual, config.n_blocks
-    plan[k.LAST_NORM_AT], plan[k.EPSILON_AT] = _norm(student.norm, kind, weights)
-    zeros = weights.add(torch.zeros(max(_widest(block) for block in student.blocks)))
-    blocks = [_plan_block(plan, block, kind, zeros, weights) for block in student.blocks]  # type: ignore[arg-type]
-    orders = ORDERS[config.direction]
-    for i in range(config.n_blocks):
-        own, needed = blocks[i % len(blocks)]
-        room = max(room, needed)
-        by_columns, backwards = orders[i % len(orders)]
-        plan += [int(by_columns), int(backwards), *own[2:]]
+    before = _plan_tokens(plan, tokens, weights)
+    between = getattr(tokens, "between", None)
+    _plan_raster(plan, tokens.grid, config.d_model, config, student.norm, weights)
+    blocks, needed = _plan_blocks(plan, student.blocks, config.n_blocks, config, weights)
+    plan += blocks
+    room = max(before, needed, _plan_head(plan, student, weights))
+    if between is not None:
+        if not only_forward(between, StemBlocks) or config.stem_channels is None:
+            raise ValueError(f"a {type(between).__name__} between the convolutions, which is no plain StemBlocks")
+        inner = [0] * k.PLAN
+        _plan_raster(inner, between.grid, config.stem_channels, config, between.norm, weights)
+        blocks, needed = _plan_blocks(inner, between.blocks, between.count, config, weights)
+        plan[k.BETWEEN] = len(plan)
+        plan += inner + blocks
+        room = max(room, before + needed)
     return plan, tokens.length * plan[k.MODEL_V] * WIDTH + room
+
+
+def _plan_raster(
+    plan: list[int],
+    grid: tuple[int, int],
+    channels: int,
+    config: MambaClassifierConfig,
+    norm: nn.Module,
+    weights: Weights,
+) -> None:
+    """The sizes of a raster of tokens, and the norm after its blocks."""
+    plan[k.ROWS], plan[k.COLUMNS] = grid
+    plan[k.MODEL], plan[k.MODEL_V] = channels, vectors(channels)
+    kind, plan[k.NORM] = NORMS[config.norm]
+    plan[k.RESIDUAL] = config.residual
+    plan[k.LAST_NORM_AT], plan[k.EPSILON_AT] = _norm(norm, kind, weights)
+
+
+def _plan_blocks(
+    plan: list[int], blocks: Iterable[nn.Module], count: int, config: MambaClassifierConfig, weights: Weights
+) -> tuple[list[int], int]:
+    """What the kernel is told of the blocks of a raster, and the room that they need."""
+    plan[k.BLOCKS], layers = count, list(blocks)
+    kind, orders, told = NORMS[config.norm][0], ORDERS[config.direction], []
+    zeros = weights.add(torch.zeros(max(_widest(block) for block in layers)))
+    made = [_plan_block(plan, block, kind, zeros, weights) for block in layers]  # type: ignore[arg-type]
+    for i in range(count):
+        by_columns, backwards = orders[i % len(orders)]
+        told += [int(by_columns), int(backwards), *made[i % len(made)][0][2:]]
+    return told, max(needed for _, needed in made)
 
 
 def _layer(layer: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -133,8 +165,6 @@ def _plan_tokens(plan: list[int], tokens: nn.Module, weights: Weights) -> int:
             plan[k.TOKENS_AT], plan[k.TOKENS_BIAS_AT] = _linear(tokens.embed, weights)
         return 0
     assert isinstance(tokens, PatchTokens | ConvolutionTokens)
-    if isinstance(tokens, ConvolutionTokens) and tokens.between is not None:
-        raise ValueError("blocks between the convolutions")
     plan[k.CONVOLUTIONS] = 1
     begin = tokens.project
     if isinstance(tokens, ConvolutionTokens):
@@ -153,6 +183,8 @@ def _plan_tokens(plan: list[int], tokens: nn.Module, weights: Weights) -> int:
         plan[k.STEM_ROWS], plan[k.STEM_COLUMNS] = rows, columns
         rim = 2 * plan[k.PADDING_2]
         positions = (rows + rim) * (columns + rim) + k.AT_ONCE * plan[k.STRIDE_2]
+        if tokens.between is not None:
+            positions += rows * columns
         room += positions * plan[k.STEM_V] * WIDTH
     return room
 
@@ -183,8 +215,6 @@ def _plan_block(
     """What the kernel is told of a block, and the room that it needs. kind: of its norm."""
     mixer = block.mixer
     assert isinstance(mixer, Mamba)
-    if block.local is not None:
-        raise ValueError("a block with a local convolution")
     if not only_forward(block, Block) or block.residual != plan[k.RESIDUAL]:
         raise ValueError("a block that is not as it was built")
     given = mixer.plain_weights() if only_forward(mixer, Mamba) and "mix" not in mixer.__dict__ else None
@@ -197,6 +227,9 @@ def _plan_block(
     own[k.INNER], own[k.INNER_V], own[k.STATES], own[k.STATES_V] = inner, vectors(inner), states, vectors(states)
     own[k.RANK], own[k.CONV], own[k.ZEROS_AT] = rank, width, zeros
     own[k.OVER_STATES] = inner * (vectors(states) + 1) < vectors(inner) * states
+    if block.local is not None:
+        own[k.LOCAL], weight, bias = _depthwise(block.local, mixer.d_model)
+        own[k.LOCAL_AT], own[k.LOCAL_BIAS_AT] = weights.add(weight.permute(2, 3, 1, 0)), weights.add(bias)
     own[k.X_AT], own[k.Z_AT] = weights.add(in_proj[:inner].T), weights.add(in_proj[inner:].T)
     own[k.CONV_AT], own[k.CONV_BIAS_AT] = weights.add(conv_weight[:, 0].T), weights.add(conv_bias)
     steps, B, C = x_proj.split([rank, states, states])
@@ -216,7 +249,22 @@ def _plan_block(
     state = inner * own[k.STATES_V] if own[k.OVER_STATES] else states * own[k.INNER_V]
     room = state + (WORKED + width - 1) * own[k.INNER_V]
     room += WORKED * (5 * own[k.INNER_V] + plan[k.MODEL_V] + own[k.ROW_V] + 1)
+    if block.local is not None:
+        room = max(room, plan[k.ROWS] * plan[k.COLUMNS] * plan[k.MODEL_V])
     return own, room * WIDTH
+
+
+def _depthwise(layer: nn.Module, channels: int) -> tuple[int, Tensor, Tensor]:
+    """Side, weight (channels, 1, side, side) and bias of a depthwise convolution that keeps the raster."""
+    weight, bias = _layer(layer, nn.Conv2d)
+    assert isinstance(layer, nn.Conv2d)
+    side = layer.kernel_size[0]
+    built = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), channels, "zeros", 1)
+    if bias is None or built != (
+        layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, side % 2
+    ):  # fmt: skip
+        raise ValueError("a local convolution that is not as it was built")
+    return side, weight, bias
 
 
 def _padded(rows: Tensor) -> Tensor:
@@ -243,17 +291,29 @@ def batch_plan_of(student: MambaClassifier, shape: ImageShape, weights: Weights)
             rim = 2 * int(tokens.project.padding[0])
             sides = ((side + 2 * padding - size) // stride + 1 + rim for side in shape[1:])
             room += begin.out_channels * math.prod(sides) + k.AT_ONCE * (tokens.project.stride[0] + 1)
-    kind, _ = NORMS[student.config.norm]
-    plan[batch.LAST_NORM_AT], plan[batch.EPSILON_AT] = _norm(student.norm, kind, weights)
     plan[batch.HEAD_AT], plan[batch.HEAD_BIAS_AT] = weights.add(head.weight), weights.add(head.bias)
     room = max(room, head.out_features + head.in_features)
-    blocks: list[Any] = list(student.blocks)
-    own = [_batch_block(block, kind, weights) for block in blocks]
-    for i in range(student.config.n_blocks):
-        block, needed = own[i % len(own)]
-        plan += block
-        room = max(room, needed)
-    return plan, (tokens.length * student.config.d_model + room) * WIDTH
+    kind, _ = NORMS[student.config.norm]
+    plan[batch.LAST_NORM_AT], plan[batch.EPSILON_AT] = _norm(student.norm, kind, weights)
+    blocks, needed = _batch_blocks(student.blocks, student.config.n_blocks, tokens.length, kind, weights)
+    plan += blocks
+    between = getattr(tokens, "between", None)
+    if between is not None:
+        inner, length = [0] * batch.PLAN, math.prod(between.grid)
+        inner[batch.LAST_NORM_AT], inner[batch.EPSILON_AT] = _norm(between.norm, kind, weights)
+        blocks, more = _batch_blocks(between.blocks, between.count, length, kind, weights)
+        plan[batch.BETWEEN] = len(plan)
+        plan += inner + blocks
+        room += begin.out_channels * length + more
+    return plan, (tokens.length * student.config.d_model + max(room, needed)) * WIDTH
+
+
+def _batch_blocks(
+    blocks: Iterable[nn.Module], count: int, length: int, kind: type[nn.Module], weights: Weights
+) -> tuple[list[int], int]:
+    """The places of the blocks of a raster of `length` tokens, and the vectors of room that they need."""
+    made = [_batch_block(block, length, kind, weights) for block in blocks]
+    return [x for i in range(count) for x in made[i % len(made)][0]], max(needed for _, needed in made)
 
 
 def _convolution_of(layer: nn.Conv2d, weights: Weights) -> tuple[int, int]:
@@ -261,7 +321,7 @@ def _convolution_of(layer: nn.Conv2d, weights: Weights) -> tuple[int, int]:
     return weights.add(layer.weight), weights.add(layer.bias)
 
 
-def _batch_block(block: Any, kind: type[nn.Module], weights: Weights) -> tuple[list[int], int]:
+def _batch_block(block: Any, length: int, kind: type[nn.Module], weights: Weights) -> tuple[list[int], int]:
     """A block's places by the order of `inference_batch`, and the vectors of room that it needs."""
     mixer: Mamba = block.mixer
     in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A_log, D, out_proj = mixer.plain_weights() or ()
@@ -270,6 +330,7 @@ def _batch_block(block: Any, kind: type[nn.Module], weights: Weights) -> tuple[l
     A = F.pad(A.where(~A.isnan(), math.nan), (0, states % 2))  # of one kind of NaN; the states in pairs
     norm, epsilon = _norm(block.norm, kind, weights)
     parts = (in_proj, conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D, out_proj)
-    own = [norm, *(weights.add(part) for part in parts), epsilon]
+    local = [0, 0] if block.local is None else [weights.add(block.local.weight), weights.add(block.local.bias)]
+    own = [norm, *(weights.add(part) for part in parts), epsilon, *local]
     room = inner * (states + 1 + batch.width(width) + 6 * CHUNK) + (mixer.dt_rank + mixer.d_model) * CHUNK
-    return own, room + 2 * BLOCK * (CHUNK + 1)
+    return own, max(room + 2 * BLOCK * (CHUNK + 1), length)

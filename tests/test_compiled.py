@@ -31,6 +31,15 @@ CASES = {
     "shared weights": {**PATCHES, "d_model": 6, "n_blocks": 3, "shared": True, "direction": "cross", "norm": "rms"},
     "convolutions": {**STEM, "d_model": 18, "norm": "rms", "head": "mean"},
     "convolutions, padded": {**STEM, "padding": True, "stem_channels": 17, "d_model": 33, "head": "grid"},
+    "blocks between the convolutions": {**STEM, "stem_blocks": 5, "d_model": 6, "norm": "rms", "direction": "cross",
+                                        "padding": True, "head": "grid", "n_blocks": 2},
+    "wide blocks between, shared": {**STEM, "stem_channels": 18, "stem_blocks": 2, "d_model": 4, "norm": "layer",
+                                    "shared": True, "direction": "alternating", "head": "mean", "n_blocks": 3},
+    "blocks between without a norm": {**STEM, "stem_blocks": 1, "d_model": 17, "padding": True, "patch_stride": 1},
+    "local convolutions": {**PATCHES, "d_model": 18, "local_conv": 3, "n_blocks": 3, "norm": "rms", "head": "mean"},
+    "local convolutions on both rasters": {**STEM, "stem_blocks": 2, "d_model": 9, "local_conv": 5, "n_blocks": 2,
+                                           "norm": "rms", "padding": True, "direction": "cross", "head": "mean"},
+    "local, more than the raster": {**PATCHES, "patch_size": 4, "patch_stride": 4, "d_model": 5, "local_conv": 7},
     "one state": {**PATCHES, "d_model": 8, "d_state": 1},
     "odd states": {**PATCHES, "d_model": 8, "d_state": 5, "d_state_step": 2, "n_blocks": 2},
     "more states than channels": {**PATCHES, "d_model": 2, "expand": 1, "d_state": 40},
@@ -215,13 +224,14 @@ def another_norm(place, norm):
     return lambda student: setattr(student.get_submodule(place), "norm", norm)
 
 
-def local(student):
-    student.blocks[0].local = nn.Conv2d(5, 5, 3, padding=1, groups=5)
+def local(**options):
+    return lambda student: setattr(student.blocks[0], "local", nn.Conv2d(5, 5, 3, **{"padding": 1, **options}))
 
 
 def between(student):
     options = {"stem_channels": 3, "stem_blocks": 1, "patch_size": 3, "padding": True}
     student.tokens = MambaClassifier((3, 8, 8), 10, tokeniser="convolutions", d_model=5, **options).tokens
+    student.tokens.between = nn.Tanh()
     student.head = nn.Linear(20, 10)
 
 
@@ -239,8 +249,9 @@ def convolving(**options):
      (hook("tokens"), "a tokeniser with hooks"),
      (hook("tokens.project"), "a Conv2d that is no plain Conv2d"),
      (hook("blocks.0"), "a block that is not as it was built"),
-     (without_residual, "a block that is not as it was built"), (local, "a block with a local convolution"),
-     (between, "blocks between the convolutions"),
+     (without_residual, "a block that is not as it was built"), (local(groups=1), "a local convolution that is not"),
+     (local(groups=5, padding_mode="circular"), "a local convolution that is not as it was built"),
+     (between, "a Tanh between the convolutions, which is no plain StemBlocks"),
      (hook("blocks.0.norm"), "a Identity that is no plain Identity"),
      (hook("norm"), "a Identity that is no plain Identity"),
      (another_norm("", nn.RMSNorm(5)), "a RMSNorm that is no plain Identity"),

@@ -41,19 +41,22 @@ STEPS = 64  # tokens of a chunk
 AT_ONCE = 4  # rows of a product worked on together; buffers have room for as many beyond their rows
 
 # What a student's plan holds, as integers. Names that end in _AT are places in its weights, in elements; DEPTH, INNER_V
-# and the like are counts of vectors.
+# and the like are counts of vectors. BETWEEN is where in the plan another one begins, of the blocks between the two
+# convolutions, or 0: of that one only sizes of the raster and of the tokens, norms and blocks are read.
 (
     CHANNELS, HEIGHT, WIDTH_, AVERAGE, POOL_ROWS, POOL_COLUMNS, CONVOLUTIONS, PADDING, KERNEL, STRIDE, STEM, STEM_V,
     STEM_ROWS, STEM_COLUMNS, STEM_AT, STEM_BIAS_AT, PADDING_2, KERNEL_2, STRIDE_2, TOKENS_AT, TOKENS_BIAS_AT, ROWS,
     COLUMNS, MODEL, MODEL_V, NORM, RESIDUAL, BLOCKS, LAST_NORM_AT, HEAD, CLASSES_V, HEAD_AT, HEAD_BIAS_AT, EPSILON_AT,
-) = range(34)  # fmt: skip
-PLAN = 34
+    BETWEEN,
+) = range(35)  # fmt: skip
+PLAN = 35
 # and what follows for each block
 (
     BY_COLUMNS, BACKWARDS, NORM_AT, INNER, INNER_V, STATES, STATES_V, RANK, CONV, OVER_STATES, ROW_V, B_PLACE, C_PLACE,
     X_AT, Z_AT, CONV_AT, CONV_BIAS_AT, MIX_AT, STEP_AT, STEP_BIAS_AT, A_AT, D_AT, OUT_AT, ZEROS_AT, BLOCK_EPSILON_AT,
-) = range(25)  # fmt: skip
-BLOCK = 25
+    LOCAL, LOCAL_AT, LOCAL_BIAS_AT,
+) = range(28)  # fmt: skip
+BLOCK = 28
 ENTRIES = 5  # of a student in the table
 NO_NORM, RMS, LAYER = range(3)
 FLATTEN, MEAN, GRID = range(3)
@@ -207,8 +210,20 @@ def _tokens(p, w, image, at, space, tokens):
     row = (p[STEM_COLUMNS] + 2 * rim) * channels
     if rim:
         fill(stem, 0, (p[STEM_ROWS] + 2 * rim) * row // WIDTH, ZERO)
-    _convolve(w, p[STEM_AT], p[STEM_BIAS_AT], p[CHANNELS], p[KERNEL], p[STRIDE], p[STEM_V], p[STEM_ROWS],
-              p[STEM_COLUMNS], space, by, stem, rim * row + rim * channels, (row, channels), True)  # fmt: skip
+    begin = rim * row + rim * channels
+    if p[BETWEEN]:
+        q, across = p[p[BETWEEN] :], p[STEM_COLUMNS] * channels
+        between = stem[(p[STEM_ROWS] + 2 * rim) * row + AT_ONCE * p[STRIDE_2] * channels :]
+        _convolve(w, p[STEM_AT], p[STEM_BIAS_AT], p[CHANNELS], p[KERNEL], p[STRIDE], p[STEM_V], p[STEM_ROWS],
+                  p[STEM_COLUMNS], space, by, between, 0, (across, channels), False)  # fmt: skip
+        _blocks(q, w, between, between[p[STEM_ROWS] * across :])
+        for y in range(p[STEM_ROWS]):
+            for x in range(0, across, channels):
+                _normalise(q[NORM], w, q[LAST_NORM_AT], w[q[EPSILON_AT]], between, y * across + x, p[STEM], p[STEM_V],
+                           stem, begin + y * row + x)  # fmt: skip
+    else:
+        _convolve(w, p[STEM_AT], p[STEM_BIAS_AT], p[CHANNELS], p[KERNEL], p[STRIDE], p[STEM_V], p[STEM_ROWS],
+                  p[STEM_COLUMNS], space, by, stem, begin, (row, channels), True)  # fmt: skip
     _convolve(w, p[TOKENS_AT], p[TOKENS_BIAS_AT], p[STEM], p[KERNEL_2], p[STRIDE_2], p[MODEL_V], p[ROWS],
               p[COLUMNS], stem, (1, row, channels), tokens, 0, to_by, False)  # fmt: skip
 
@@ -364,6 +379,41 @@ def _chunk(p, b, w, tokens, start, steps, space):
 
 
 @njit(**INLINE)
+def _local(p, b, w, tokens, space):
+    """Add to the tokens a depthwise convolution over their raster, whose rim is zeros."""
+    rows, columns, model, side = p[ROWS], p[COLUMNS], p[MODEL_V] * WIDTH, b[LOCAL]
+    half = side // 2
+    for r in range(rows):
+        for c in range(columns):
+            at = (r * columns + c) * model
+            for v in range(0, model, WIDTH):
+                value = load(tokens, at + v) + load(w, b[LOCAL_BIAS_AT] + v)
+                for y in range(max(0, half - r), min(side, rows + half - r)):
+                    for x in range(max(0, half - c), min(side, columns + half - c)):
+                        near = ((r + y - half) * columns + c + x - half) * model
+                        weight = load(w, b[LOCAL_AT] + (y * side + x) * model + v)
+                        value = fma(weight, load(tokens, near + v), value)
+                store(space, at + v, value)
+    for i in range(0, rows * columns * model, WIDTH):
+        store(tokens, i, load(space, i))
+
+
+@njit(**INLINE)
+def _blocks(p, w, tokens, space):
+    """All blocks of a plan, one after another."""
+    length = p[ROWS] * p[COLUMNS]
+    for i in range(p[BLOCKS]):
+        b = p[PLAN + i * BLOCK :]
+        if b[LOCAL]:
+            _local(p, b, w, tokens, space)
+        inner = b[INNER_V] * WIDTH
+        states = b[INNER] * b[STATES_V] * WIDTH if b[OVER_STATES] else b[STATES] * inner
+        fill(space, 0, (states + (b[CONV] - 1) * inner) // WIDTH, ZERO)
+        for start in range(0, length, STEPS):
+            _chunk(p, b, w, tokens, start, min(STEPS, length - start), space)
+
+
+@njit(**INLINE)
 def _head(p, w, tokens, space):
     """The last norm, pooling, and the logits as vectors at the start of `space`."""
     model, length, channels = p[MODEL_V] * WIDTH, p[ROWS] * p[COLUMNS], p[MODEL]
@@ -415,14 +465,7 @@ def _head(p, w, tokens, space):
 def _student(p, w, image, at, tokens, space):
     """The logits of one image as vectors at the start of `space`."""
     _tokens(p, w, image, at, space, tokens)
-    length = p[ROWS] * p[COLUMNS]
-    for i in range(p[BLOCKS]):
-        b = p[PLAN + i * BLOCK :]
-        inner = b[INNER_V] * WIDTH
-        states = b[INNER] * b[STATES_V] * WIDTH if b[OVER_STATES] else b[STATES] * inner
-        fill(space, 0, (states + (b[CONV] - 1) * inner) // WIDTH, ZERO)
-        for start in range(0, length, STEPS):
-            _chunk(p, b, w, tokens, start, min(STEPS, length - start), space)
+    _blocks(p, w, tokens, space)
     _head(p, w, tokens, space)
 
 

@@ -38,10 +38,13 @@ from pkd_lightning.kernels.scan.dense import AT_ONCE, project
 from pkd_lightning.kernels.scan.states import CHUNK, ROW, STATE_ROW, fill
 
 # what the plan holds besides that of `inference`: places in the weights of a student, and of each block
-STEM_AT, STEM_BIAS_AT, TOKENS_AT, TOKENS_BIAS_AT, LAST_NORM_AT, EPSILON_AT, HEAD_AT, HEAD_BIAS_AT = range(8)
-PLAN = 8
-NORM_AT, IN_AT, CONV_AT, CONV_BIAS_AT, MIX_AT, STEP_AT, STEP_BIAS_AT, A_AT, D_AT, OUT_AT, BLOCK_EPSILON_AT = range(11)
-BLOCK_PLAN = 11
+STEM_AT, STEM_BIAS_AT, TOKENS_AT, TOKENS_BIAS_AT, LAST_NORM_AT, EPSILON_AT, HEAD_AT, HEAD_BIAS_AT, BETWEEN = range(9)
+PLAN = 9
+(
+    NORM_AT, IN_AT, CONV_AT, CONV_BIAS_AT, MIX_AT, STEP_AT, STEP_BIAS_AT, A_AT, D_AT, OUT_AT, BLOCK_EPSILON_AT,
+    LOCAL_AT, LOCAL_BIAS_AT,
+) = range(13)  # fmt: skip
+BLOCK_PLAN = 13
 
 
 class Mixer(NamedTuple):
@@ -123,12 +126,25 @@ def _tokens(p, own, w, images, at, lanes, space, tokens):
     down = (p[k.STEM_ROWS] + 2 * rim) * across
     if rim:
         fill(stem, 0, p[k.STEM] * down // WIDTH, ZERO)
-    convolve(w, own[STEM_AT], own[STEM_BIAS_AT], p[k.CHANNELS], p[k.KERNEL], p[k.STRIDE], p[k.STEM],
-                 p[k.STEM_ROWS], p[k.STEM_COLUMNS], space, (plane, row), stem, rim * across + rim * WIDTH,
-                 (down, across))  # fmt: skip
-    for i in range(0, p[k.STEM] * down, WIDE):  # the rim stays zero
-        value = load_wide(stem, i)
-        store(stem, i, value * sigmoid(value))
+    begin = rim * across + rim * WIDTH
+    if p[k.BETWEEN]:
+        q, its = p[p[k.BETWEEN] :], own[own[BETWEEN] :]
+        between = stem[p[k.STEM] * down + 4 * (p[k.STRIDE_2] + 1) * WIDTH :]
+        length = p[k.STEM_ROWS] * p[k.STEM_COLUMNS] * WIDTH
+        convolve(w, own[STEM_AT], own[STEM_BIAS_AT], p[k.CHANNELS], p[k.KERNEL], p[k.STRIDE], p[k.STEM],
+                 p[k.STEM_ROWS], p[k.STEM_COLUMNS], space, (plane, row), between, 0,
+                 (length, p[k.STEM_COLUMNS] * WIDTH))  # fmt: skip
+        _blocks(q, its, w, between, between[p[k.STEM] * length :])
+        for y in range(p[k.STEM_ROWS]):
+            for x in range(0, p[k.STEM_COLUMNS] * WIDTH, WIDTH):
+                _normalise(q[k.NORM], w, its[LAST_NORM_AT], w[its[EPSILON_AT]], p[k.STEM], between,
+                           y * p[k.STEM_COLUMNS] * WIDTH + x, length, stem, begin + y * across + x, down)  # fmt: skip
+    else:
+        convolve(w, own[STEM_AT], own[STEM_BIAS_AT], p[k.CHANNELS], p[k.KERNEL], p[k.STRIDE], p[k.STEM],
+                 p[k.STEM_ROWS], p[k.STEM_COLUMNS], space, (plane, row), stem, begin, (down, across))  # fmt: skip
+        for i in range(0, p[k.STEM] * down, WIDE):  # the rim stays zero
+            value = load_wide(stem, i)
+            store(stem, i, value * sigmoid(value))
     convolve(w, own[TOKENS_AT], own[TOKENS_BIAS_AT], p[k.STEM], p[k.KERNEL_2], p[k.STRIDE_2], p[k.MODEL],
                  p[k.ROWS], p[k.COLUMNS], stem, (down, across), tokens, 0, to_by)  # fmt: skip
 
@@ -196,6 +212,36 @@ def _block(p, b, own, w, tokens, space):
 
 
 @njit(**INLINE)
+def _local(p, b, own, w, tokens, space):
+    """See `inference._local`."""
+    rows, columns, side = p[k.ROWS], p[k.COLUMNS], b[k.LOCAL]
+    half, plane = side // 2, rows * columns * WIDTH
+    for i in range(p[k.MODEL]):
+        begin, bias = i * plane, spread(w, own[LOCAL_BIAS_AT] + i)
+        for r in range(rows):
+            for c in range(columns):
+                at = begin + (r * columns + c) * WIDTH
+                value = load(tokens, at) + bias
+                for y in range(max(0, half - r), min(side, rows + half - r)):
+                    for x in range(max(0, half - c), min(side, columns + half - c)):
+                        weight = spread(w, own[LOCAL_AT] + (i * side + y) * side + x)
+                        value = fma(weight, load(tokens, at + ((y - half) * columns + x - half) * WIDTH), value)
+                store(space, at - begin, value)
+        for t in range(0, plane, WIDTH):
+            store(tokens, begin + t, load(space, t))
+
+
+@njit(**INLINE)
+def _blocks(p, own, w, tokens, space):
+    """All blocks of a plan, one after another."""
+    for i in range(p[k.BLOCKS]):
+        b, its = p[k.PLAN + i * k.BLOCK :], own[PLAN + i * BLOCK_PLAN :]
+        if b[k.LOCAL]:
+            _local(p, b, its, w, tokens, space)
+        _block(p, b, its, w, tokens, space)
+
+
+@njit(**INLINE)
 def _head(p, own, w, tokens, classes, space):
     """The last norm, pooling, and the logits as a vector a class at the start of `space`."""
     channels, length = p[k.MODEL], p[k.ROWS] * p[k.COLUMNS]
@@ -251,8 +297,7 @@ def infer_batch(memory, students, first, last, workspace):
             own, w = integers(table[row + 3]), floats(table[row + 4])
             space = tokens[p[k.ROWS] * p[k.COLUMNS] * p[k.MODEL] * WIDTH :]
             _tokens(p, own, w, images, group * WIDTH * size, lanes, space, tokens)
-            for i in range(p[k.BLOCKS]):
-                _block(p, p[k.PLAN + i * k.BLOCK :], own[PLAN + i * BLOCK_PLAN :], w, tokens, space)
+            _blocks(p, own, w, tokens, space)
             _head(p, own, w, tokens, classes, space)
             a, c = scales[0], scales[1]
             for o in range(0, classes * WIDTH, WIDTH):
