@@ -48,6 +48,8 @@ CONFIGURATIONS: dict[tuple[int, ...], list[dict[str, Any]]] = {
         {**STEM, "stem_channels": 3, "d_model": 9, "padding": True, "norm": "rms", "head": "grid", "d_state": 4},
         {**STEM, "stem_channels": 9, "d_model": 6, "patch_stride": 1, "shared": True, "n_blocks": 3,
          "direction": "cross", "norm": "rms"},
+        {**STEM, "stem_channels": 5, "stem_blocks": 2, "d_model": 9, "padding": True, "shared": True, "n_blocks": 2,
+         "direction": "alternating", "norm": "layer"},
     ],
     COLOUR: [
         {"seq_len": 30, "pixel_channels": "one", "d_model": 4, "norm": "rms", "d_conv": 1},
@@ -58,10 +60,12 @@ CONFIGURATIONS: dict[tuple[int, ...], list[dict[str, Any]]] = {
         {"tokeniser": "patches", "patch_size": 5, "patch_stride": 3, "d_model": 8, "head": "grid", "norm": "layer"},
         {**STEM, "patch_size": 4, "stem_channels": 4, "d_model": 6, "padding": True, "direction": "alternating",
          "n_blocks": 2, "norm": "rms", "d_state": 1},
+        {**STEM, "stem_channels": 4, "stem_blocks": 5, "d_model": 6, "direction": "cross", "n_blocks": 2,
+         "norm": "rms", "head": "mean", "local_conv": 3},
     ],
     SIGNAL: [
         {"seq_len": 24, "d_model": 6, "norm": "layer", "head": "mean"},
-        {"seq_len": 16, "pixel_channels": "all", "n_blocks": 2, "direction": "alternating"},
+        {"seq_len": 16, "pixel_channels": "all", "n_blocks": 2, "direction": "alternating", "local_conv": 5},
     ],
 }  # fmt: skip
 

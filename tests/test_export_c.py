@@ -81,13 +81,6 @@ def test_no_configuration_gives_a_warning_where_everything_is_inlined(
         pass
 
 
-def test_what_c_does_not_write_is_said_with_the_options_that_make_it(tmp_path: Path) -> None:
-    stem = {"tokeniser": "convolutions", "patch_size": 3, "stem_channels": 2, "stem_blocks": 1, "padding": True}
-    ensemble = ensemble_of(d_model=3, local_conv=3, **stem)
-    with pytest.raises(ConfigError, match="member 1: it has stem_blocks=1 and local_conv=3, which --format c"):
-        export(ensemble, "c", tmp_path)
-
-
 NAMES = """
 #include "plain.c"
 #include <stdio.h>

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.classifier import GRID, ORDERS, MambaClassifier, as_image
+from pkd_lightning.models.classifier import GRID, ORDERS, MambaClassifier, StemBlocks, as_image
 from pkd_lightning.models.mamba import Mamba, own_weights
 from pkd_lightning.models.tokens import SECOND_KERNEL, SECOND_STRIDE, ConvolutionTokens, PatchTokens, PixelTokens
 from pkd_lightning.rounding import Weights, joined, split
@@ -97,14 +97,6 @@ class Student:
                     f" write; the formats onnx and pt2 do, and --members {place - 1} leaves it out"
                 ]
             )
-        found = [f"{name}={value}" for name in ("stem_blocks", "local_conv") if (value := getattr(model.config, name))]
-        if found:
-            raise ConfigError(
-                [
-                    f"member {place}: it has {' and '.join(found)}, which --format c does not write; the formats onnx"
-                    " and pt2 do"
-                ]
-            )
         self.model, self.image_shape = model, as_image(input_shape)
         self.arrays: dict[str, Tensor] = {}
         self.structs: list[str] = []
@@ -112,7 +104,8 @@ class Student:
         self.blocks: list[tuple[BlockShape, str]] = []  # in the order they are called, with further arguments
         self.buffers = Buffers()
         self._tokens()
-        self._blocks()
+        config = model.config
+        self._blocks("blocks", model.blocks, config.n_blocks, model.tokens.grid, config.d_model, "pkd_tokens")
         self._head()
 
     def _no_form(self, name: str, module: object) -> ConfigError:
@@ -206,19 +199,41 @@ class Student:
             self._convolution("project", shape, "pkd_tokens", config.patch_stride or config.patch_size, "pkd_image")
         elif type(tokens) is ConvolutionTokens:
             rows, columns, row = self._convolution("stem", shape, "pkd_stem", config.patch_stride or 2, "pkd_image")
-            self.statements.append(f"pkd_silu_all(pkd_stem, {rows * columns * row});")
             self.buffers.need(stem=rows * columns * row)
+            source = "pkd_stem"
+            if tokens.between is None:
+                self.statements.append(f"pkd_silu_all(pkd_stem, {rows * columns * row});")
+            else:
+                self._between(tokens.between, tokens.stem.out_channels)
+                source = "pkd_normed"
             assert self.model.tokens.project.kernel_size[0] == SECOND_KERNEL  # type: ignore[index, union-attr]
-            self._convolution("project", (rows, columns, row), "pkd_tokens", SECOND_STRIDE, "pkd_stem")
+            self._convolution("project", (rows, columns, row), "pkd_tokens", SECOND_STRIDE, source)
         else:
             raise self._no_form("tokens", tokens)
         size = tokens.length * padded(config.d_model)
         self.buffers.need(tokens=size, normed=size)
 
-    def _norm(self, name: str) -> tuple[str, float, str]:
+    def _between(self, between: nn.Module, channels: int) -> None:
+        """Write the blocks between the convolutions, in place on `pkd_stem`, and their norm to `pkd_normed`."""
+        path = "tokens.between"
+        if type(between) is not StemBlocks or _changed(between):
+            raise self._no_form(path, between)
+        self._blocks(f"{path}.blocks", between.blocks, between.count, between.grid, channels, "pkd_stem")
+        self._norm_all(f"{path}.norm", between.grid, channels, "pkd_stem")
+
+    def _norm_all(self, name: str, grid: tuple[int, int], channels: int, source: str) -> None:
+        """Write the norm of all tokens of a raster, to `pkd_normed`."""
+        kind, eps, names = self._norm(name, channels)
+        row, length = padded(channels), grid[0] * grid[1]
+        self.statements.append(f"for (t = 0; t < {length}; t++)")
+        place = f"{source} + t * {row}, pkd_normed + t * {row}"
+        self.statements.append(f"    pkd_norm({place}, {kind}, {channels}, {row}, {names}, {number(eps)});")
+        self.buffers.need(normed=length * row)
+
+    def _norm(self, name: str, channels: int) -> tuple[str, float, str]:
         """(kind, eps, C names of weight and bias) of a norm layer."""
         layer: Any = self.model.get_submodule(name)
-        kind, row = NORMS.get(type(layer)), padded(self.model.config.d_model)
+        kind, row = NORMS.get(type(layer)), padded(channels)
         if kind is None or _changed(layer):
             raise self._no_form(name, layer)
         if kind == "PKD_NO_NORM":
@@ -229,19 +244,44 @@ class Student:
         array = self._array(f"{stem}_weight", _row(weight, row))
         return kind, eps, f"{array}, {self._bias(f'{stem}_bias', bias, row)}"
 
-    def _blocks(self) -> None:
-        config, orders = self.model.config, ORDERS[self.model.config.direction]
-        made = [self._block(i) for i in range(len(self.model.blocks))]
-        for i in range(config.n_blocks):
+    def _blocks(
+        self, path: str, blocks: nn.ModuleList, count: int, grid: tuple[int, int], channels: int, tokens: str
+    ) -> None:
+        """Write the blocks of a raster, in place on `tokens`."""
+        orders = ORDERS[self.model.config.direction]
+        made = [self._block(f"{path}.{i}", grid) for i in range(len(blocks))]
+        local = [self._local(f"{path}.{i}.local", grid, channels, tokens) for i in range(len(blocks))]
+        for i in range(count):
             shape, struct = made[i % len(made)]
             by_columns, backwards = orders[i % len(orders)]
-            call = f"&{struct}, {int(by_columns)}, {int(backwards)}"
+            call = f"&{struct}, {tokens}, {int(by_columns)}, {int(backwards)}"
+            self.statements += local[i % len(local)]
             self.statements.append(f"BLOCK({len(self.blocks)})")  # filled in when all shapes are known
             self.blocks.append((shape, call))
 
-    def _block(self, index: int) -> tuple[BlockShape, str]:
+    def _local(self, name: str, grid: tuple[int, int], channels: int, tokens: str) -> list[str]:
+        """Write the weights of a block's local convolution; the statement, or none where the block has none."""
+        owner, _, attribute = name.rpartition(".")
+        layer: Any = getattr(self.model.get_submodule(owner), attribute)
+        if layer is None:
+            return []
+        weight, bias = self._own(name, nn.Conv2d)
+        side, row = weight.shape[-1], padded(channels)
+        built = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), channels, "zeros")
+        if side % 2 == 0 or built != (
+            layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+        ):  # fmt: skip
+            raise self._no_form(name, layer)
+        taps = weight.new_zeros(row, side, side)
+        taps[:channels] = weight[:, 0]
+        place = name.replace(".", "_")
+        names = f"{self._matrix(f'{place}_weight', taps)}, {self._bias(f'{place}_bias', bias, row)}"
+        self._widens(taps)
+        self.buffers.need(normed=grid[0] * grid[1] * row)
+        return [f"pkd_local({tokens}, {grid[0]}, {grid[1]}, {row}, {side}, {names});"]
+
+    def _block(self, name: str, grid: tuple[int, int]) -> tuple[BlockShape, str]:
         """Write the weights of a block; its shape, and the C name of the struct."""
-        name = f"blocks.{index}"
         block: Any = self.model.get_submodule(name)
         mixer: Any = block.mixer
         if _changed(block):
@@ -249,24 +289,24 @@ class Student:
         weights = mixer.plain_weights() if type(mixer) is Mamba and not _changed(mixer) else None
         if weights is None:
             raise self._no_form(f"{name}.mixer", mixer)
-        kind, eps, norm = self._norm(f"{name}.norm")
+        kind, eps, norm = self._norm(f"{name}.norm", mixer.d_model)
         rank, states, d_inner = mixer.dt_rank, mixer.d_state, mixer.d_inner
-        grid = self.model.tokens.grid
+        place = name.replace(".", "_")
         shape = BlockShape(*grid, mixer.d_model, d_inner, states, rank, mixer.d_conv, kind, eps, bool(block.residual))
         names = [norm]
         for part, values in _mamba_arrays(mixer, weights, shape).items():
             if values.dim() == 1 or part == "A":
-                names.append(self._array(f"block_{index}_{part}", values))
+                names.append(self._array(f"{place}_{part}", values))
             else:
-                names.append(self._matrix(f"block_{index}_{part}", values))
+                names.append(self._matrix(f"{place}_{part}", values))
                 self._widens(values)
-        struct = f"pkd_{self.place}_block_{index}"
+        struct = f"pkd_{self.place}_{place}"
         body = ",\n    ".join(names)
         self.structs.append(f"static const pkd_block {struct} = {{\n    {body}}};")
         length, inner = grid[0] * grid[1], padded(d_inner)
         self.buffers.need(
-            xz=(length + mixer.d_conv - 1) * 2 * inner, x=length * inner, projected=length * shape.projected,
-            delta=length * inner, state=inner * states, input=inner, sum=inner,
+            normed=length * padded(mixer.d_model), xz=(length + mixer.d_conv - 1) * 2 * inner, x=length * inner,
+            projected=length * shape.projected, delta=length * inner, state=inner * states, input=inner, sum=inner,
         )  # fmt: skip
         return shape, struct
 
@@ -275,10 +315,7 @@ class Student:
         config, (rows, columns) = self.model.config, self.model.tokens.grid
         row, outputs = padded(config.d_model), padded(self.num_classes)
         weight, bias = self._own("head", nn.Linear)
-        kind, eps, names = self._norm("norm")
-        place = f"pkd_tokens + t * {row}, pkd_normed + t * {row}"
-        self.statements.append(f"for (t = 0; t < {rows * columns}; t++)")
-        self.statements.append(f"    pkd_norm({place}, {kind}, {config.d_model}, {row}, {names}, {number(eps)});")
+        self._norm_all("norm", (rows, columns), config.d_model, "pkd_tokens")
         source, cells = "pkd_normed", rows * columns
         # features by token or cell, then by channel
         by_cell = weight.unflatten(1, (-1, config.d_model))

@@ -239,8 +239,8 @@ def _title(text: str) -> str:
 
 def _block_function(index: int, shape: BlockShape) -> str:
     return (
-        f"static void pkd_block_{index}(const pkd_block *w, int by_columns, int backwards)\n{{\n"
-        f"    pkd_mamba(w, pkd_tokens, {shape.rows}, {shape.columns}, by_columns, backwards, {shape.arguments()});\n}}"
+        f"static void pkd_block_{index}(const pkd_block *w, float *tokens, int by_columns, int backwards)\n{{\n"
+        f"    pkd_mamba(w, tokens, {shape.rows}, {shape.columns}, by_columns, backwards, {shape.arguments()});\n}}"
     )
 
 

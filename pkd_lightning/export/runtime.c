@@ -283,6 +283,29 @@ PKD_INLINE int pkd_place(int t, int rows, int columns, int by_columns, int backw
     return by_columns ? t % rows * columns + t / rows : t;
 }
 
+/* Adds a convolution of each channel by itself, of side * side tokens, to the tokens of a raster whose border is zero. */
+PKD_INLINE void pkd_local(float *restrict tokens, int rows, int columns, int row, int side,
+                          const pkd_weight *restrict weight, const float *restrict scale, const float *restrict bias)
+{
+    const float *matrix = pkd_floats(weight, scale, side * side, row);
+    const int half = side / 2;
+    int r, c, y, x, i;
+    memcpy(pkd_normed, tokens, sizeof(float) * (size_t)(rows * columns * row));
+    for (r = 0; r < rows; r++)
+        for (c = 0; c < columns; c++) {
+            float *restrict token = tokens + (r * columns + c) * row;
+            for (i = 0; i < row && bias; i++)
+                token[i] += bias[i];
+            for (y = r < half ? half - r : 0; y < side && r + y - half < rows; y++)
+                for (x = c < half ? half - c : 0; x < side && c + x - half < columns; x++) {
+                    const float *restrict near = pkd_normed + ((r + y - half) * columns + c + x - half) * row;
+                    const float *restrict tap = matrix + (y * side + x) * row;
+                    for (i = 0; i < row; i++)
+                        token[i] += tap[i] * near[i];
+                }
+        }
+}
+
 /* A block with its norm and residual sum, in place. The tokens, rows * columns of d_model channels in rows of `row`,
    are read by columns or by rows, from the end if `backwards`. */
 PKD_INLINE void pkd_mamba(const pkd_block *w, float *restrict tokens, int rows, int columns, int by_columns,
