@@ -44,6 +44,7 @@ NEEDS = {
     "teacher/paper_mnist_cosine": "mnist",
     "student/mnist_best": "mnist",
     "teacher/mnist_best": "mnist",
+    "student/paper_cifar10": "cifar10",
     "teacher/paper_cifar10": "cifar10",
     "teacher/resnet18": "cifar10",
     "teacher/mamba_medium": "cifar10",
@@ -52,6 +53,7 @@ NEEDS = {
 BESIDE = {
     "teacher/none": ("boosting.alpha=1",),
     "teacher/paper_cifar10": ("teacher.model.n_blocks=2",),  # of 96: a minute
+    "student/paper_cifar10": ("student.rungs=[{n_blocks:2,d_state:8,seq_len:192},{n_blocks:2,d_state:16,seq_len:48}]",),
     "knowledge/attention_bridge": (TINY[0], "teacher=attention", "boosting.knowledge.attention_bridge.skip=1"),
 }
 

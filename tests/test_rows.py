@@ -1,8 +1,10 @@
 """The rows of Mamba-PKD's Table 2, by arithmetic."""
 
 import pytest
+from hydra.utils import instantiate
 
 from experiments.cifar10_paper import rows
+from pkd_lightning.cli import load_config
 from pkd_lightning.cost import measure
 from pkd_lightning.models.classifier import MambaClassifier
 
@@ -20,6 +22,15 @@ def test_the_arithmetic_of_the_rows_is_that_of_models(image: tuple[int, ...], op
     known = config.seq_len, config.expand, config.d_model
     assert rows.parameters(config.n_blocks, config.d_state, *known, config.dt_rank, config.d_state_step) == cost.params
     assert rows.flops(config.n_blocks, *known) == cost.flops_published
+
+
+def test_the_nearest_students_have_fewer_parameters_than_the_rows_and_their_blocks_and_states() -> None:
+    ladder = instantiate(load_config("student=paper_cifar10").student)
+    built = [ladder.build(i, (3, 32, 32), 10) for i in range(len(ladder))]
+    assert [sum(p.numel() for p in model.parameters()) for model in built] == [20_938, 37_930, 53_482]
+    for model, row in zip(built, rows.STUDENTS, strict=False):
+        assert (model.config.n_blocks, model.config.d_state) == (row.blocks, row.state)
+        assert 0.8 * row.params < sum(p.numel() for p in model.parameters()) < row.params
 
 
 def test_the_teacher_of_table_2_is_one_architecture_and_its_students_are_none() -> None:
