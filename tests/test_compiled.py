@@ -320,6 +320,25 @@ ROOMS = {
     "block": ((3, 11, 11), {**PATCHES, "d_model": 17, "expand": 1, "d_state": 32, "d_conv": 7}),
     "stem": ((3, 48, 48), {**STEM, "padding": True, "stem_channels": 17, "d_model": 2}),
     "head": ((1, 64, 64), {"seq_len": 4096, "d_model": 5}),
+    "blocks between": ((3, 48, 48), {**STEM, "stem_blocks": 1, "stem_channels": 17, "d_model": 2, "norm": "rms"}),
+    "local convolution": (
+        (3, 40, 40),
+        {**PATCHES, "d_model": 33, "expand": 1, "d_state": 1, "local_conv": 3, "head": "mean"},
+    ),
+    "local between": (
+        (3, 70, 70),
+        {
+            **STEM,
+            "stem_blocks": 1,
+            "stem_channels": 33,
+            "d_model": 2,
+            "expand": 1,
+            "d_state": 1,
+            "local_conv": 3,
+            "norm": "rms",
+            "head": "mean",
+        },
+    ),
 }
 
 
