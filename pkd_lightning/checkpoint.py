@@ -108,9 +108,13 @@ def weights_of(model: "nn.Module") -> "dict[str, Tensor]":
 
 def save_weights(model: "nn.Module", path: Path) -> None:
     """Write a model's state dict as safetensors, whole or not at all."""
+    save_tensors(weights_of(model), path)
+
+
+def save_tensors(weights: "dict[str, Tensor]", path: Path) -> None:
+    """Write tensors by name as safetensors, with their hash, whole or not at all."""
     from safetensors.torch import save
 
-    weights = weights_of(model)
     content = save(weights, {HASH: content_hash(weights)})
     # not by `save_file`, whose errors do not say in a form to be tested that the disk is full
     atomic_write(path, lambda temporary: temporary.write_bytes(content))

@@ -88,6 +88,24 @@ def test_a_run_is_published_with_its_teacher_or_the_one_it_loaded(tmp_path):
     assert measure(load_student(target / "teacher"), (1, 8, 8)).params == results["teacher"]["params"]
 
 
+def test_a_teacher_is_published_with_rounded_weights(tmp_path):
+    tiny_run(tmp_path, "boosting.weak_learner.on_failure=accept")
+    (run,) = tmp_path.glob("*/*/results.json")
+    (tmp_path / "study" / "results").mkdir(parents=True)
+    shutil.copy(run, tmp_path / "study" / "results" / "one-seed0.json")
+    kept = tmp_path / "study" / "kept" / "one-seed0"
+    shutil.copytree(run.parent / "students", kept / "students")
+    weights = run.parent / "teacher" / "teacher.safetensors"
+    publish(tmp_path / "study", "one-seed0", tmp_path / "whole", weights)
+    publish(tmp_path / "study", "one-seed0", tmp_path / "half", weights, "bf16")
+    whole, half = (load_student(tmp_path / name / "teacher") for name in ("whole", "half"))
+    assert half.head.weight.dtype == torch.float32
+    torch.testing.assert_close(half.head.weight, whole.head.weight.bfloat16().float(), rtol=0, atol=0)
+    assert half.head.bias.equal(whole.head.bias)
+    sizes = [(tmp_path / name / "teacher.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < sizes[0]
+
+
 @pytest.mark.slow
 def test_it_is_as_accurate_on_mnist_as_the_study_says():
     try:
