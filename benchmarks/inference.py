@@ -32,7 +32,8 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.evaluate import hardware, versions
 from pkd_lightning.export import export
 from pkd_lightning.export.c_source import loaded
-from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.pretrained import load
 from pkd_lightning.tasks import ImageClassification
@@ -212,14 +213,15 @@ def _of_peak(what: str, ensemble: ProgressiveEnsemble, times: Sequence[float], b
 
 
 def exponentials(student: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Exponentials of one input: of each step of a channel one a state and three more, and one a value of the stem."""
+    """Exponentials of one input: of a step of a channel one a state and three more; of a stem's SiLU one a value."""
     counts: list[int] = []
     mixers = [module for module in student.modules() if isinstance(module, Mamba)]
     hooks = [
         mixer.register_forward_hook(lambda mixer, given, _: counts.append(given[0].shape[1] * steps(mixer)))
         for mixer in mixers
     ]
-    if (stem := getattr(student.tokens, "stem", None)) is not None:
+    tokens = student.tokens
+    if (stem := getattr(tokens, "stem", None)) is not None and tokens.between is None:
         hooks.append(stem.register_forward_hook(lambda *call: counts.append(call[2].numel())))
     student(torch.zeros(1, *input_shape))
     for hook in hooks:

@@ -42,7 +42,8 @@ from pkd_lightning.data.module import DataModule
 from pkd_lightning.errors import ConfigError, PKDError, RunError
 from pkd_lightning.fitting import Stage, fit
 from pkd_lightning.models.building import ImageShape
-from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.seeding import derive, seeded
 from pkd_lightning.teacher import TeacherModule
 from pkd_lightning.trainer import TrainerConfig
@@ -190,7 +191,7 @@ def run_trial(trial: optuna.Trial, search: Search, budget: Cost, data: DataModul
     """
     trial.set_user_attr("process", [MACHINE, os.getpid()])
     drawn = {name: trial.suggest_categorical(name, values) for name, values in search.space.items()}
-    if drawn.get("n_blocks") == 1 and drawn.get("shared"):
+    if drawn.get("n_blocks") == 1 and drawn.get("shared") and drawn.get("stem_blocks", 0) <= 1:
         return TrialState.FAIL  # the same model as with shared=false
     shape, classes = data.task.input_shape, data.num_classes
     options = widest(

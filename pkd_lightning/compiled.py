@@ -13,6 +13,7 @@ from pkd_lightning.kernels import inference as k
 from pkd_lightning.kernels.inference_batch import infer_batch
 from pkd_lightning.kernels.lanes import WIDTH
 from pkd_lightning.kernels.threads import share, threads_for
+from pkd_lightning.models.blocks import Raster
 from pkd_lightning.models.building import InputShape
 from pkd_lightning.models.classifier import MambaClassifier, as_image
 from pkd_lightning.packing import Weights, batch_plan_of, plan_of
@@ -48,10 +49,7 @@ class CompiledStudent(nn.Module):
         self.input_shape = tuple(input_shape)
         self.classes = student.head.out_features
         self._build()
-        self.updates = _updates(student.blocks, student.config.n_blocks, student.tokens.grid)
-        between = getattr(student.tokens, "between", None)
-        if between is not None:
-            self.updates += _updates(between.blocks, between.count, between.grid)
+        self.updates = sum(_updates(raster) for raster in student.rasters())
 
     def _build(self) -> None:
         self._table = torch.tensor(self.addresses(self.scales))
@@ -69,11 +67,11 @@ class CompiledStudent(nn.Module):
         return _run([self], self._table, images)
 
 
-def _updates(blocks: nn.ModuleList, count: int, grid: tuple[int, int]) -> int:
+def _updates(raster: Raster) -> int:
     """How many states the scans of the blocks of a raster update for one image."""
-    layers: list[Any] = list(blocks)
-    states: int = sum(layers[i % len(layers)].mixer.A_log.numel() for i in range(count))
-    return math.prod(grid) * states
+    blocks: list[Any] = list(raster.blocks)
+    states: int = sum(blocks[i].mixer.A_log.numel() for i, *_ in raster.calls())
+    return math.prod(raster.grid) * states
 
 
 class CompiledPrefixes:

@@ -1,7 +1,6 @@
 """A student's sizes and weights as the inference kernels read them: a plan of integers, and one row of weights."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,8 +12,10 @@ from pkd_lightning.kernels import inference_batch as batch
 from pkd_lightning.kernels.lanes import LOG2E, WIDTH
 from pkd_lightning.kernels.scan.block import BLOCK
 from pkd_lightning.kernels.scan.states import CHUNK
+from pkd_lightning.models.blocks import Block, Raster, StemBlocks, local_weights
 from pkd_lightning.models.building import ImageShape
-from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier, MambaClassifierConfig, StemBlocks
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.models.mamba import Mamba, only_forward, own_weights
 from pkd_lightning.models.options import Norm
 from pkd_lightning.models.tokens import ConvolutionTokens, PatchTokens, PixelTokens
@@ -68,51 +69,30 @@ def plan_of(student: nn.Module, shape: ImageShape, weights: Weights) -> tuple[li
     config, tokens, plan = student.config, student.tokens, [0] * k.PLAN
     plan[k.CHANNELS], plan[k.HEIGHT], plan[k.WIDTH_] = shape
     before = _plan_tokens(plan, tokens, weights)
+    room = max(before, _plan_head(plan, student, weights), _plan_raster(plan, student.raster, config, weights))
     between = getattr(tokens, "between", None)
-    _plan_raster(plan, tokens.grid, config.d_model, config, student.norm, weights)
-    blocks, needed = _plan_blocks(plan, student.blocks, config.n_blocks, config, weights)
-    plan += blocks
-    room = max(before, needed, _plan_head(plan, student, weights))
     if between is not None:
-        if not only_forward(between, StemBlocks) or config.stem_channels is None:
-            raise ValueError(f"a {type(between).__name__} between the convolutions, which is no plain StemBlocks")
+        if not only_forward(between, StemBlocks):
+            raise ValueError(f"a {type(between).__name__} between the convolutions that is no plain StemBlocks")
         inner = [0] * k.PLAN
-        _plan_raster(inner, between.grid, config.stem_channels, config, between.norm, weights)
-        blocks, needed = _plan_blocks(inner, between.blocks, between.count, config, weights)
+        room = max(room, before + _plan_raster(inner, between.raster, config, weights))
         plan[k.BETWEEN] = len(plan)
-        plan += inner + blocks
-        room = max(room, before + needed)
+        plan += inner
     return plan, tokens.length * plan[k.MODEL_V] * WIDTH + room
 
 
-def _plan_raster(
-    plan: list[int],
-    grid: tuple[int, int],
-    channels: int,
-    config: MambaClassifierConfig,
-    norm: nn.Module,
-    weights: Weights,
-) -> None:
-    """The sizes of a raster of tokens, and the norm after its blocks."""
-    plan[k.ROWS], plan[k.COLUMNS] = grid
-    plan[k.MODEL], plan[k.MODEL_V] = channels, vectors(channels)
+def _plan_raster(plan: list[int], raster: Raster, config: MambaClassifierConfig, weights: Weights) -> int:
+    """The sizes of a raster of tokens, its norm, and its blocks appended to the plan; returns the room they need."""
+    plan[k.ROWS], plan[k.COLUMNS] = raster.grid
+    plan[k.MODEL], plan[k.MODEL_V] = raster.channels, vectors(raster.channels)
     kind, plan[k.NORM] = NORMS[config.norm]
-    plan[k.RESIDUAL] = config.residual
-    plan[k.LAST_NORM_AT], plan[k.EPSILON_AT] = _norm(norm, kind, weights)
-
-
-def _plan_blocks(
-    plan: list[int], blocks: Iterable[nn.Module], count: int, config: MambaClassifierConfig, weights: Weights
-) -> tuple[list[int], int]:
-    """What the kernel is told of the blocks of a raster, and the room that they need."""
-    plan[k.BLOCKS], layers = count, list(blocks)
-    kind, orders, told = NORMS[config.norm][0], ORDERS[config.direction], []
-    zeros = weights.add(torch.zeros(max(_widest(block) for block in layers)))
-    made = [_plan_block(plan, block, kind, zeros, weights) for block in layers]  # type: ignore[arg-type]
-    for i in range(count):
-        by_columns, backwards = orders[i % len(orders)]
-        told += [int(by_columns), int(backwards), *made[i % len(made)][0][2:]]
-    return told, max(needed for _, needed in made)
+    plan[k.RESIDUAL], plan[k.BLOCKS] = config.residual, raster.n_blocks
+    plan[k.LAST_NORM_AT], plan[k.EPSILON_AT] = _norm(raster.norm, kind, weights)
+    zeros = weights.add(torch.zeros(max(_widest(block) for block in raster.blocks)))
+    made = [_plan_block(plan, block, kind, zeros, weights) for block in raster.blocks]  # type: ignore[arg-type]
+    for i, by_columns, backwards in raster.calls():
+        plan += [int(by_columns), int(backwards), *made[i][0][2:]]
+    return max(needed for _, needed in made)
 
 
 def _layer(layer: nn.Module, kind: type[nn.Module]) -> tuple[Tensor, Tensor | None]:
@@ -228,8 +208,11 @@ def _plan_block(
     own[k.RANK], own[k.CONV], own[k.ZEROS_AT] = rank, width, zeros
     own[k.OVER_STATES] = inner * (vectors(states) + 1) < vectors(inner) * states
     if block.local is not None:
-        own[k.LOCAL], weight, bias = _depthwise(block.local, mixer.d_model)
-        own[k.LOCAL_AT], own[k.LOCAL_BIAS_AT] = weights.add(weight.permute(2, 3, 1, 0)), weights.add(bias)
+        local = local_weights(block.local, mixer.d_model)
+        if local is None or local[0].device.type != "cpu":
+            raise ValueError("a local convolution that is not as it was built")
+        own[k.LOCAL] = local[0].shape[-1]
+        own[k.LOCAL_AT], own[k.LOCAL_BIAS_AT] = weights.add(local[0].permute(1, 2, 0)), weights.add(local[1])
     own[k.X_AT], own[k.Z_AT] = weights.add(in_proj[:inner].T), weights.add(in_proj[inner:].T)
     own[k.CONV_AT], own[k.CONV_BIAS_AT] = weights.add(conv_weight[:, 0].T), weights.add(conv_bias)
     steps, B, C = x_proj.split([rank, states, states])
@@ -252,19 +235,6 @@ def _plan_block(
     if block.local is not None:
         room = max(room, plan[k.ROWS] * plan[k.COLUMNS] * plan[k.MODEL_V])
     return own, room * WIDTH
-
-
-def _depthwise(layer: nn.Module, channels: int) -> tuple[int, Tensor, Tensor]:
-    """Side, weight (channels, 1, side, side) and bias of a depthwise convolution that keeps the raster."""
-    weight, bias = _layer(layer, nn.Conv2d)
-    assert isinstance(layer, nn.Conv2d)
-    side = layer.kernel_size[0]
-    built = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), channels, "zeros", 1)
-    if bias is None or built != (
-        layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode, side % 2
-    ):  # fmt: skip
-        raise ValueError("a local convolution that is not as it was built")
-    return side, weight, bias
 
 
 def _padded(rows: Tensor) -> Tensor:
@@ -294,26 +264,22 @@ def batch_plan_of(student: MambaClassifier, shape: ImageShape, weights: Weights)
     plan[batch.HEAD_AT], plan[batch.HEAD_BIAS_AT] = weights.add(head.weight), weights.add(head.bias)
     room = max(room, head.out_features + head.in_features)
     kind, _ = NORMS[student.config.norm]
-    plan[batch.LAST_NORM_AT], plan[batch.EPSILON_AT] = _norm(student.norm, kind, weights)
-    blocks, needed = _batch_blocks(student.blocks, student.config.n_blocks, tokens.length, kind, weights)
-    plan += blocks
-    between = getattr(tokens, "between", None)
-    if between is not None:
-        inner, length = [0] * batch.PLAN, math.prod(between.grid)
-        inner[batch.LAST_NORM_AT], inner[batch.EPSILON_AT] = _norm(between.norm, kind, weights)
-        blocks, more = _batch_blocks(between.blocks, between.count, length, kind, weights)
+    needed = _batch_raster(plan, student.raster, kind, weights)
+    for raster in student.rasters()[:-1]:
+        inner = [0] * batch.PLAN
+        room += math.prod(raster.grid) * raster.channels + _batch_raster(inner, raster, kind, weights)
         plan[batch.BETWEEN] = len(plan)
-        plan += inner + blocks
-        room += begin.out_channels * length + more
+        plan += inner
     return plan, (tokens.length * student.config.d_model + max(room, needed)) * WIDTH
 
 
-def _batch_blocks(
-    blocks: Iterable[nn.Module], count: int, length: int, kind: type[nn.Module], weights: Weights
-) -> tuple[list[int], int]:
-    """The places of the blocks of a raster of `length` tokens, and the vectors of room that they need."""
-    made = [_batch_block(block, length, kind, weights) for block in blocks]
-    return [x for i in range(count) for x in made[i % len(made)][0]], max(needed for _, needed in made)
+def _batch_raster(plan: list[int], raster: Raster, kind: type[nn.Module], weights: Weights) -> int:
+    """The places of a raster's norm, and of its blocks appended to the plan; returns the vectors of room they need."""
+    plan[batch.LAST_NORM_AT], plan[batch.EPSILON_AT] = _norm(raster.norm, kind, weights)
+    made = [_batch_block(block, math.prod(raster.grid), kind, weights) for block in raster.blocks]
+    for i, *_ in raster.calls():
+        plan += made[i][0]
+    return max(needed for _, needed in made)
 
 
 def _convolution_of(layer: nn.Conv2d, weights: Weights) -> tuple[int, int]:

@@ -11,7 +11,9 @@ from experiments.cifar10_ablation.residual import ResidualNetwork
 from experiments.plan import load_study
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Cost, measure
-from pkd_lightning.models.classifier import Block, MambaClassifier, MambaClassifierConfig
+from pkd_lightning.models.blocks import Block
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.models.ladder import Ladder
 
 ROOT = Path(__file__).parent.parent

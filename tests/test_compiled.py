@@ -251,7 +251,7 @@ def convolving(**options):
      (hook("blocks.0"), "a block that is not as it was built"),
      (without_residual, "a block that is not as it was built"), (local(groups=1), "a local convolution that is not"),
      (local(groups=5, padding_mode="circular"), "a local convolution that is not as it was built"),
-     (between, "a Tanh between the convolutions, which is no plain StemBlocks"),
+     (between, "a Tanh between the convolutions that is no plain StemBlocks"),
      (hook("blocks.0.norm"), "a Identity that is no plain Identity"),
      (hook("norm"), "a Identity that is no plain Identity"),
      (another_norm("", nn.RMSNorm(5)), "a RMSNorm that is no plain Identity"),
@@ -315,31 +315,17 @@ def test_a_batch_gives_the_logits_of_the_student(options):
     close(CompiledStudent(student, (3, 8, 8))(images), student(images))
 
 
-# shape and options of students whose working memory is that of a block, of the tokeniser, of the head
+# shape and options of students whose working memory is that of one of their parts
 ROOMS = {
     "block": ((3, 11, 11), {**PATCHES, "d_model": 17, "expand": 1, "d_state": 32, "d_conv": 7}),
     "stem": ((3, 48, 48), {**STEM, "padding": True, "stem_channels": 17, "d_model": 2}),
     "head": ((1, 64, 64), {"seq_len": 4096, "d_model": 5}),
     "blocks between": ((3, 48, 48), {**STEM, "stem_blocks": 1, "stem_channels": 17, "d_model": 2, "norm": "rms"}),
-    "local convolution": (
-        (3, 40, 40),
-        {**PATCHES, "d_model": 33, "expand": 1, "d_state": 1, "local_conv": 3, "head": "mean"},
-    ),
-    "local between": (
-        (3, 70, 70),
-        {
-            **STEM,
-            "stem_blocks": 1,
-            "stem_channels": 33,
-            "d_model": 2,
-            "expand": 1,
-            "d_state": 1,
-            "local_conv": 3,
-            "norm": "rms",
-            "head": "mean",
-        },
-    ),
-}
+    "local convolution": ((3, 40, 40), {**PATCHES, "d_model": 33, "expand": 1, "d_state": 1, "local_conv": 3,
+                                        "head": "mean"}),
+    "local between": ((1, 70, 70), {**STEM, "stem_blocks": 1, "stem_channels": 2, "d_model": 2, "expand": 1,
+                                    "d_state": 1, "local_conv": 3, "norm": "rms", "head": "mean"}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

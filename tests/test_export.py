@@ -52,7 +52,7 @@ CONFIGURATIONS: dict[tuple[int, ...], list[dict[str, Any]]] = {
          "direction": "alternating", "norm": "layer"},
     ],
     COLOUR: [
-        {"seq_len": 30, "pixel_channels": "one", "d_model": 4, "norm": "rms", "d_conv": 1},
+        {"seq_len": 30, "pixel_channels": "one", "d_model": 4, "norm": "rms", "d_conv": 1, "local_conv": 5},
         {"seq_len": 36, "pixel_channels": "all", "head": "grid", "residual": False, "n_blocks": 3,
          "direction": "cross"},
         {"seq_len": 90, "pixel_channels": "all", "d_model": 2, "d_conv": 7, "expand": 1},
@@ -65,7 +65,7 @@ CONFIGURATIONS: dict[tuple[int, ...], list[dict[str, Any]]] = {
     ],
     SIGNAL: [
         {"seq_len": 24, "d_model": 6, "norm": "layer", "head": "mean"},
-        {"seq_len": 16, "pixel_channels": "all", "n_blocks": 2, "direction": "alternating", "local_conv": 5},
+        {"seq_len": 16, "pixel_channels": "all", "n_blocks": 2, "direction": "alternating"},
     ],
 }  # fmt: skip
 

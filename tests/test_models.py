@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import measure
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier, MambaClassifierConfig
+from pkd_lightning.models.blocks import ORDERS, Block
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.models.tokens import PatchTokens, PixelTokens, pooled_grid, possible_lengths
 
@@ -687,6 +689,20 @@ def test_a_misspelt_option_suggests_the_right_one():
 def test_what_does_not_fit_the_image(options, parts):
     (fault,) = faults_of(options)
     assert all(part in fault for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "reason"),
+    [
+        ((3, 8, 8), {"seq_len": 48, "pixel_channels": "all", "local_conv": 3}, "colours lie below each other"),
+        ((2, 24), {"seq_len": 24, "local_conv": 3}, "signals have no raster"),
+    ],
+)
+def test_a_local_convolution_is_refused_where_neighbours_of_the_raster_are_none_of_the_image(shape, options, reason):
+    (fault,) = faults_of(options, shape)
+    assert fault.startswith("local_conv=3")
+    assert reason in fault
+    MambaClassifier((1, 8, 8), 10, **{**options, "seq_len": 16})
 
 
 def test_without_an_image_only_what_does_not_depend_on_it_is_a_fault():

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.kernels.scan import block as kernels
-from pkd_lightning.models.classifier import ORDERS, Block, MambaClassifier, MambaClassifierConfig
+from pkd_lightning.models.blocks import ORDERS, Block
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.models.mamba import Mamba
 from tests.test_block import (
     assert_agrees,

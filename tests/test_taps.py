@@ -10,7 +10,8 @@ from pkd_lightning.errors import ConfigError
 from pkd_lightning.kernels.scan import block as kernels
 from pkd_lightning.knowledge.term import FeatureTerm, by_depth
 from pkd_lightning.knowledge.tokens import grid_of
-from pkd_lightning.models.classifier import ORDERS, MambaClassifier
+from pkd_lightning.models.blocks import ORDERS
+from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.outputs import Taps, paths_of
 
 DIRECTIONS = list(ORDERS)

@@ -13,7 +13,7 @@ from pkd_lightning.assembling import assemble
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.knowledge.bridge import AttentionBridge, bridge_loss, similarities
 from pkd_lightning.knowledge.term import Pair
-from pkd_lightning.models.classifier import ORDERS
+from pkd_lightning.models.blocks import ORDERS
 from pkd_lightning.outputs import Output
 from tests.support import tiny_config, tiny_run
 from tests.test_knowledge import lines

@@ -1,5 +1,6 @@
 """The layers of a `MambaClassifier` as calls of the functions in runtime.c, with their weights as C arrays."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.models.classifier import GRID, ORDERS, MambaClassifier, StemBlocks, as_image
+from pkd_lightning.models.blocks import Raster, StemBlocks, local_weights
+from pkd_lightning.models.classifier import MambaClassifier, as_image
+from pkd_lightning.models.config import GRID
 from pkd_lightning.models.mamba import Mamba, own_weights
 from pkd_lightning.models.tokens import SECOND_KERNEL, SECOND_STRIDE, ConvolutionTokens, PatchTokens, PixelTokens
 from pkd_lightning.rounding import Weights, joined, split
@@ -104,8 +107,7 @@ class Student:
         self.blocks: list[tuple[BlockShape, str]] = []  # in the order they are called, with further arguments
         self.buffers = Buffers()
         self._tokens()
-        config = model.config
-        self._blocks("blocks", model.blocks, config.n_blocks, model.tokens.grid, config.d_model, "pkd_tokens")
+        self._blocks(model.raster, "pkd_tokens")
         self._head()
 
     def _no_form(self, name: str, module: object) -> ConfigError:
@@ -204,7 +206,7 @@ class Student:
             if tokens.between is None:
                 self.statements.append(f"pkd_silu_all(pkd_stem, {rows * columns * row});")
             else:
-                self._between(tokens.between, tokens.stem.out_channels)
+                self._between(tokens.between)
                 source = "pkd_normed"
             assert self.model.tokens.project.kernel_size[0] == SECOND_KERNEL  # type: ignore[index, union-attr]
             self._convolution("project", (rows, columns, row), "pkd_tokens", SECOND_STRIDE, source)
@@ -213,21 +215,20 @@ class Student:
         size = tokens.length * padded(config.d_model)
         self.buffers.need(tokens=size, normed=size)
 
-    def _between(self, between: nn.Module, channels: int) -> None:
+    def _between(self, between: nn.Module) -> None:
         """Write the blocks between the convolutions, in place on `pkd_stem`, and their norm to `pkd_normed`."""
-        path = "tokens.between"
         if type(between) is not StemBlocks or _changed(between):
-            raise self._no_form(path, between)
-        self._blocks(f"{path}.blocks", between.blocks, between.count, between.grid, channels, "pkd_stem")
-        self._norm_all(f"{path}.norm", between.grid, channels, "pkd_stem")
+            raise self._no_form("tokens.between", between)
+        self._blocks(between.raster, "pkd_stem")
+        self._last_norm(between.raster, "pkd_stem")
 
-    def _norm_all(self, name: str, grid: tuple[int, int], channels: int, source: str) -> None:
+    def _last_norm(self, raster: Raster, source: str) -> None:
         """Write the norm of all tokens of a raster, to `pkd_normed`."""
-        kind, eps, names = self._norm(name, channels)
-        row, length = padded(channels), grid[0] * grid[1]
+        kind, eps, names = self._norm(f"{raster.path}norm", raster.channels)
+        row, length = padded(raster.channels), math.prod(raster.grid)
         self.statements.append(f"for (t = 0; t < {length}; t++)")
         place = f"{source} + t * {row}, pkd_normed + t * {row}"
-        self.statements.append(f"    pkd_norm({place}, {kind}, {channels}, {row}, {names}, {number(eps)});")
+        self.statements.append(f"    pkd_norm({place}, {kind}, {raster.channels}, {row}, {names}, {number(eps)});")
         self.buffers.need(normed=length * row)
 
     def _norm(self, name: str, channels: int) -> tuple[str, float, str]:
@@ -244,38 +245,32 @@ class Student:
         array = self._array(f"{stem}_weight", _row(weight, row))
         return kind, eps, f"{array}, {self._bias(f'{stem}_bias', bias, row)}"
 
-    def _blocks(
-        self, path: str, blocks: nn.ModuleList, count: int, grid: tuple[int, int], channels: int, tokens: str
-    ) -> None:
+    def _blocks(self, raster: Raster, tokens: str) -> None:
         """Write the blocks of a raster, in place on `tokens`."""
-        orders = ORDERS[self.model.config.direction]
-        made = [self._block(f"{path}.{i}", grid) for i in range(len(blocks))]
-        local = [self._local(f"{path}.{i}.local", grid, channels, tokens) for i in range(len(blocks))]
-        for i in range(count):
-            shape, struct = made[i % len(made)]
-            by_columns, backwards = orders[i % len(orders)]
+        names = [f"{raster.path}blocks.{i}" for i in range(len(raster.blocks))]
+        made = [self._block(name, raster.grid) for name in names]
+        local = [self._local(name, raster.grid, raster.channels, tokens) for name in names]
+        for i, by_columns, backwards in raster.calls():
+            shape, struct = made[i]
             call = f"&{struct}, {tokens}, {int(by_columns)}, {int(backwards)}"
-            self.statements += local[i % len(local)]
+            self.statements += local[i]
             self.statements.append(f"BLOCK({len(self.blocks)})")  # filled in when all shapes are known
             self.blocks.append((shape, call))
 
     def _local(self, name: str, grid: tuple[int, int], channels: int, tokens: str) -> list[str]:
         """Write the weights of a block's local convolution; the statement, or none where the block has none."""
-        owner, _, attribute = name.rpartition(".")
-        layer: Any = getattr(self.model.get_submodule(owner), attribute)
-        if layer is None:
+        block: Any = self.model.get_submodule(name)
+        if block.local is None:
             return []
-        weight, bias = self._own(name, nn.Conv2d)
+        own = local_weights(block.local, channels)
+        if own is None:
+            raise self._no_form(f"{name}.local", block.local)
+        weight, bias = (x.detach().float() for x in own)
         side, row = weight.shape[-1], padded(channels)
-        built = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), channels, "zeros")
-        if side % 2 == 0 or built != (
-            layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
-        ):  # fmt: skip
-            raise self._no_form(name, layer)
         taps = weight.new_zeros(row, side, side)
-        taps[:channels] = weight[:, 0]
+        taps[:channels] = weight
         place = name.replace(".", "_")
-        names = f"{self._matrix(f'{place}_weight', taps)}, {self._bias(f'{place}_bias', bias, row)}"
+        names = f"{self._matrix(f'{place}_local_weight', taps)}, {self._bias(f'{place}_local_bias', bias, row)}"
         self._widens(taps)
         self.buffers.need(normed=grid[0] * grid[1] * row)
         return [f"pkd_local({tokens}, {grid[0]}, {grid[1]}, {row}, {side}, {names});"]
@@ -315,7 +310,7 @@ class Student:
         config, (rows, columns) = self.model.config, self.model.tokens.grid
         row, outputs = padded(config.d_model), padded(self.num_classes)
         weight, bias = self._own("head", nn.Linear)
-        self._norm_all("norm", (rows, columns), config.d_model, "pkd_tokens")
+        self._last_norm(self.model.raster, "pkd_tokens")
         source, cells = "pkd_normed", rows * columns
         # features by token or cell, then by channel
         by_cell = weight.unflatten(1, (-1, config.d_model))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.earlier import InTurn
 from pkd_lightning.ensemble import ProgressiveEnsemble
-from pkd_lightning.models.classifier import Block, with_local
+from pkd_lightning.models.blocks import Block, with_local
 from pkd_lightning.models.mamba import Mamba
 from pkd_lightning.prefixes import mix
 from pkd_lightning.tasks import Classification

@@ -283,7 +283,8 @@ PKD_INLINE int pkd_place(int t, int rows, int columns, int by_columns, int backw
     return by_columns ? t % rows * columns + t / rows : t;
 }
 
-/* Adds a convolution of each channel by itself, of side * side tokens, to the tokens of a raster whose border is zero. */
+/* Adds a convolution of each channel by itself, of side * side tokens, to the tokens of a raster. Beyond it are
+   zeros. */
 PKD_INLINE void pkd_local(float *restrict tokens, int rows, int columns, int row, int side,
                           const pkd_weight *restrict weight, const float *restrict scale, const float *restrict bias)
 {
@@ -298,10 +299,10 @@ PKD_INLINE void pkd_local(float *restrict tokens, int rows, int columns, int row
                 token[i] += bias[i];
             for (y = r < half ? half - r : 0; y < side && r + y - half < rows; y++)
                 for (x = c < half ? half - c : 0; x < side && c + x - half < columns; x++) {
-                    const float *restrict near = pkd_normed + ((r + y - half) * columns + c + x - half) * row;
+                    const float *restrict other = pkd_normed + ((r + y - half) * columns + c + x - half) * row;
                     const float *restrict tap = matrix + (y * side + x) * row;
                     for (i = 0; i < row; i++)
-                        token[i] += tap[i] * near[i];
+                        token[i] += tap[i] * other[i];
                 }
         }
 }

@@ -19,7 +19,8 @@ from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.export.facts import Job
 from pkd_lightning.models.building import path_of
-from pkd_lightning.models.classifier import MambaClassifier, MambaClassifierConfig
+from pkd_lightning.models.classifier import MambaClassifier
+from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.rounding import rounded_names, stored
 from pkd_lightning.saved import describe
 

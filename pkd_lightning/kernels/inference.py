@@ -42,7 +42,7 @@ AT_ONCE = 4  # rows of a product worked on together; buffers have room for as ma
 
 # What a student's plan holds, as integers. Names that end in _AT are places in its weights, in elements; DEPTH, INNER_V
 # and the like are counts of vectors. BETWEEN is where in the plan another one begins, of the blocks between the two
-# convolutions, or 0: of that one only sizes of the raster and of the tokens, norms and blocks are read.
+# convolutions, or 0: of that one only sizes of the raster and of the tokens, norms, blocks and RESIDUAL are read.
 (
     CHANNELS, HEIGHT, WIDTH_, AVERAGE, POOL_ROWS, POOL_COLUMNS, CONVOLUTIONS, PADDING, KERNEL, STRIDE, STEM, STEM_V,
     STEM_ROWS, STEM_COLUMNS, STEM_AT, STEM_BIAS_AT, PADDING_2, KERNEL_2, STRIDE_2, TOKENS_AT, TOKENS_BIAS_AT, ROWS,

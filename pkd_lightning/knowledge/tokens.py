@@ -45,10 +45,11 @@ def grid_of(model: nn.Module, path: str) -> Grid | None:
     names = path.split(".")
     for end in range(len(names), -1, -1):
         around = known.get(".".join(names[:end]))
-        for owner in (around, getattr(around, "tokens", None)):
-            grid = getattr(owner, "grid", None)
-            if isinstance(grid, tuple) and len(grid) == 2:
-                return int(grid[0]), int(grid[1])
+        own, grid = getattr(around, "grid", None), getattr(getattr(around, "tokens", None), "grid", None)
+        if isinstance(own, tuple) and len(own) == 2:  # another module may mean something else by it
+            grid = own
+        if grid is not None:
+            return int(grid[0]), int(grid[1])
     return None
 
 
