@@ -442,19 +442,27 @@ def ablation(runs: Runs) -> str:
 
 
 def epochs_of(results: Results) -> list[dict[str, Any]]:
-    """The epochs of a run's last round, of the attempt that gave its student."""
+    """The epochs of a run's last round, of the attempt that gave its student; of lines of the same epoch the last."""
     last = results["rounds"][-1]
     stage, attempt = f"round-{last['round']:02d}", last["attempts"] - 1
-    return [row for row in results["metrics"] if (row["stage"], row["attempt"]) == (stage, attempt)]
+    rows = [row for row in results["metrics"] if (row["stage"], row["attempt"]) == (stage, attempt)]
+    return list({row["epoch"]: row for row in rows}.values())
 
 
 def fastest_epochs(runs: list[Results]) -> float:
-    """Seconds of the fastest epoch of every fit of students, of all seeds: what other work lengthens least."""
-    fits: dict[str, list[float]] = {}
-    for row in (row for run in runs for row in run["metrics"]):
-        if row["stage"] == PEERS or row["stage"].startswith("round-"):
-            fits.setdefault(row["stage"], []).append(row["seconds"])
-    return sum(map(min, fits.values()))
+    """Seconds of the fastest epoch of every fit of students, what other work lengthens least; the seeds' median.
+
+    An epoch in which a run was resumed has a line more: the longer one counts.
+    """
+    found = []
+    for run in runs:
+        fits: dict[str, dict[tuple[int, int], float]] = {}
+        for row in run["metrics"]:
+            if row["stage"] == PEERS or row["stage"].startswith("round-"):
+                epochs, key = fits.setdefault(row["stage"], {}), (row["attempt"], row["epoch"])
+                epochs[key] = max(row["seconds"], epochs.get(key, 0.0))
+        found.append(sum(min(epochs.values()) for epochs in fits.values()))
+    return statistics.median(found)
 
 
 def share_of_terms(results: Results) -> float:

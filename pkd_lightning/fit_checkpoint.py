@@ -272,6 +272,7 @@ class Saving(L.Callback):
         return {"callbacks": {callback.state_key: callback.state_dict() for callback in self.callbacks}}
 
     def restore_callbacks(self, state: dict[str, Any]) -> None:
-        """Give the callbacks their states."""
+        """Give the callbacks their states; one whose key names a place has none after a move."""
         for callback in self.callbacks:
-            callback.load_state_dict(state["callbacks"][callback.state_key])
+            if callback.state_key in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][callback.state_key])

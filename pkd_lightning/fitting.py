@@ -118,7 +118,18 @@ class EpochLines(L.Callback):
 
     def __init__(self, path: Path, stage: str, attempt: int) -> None:
         self.path, self.stage, self.attempt = path, stage, attempt
-        self.start = 0.0
+        self.start: float | None = None
+        self.before = 0.0  # seconds of the epoch under way in processes that were stopped
+
+    @property
+    def state_key(self) -> str:
+        """One for each file: a teacher's fit has lines in its own folder and in the run's."""
+        return f"EpochLines {self.path}"
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the epoch under way."""
+        return self.before + (0.0 if self.start is None else time.perf_counter() - self.start)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the epoch's clock."""
@@ -132,8 +143,17 @@ class EpochLines(L.Callback):
         }
         line = {"stage": self.stage, "attempt": self.attempt, "epoch": trainer.current_epoch, **metrics}
         line["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        line["seconds"] = round(time.perf_counter() - self.start, 4)
+        line["seconds"] = round(self.seconds, 4)
         append_line(self.path, json.dumps(line, allow_nan=False))
+        self.start, self.before = None, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch under way has taken."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.before = state_dict["seconds"]
 
 
 @dataclass(frozen=True)

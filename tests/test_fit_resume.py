@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,11 +16,12 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
-from pkd_lightning import fit_checkpoint
+from pkd_lightning import fit_checkpoint, fitting
 from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.fit_checkpoint import FitCheckpoint, Saving, flat, remove_all
+from pkd_lightning.fitting import EpochLines
 from pkd_lightning.process import stop, stopped_by_signals
 from pkd_lightning.rundir import RunDirectory
 from pkd_lightning.trainer import Interval
@@ -123,6 +125,32 @@ def test_killed_after_any_step_it_gives_the_same_bits(
     assert {kill.split()[0] for kill in kills} >= {"teacher", "round-02"}
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert not list(tmp_path.rglob("fits/*"))
+
+
+def test_an_epochs_seconds_are_those_of_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(fitting, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    trainer: Any = SimpleNamespace(
+        callback_metrics={}, current_epoch=3, optimizers=[SimpleNamespace(param_groups=[{"lr": 1}])]
+    )
+    module: Any = None
+
+    def later(lines: EpochLines, seconds: float, *hooks: str) -> None:
+        for hook in hooks:
+            clock[0] += seconds
+            getattr(lines, hook)(trainer, module)
+
+    first, second = (EpochLines(tmp_path / "metrics.jsonl", "round-00", 0) for _ in range(2))
+    assert first.state_dict() == {"seconds": 0.0}  # saved before it begins
+    later(first, 2, "on_train_epoch_start", "on_validation_end", "on_train_epoch_start")
+    clock[0] += 4
+    second.load_state_dict(first.state_dict())
+    clock[0] += 1000  # until it is resumed
+    later(second, 8, "on_train_epoch_start", "on_validation_end")
+    assert second.state_dict() == {"seconds": 0.0}
+    later(second, 16, "on_train_epoch_start", "on_validation_end")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seconds"] for line in lines] == [2, 4 + 8, 16]
 
 
 def test_without_checkpoints_a_fit_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

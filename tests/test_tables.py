@@ -386,6 +386,17 @@ def test_the_last_epoch_stands_beside_the_best_one(study):
     assert "| second | 2 | 50.5 ± 2.1 | -29.50 ± 16.26 | -18.0 -41.0 | 40.0 ± 14.1 | 55.0 ± 7.1 | 0.60 | 0.1 |" in lines
 
 
+def test_a_resumed_epoch_is_one_epoch_as_long_as_its_longest_line():
+    def line(epoch: int, seconds: float, accuracy: float = 0.5) -> dict[str, object]:
+        return {"stage": "round-00", "attempt": 0, "epoch": epoch, "seconds": seconds, "validation_accuracy": accuracy}
+
+    lines = [line(0, 5.0), line(1, 4.0, 0.9), line(1, 1.0, 0.6), line(2, 6.0)]
+    runs = [{"metrics": lines}, {"metrics": [line(0, 7.0)]}, {"metrics": [line(0, 3.0)]}]
+    assert tables.fastest_epochs(runs) == 4.0
+    epochs = tables.epochs_of({"rounds": [{"round": 0, "attempts": 1}], "metrics": lines})
+    assert [row["validation_accuracy"] for row in epochs] == [0.5, 0.6, 0.5]
+
+
 def test_ladders_are_compared_seed_by_seed_and_by_the_fastest_epoch_of_each_fit(study):
     text = STUDY.replace("first: {}", "first: {keep: [metrics]}").replace("second: {}", "second: {keep: [metrics]}")
     for seed, accuracies in ((0, [0.5, 0.64]), (1, [0.7, 0.93])):
@@ -404,9 +415,9 @@ def test_ladders_are_compared_seed_by_seed_and_by_the_fastest_epoch_of_each_fit(
             (kept / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (study / "study.yaml").write_text(text)
     lines = slot("ladders", " first second").splitlines()
-    first = "| first | 2 | 70.0 ± 14.1 | 80.0 ± 14.1 | 81.0 ± 14.1 | | | 100 | 5,000 | 16.0 |"
+    first = "| first | 2 | 70.0 ± 14.1 | 80.0 ± 14.1 | 81.0 ± 14.1 | | | 100 | 5,000 | 17.0 |"
     assert first in lines
-    second = "| second | 2 | 60.0 ± 14.1 | 78.5 ± 20.5 | 79.5 ± 20.5 | -1.50 ± 6.36 | -6.0 +3.0 | 100 | 5,000 | 3.0 |"
+    second = "| second | 2 | 60.0 ± 14.1 | 78.5 ± 20.5 | 79.5 ± 20.5 | -1.50 ± 6.36 | -6.0 +3.0 | 100 | 5,000 | 3.5 |"
     assert second in lines
 
 
