@@ -281,7 +281,27 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         ],
     ),
     "knowledge/gains.png": partial(
-        gains, "knowledge", ["logits", "no_teacher", "no_teacher_longer", "sp", "rkd", "dist"]
+        gains,
+        "knowledge",
+        [
+            "logits",
+            "no_teacher",
+            "no_teacher_longer",
+            "standardised",
+            "dkd",
+            "dist",
+            "fitnet",
+            "vid",
+            "attention_transfer",
+            "fsp",
+            "sp",
+            "rkd",
+            "pkt",
+            "crd",
+            "mixers",
+            "own_size",
+            "assistant",
+        ],
     ),
     "mnist_paper/curves.png": partial(
         curves,
