@@ -40,3 +40,10 @@ def test_the_teacher_of_table_2_is_one_architecture_and_its_students_are_none() 
     found = rows.tokens_by_parameters(rows.STUDENTS[4])
     assert found == {(2, 1, 5, 0): 125}
     assert rows.parameters(48, 256, 125, 2, 1, 5, 0) == 76_908
+
+
+def test_the_rows_as_a_table() -> None:
+    lines = rows.as_table().splitlines()
+    assert "| student 5 | 48 / 256 | 76,908 | 420,202 | 17.3 / 17.6 | 1 of 384 | 0 of 16 | 0 |" in lines
+    assert "| teacher | 96 / 256 | 443,530 | 2,390,016 | 100.0 / 100.0 | 6 of 384 | 1 of 16 | 1 |" in lines
+    assert "| all students | | 437,022 | 2,383,098 | 98.5 / 99.7 | | | |" in lines

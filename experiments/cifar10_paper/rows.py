@@ -1,7 +1,12 @@
-"""Which architectures the rows of Mamba-PKD's Table 2 (arXiv 2503.01727) can be, by arithmetic."""
+"""Which architectures the rows of Mamba-PKD's Table 2 (arXiv 2503.01727) can be, by arithmetic.
+
+python -m experiments.cifar10_paper.rows    # as a table
+"""
 
 from dataclasses import dataclass
 from itertools import product
+
+from experiments.tables import table
 
 TOKENS = 3 * 32 * 32  # of an image, each pixel of each colour
 EXPAND, WIDTHS, RANKS, STEPS = (1, 2, 3, 4), (1, 2, 3, 4), range(1, 9), (0, 1, 2)  # what may be unsaid
@@ -72,3 +77,39 @@ def architectures(row: Row) -> list[tuple[int, int, int, int, int]]:
     return [
         (tokens, *options) for options, tokens in tokens_by_parameters(row).items() if counts.get(options[:2]) == tokens
     ]
+
+
+def as_table() -> str:
+    """A row a model: what is printed, and how many architectures have its parameters, its FLOPs, and both."""
+    searched = len(EXPAND) * len(WIDTHS) * len(RANKS) * len(STEPS)
+    rows = [
+        [
+            f"student {i + 1}" if row is not TEACHER else "teacher",
+            f"{row.blocks} / {row.state}",
+            f"{row.params:,}",
+            f"{row.flops:,}",
+            f"{100 * row.params / TEACHER.params:.1f} / {100 * row.flops / TEACHER.flops:.1f}",
+            f"{len(tokens_by_parameters(row))} of {searched}",
+            f"{len(tokens_by_flops(row))} of {len(EXPAND) * len(WIDTHS)}",
+            len(architectures(row)),
+        ]
+        for i, row in enumerate((*STUDENTS, TEACHER))
+    ]
+    sums = sum(row.params for row in STUDENTS), sum(row.flops for row in STUDENTS)
+    shares = f"{100 * sums[0] / TEACHER.params:.1f} / {100 * sums[1] / TEACHER.flops:.1f}"
+    rows.append(["all students", "", f"{sums[0]:,}", f"{sums[1]:,}", shares, "", "", ""])
+    head = [
+        "",
+        "blocks / states",
+        "parameters",
+        "FLOPs",
+        "% of the teacher's",
+        "have its parameters",
+        "its FLOPs",
+        "both",
+    ]
+    return table(head, rows)
+
+
+if __name__ == "__main__":
+    print(as_table())
