@@ -69,33 +69,31 @@ def test_a_name_that_would_be_another_folder_is_refused(name, monkeypatch, capsy
     assert "a name is of letters" in capsys.readouterr().err
 
 
+def study_of_one(folder):
+    """A study whose one run keeps its students, in `folder`; its results, and its teacher's weights."""
+    results = tiny_run(folder, "boosting.weak_learner.on_failure=accept")
+    (run,) = folder.glob("*/*/results.json")
+    (folder / "study" / "results").mkdir(parents=True)
+    (folder / "study" / "results" / "one-seed0.json").write_text(json.dumps(results))
+    shutil.copytree(run.parent / "students", folder / "study" / "kept" / "one-seed0" / "students")
+    return results, run.parent / "teacher" / "teacher.safetensors"
+
+
 def test_a_run_is_published_with_its_teacher_or_the_one_it_loaded(tmp_path):
-    results = tiny_run(tmp_path, "boosting.weak_learner.on_failure=accept")
-    (run,) = tmp_path.glob("*/*/results.json")
-    (tmp_path / "study" / "results").mkdir(parents=True)
-    (tmp_path / "study" / "results" / "one-seed0.json").write_text(json.dumps(results))
-    kept = tmp_path / "study" / "kept" / "one-seed0"
-    shutil.copytree(run.parent / "students", kept / "students")
-    weights = run.parent / "teacher" / "teacher.safetensors"
+    results, weights = study_of_one(tmp_path)
     target = tmp_path / "published"
     with pytest.raises(RunError, match="no teacher"):
         publish(tmp_path / "study", "one-seed0", target)
     assert not target.exists()
     publish(tmp_path / "study", "one-seed0", target, weights)
-    shutil.copy(weights, kept)
+    shutil.copy(weights, tmp_path / "study" / "kept" / "one-seed0")
     publish(tmp_path / "study", "one-seed0", target)  # replaces it
     assert len(ProgressiveEnsemble.load(target)) == len(results["rounds"])
     assert measure(load_student(target / "teacher"), (1, 8, 8)).params == results["teacher"]["params"]
 
 
 def test_a_teacher_is_published_with_rounded_weights(tmp_path):
-    tiny_run(tmp_path, "boosting.weak_learner.on_failure=accept")
-    (run,) = tmp_path.glob("*/*/results.json")
-    (tmp_path / "study" / "results").mkdir(parents=True)
-    shutil.copy(run, tmp_path / "study" / "results" / "one-seed0.json")
-    kept = tmp_path / "study" / "kept" / "one-seed0"
-    shutil.copytree(run.parent / "students", kept / "students")
-    weights = run.parent / "teacher" / "teacher.safetensors"
+    _, weights = study_of_one(tmp_path)
     publish(tmp_path / "study", "one-seed0", tmp_path / "whole", weights)
     publish(tmp_path / "study", "one-seed0", tmp_path / "half", weights, "bf16")
     whole, half = (load_student(tmp_path / name / "teacher") for name in ("whole", "half"))

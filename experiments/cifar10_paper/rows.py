@@ -81,6 +81,10 @@ def architectures(row: Row) -> list[tuple[int, int, int, int, int]]:
 
 def as_table() -> str:
     """A row a model: what is printed, and how many architectures have its parameters, its FLOPs, and both."""
+
+    def shares(params: int, flops: int) -> str:
+        return f"{100 * params / TEACHER.params:.1f} / {100 * flops / TEACHER.flops:.1f}"
+
     searched = len(EXPAND) * len(WIDTHS) * len(RANKS) * len(STEPS)
     rows = [
         [
@@ -88,7 +92,7 @@ def as_table() -> str:
             f"{row.blocks} / {row.state}",
             f"{row.params:,}",
             f"{row.flops:,}",
-            f"{100 * row.params / TEACHER.params:.1f} / {100 * row.flops / TEACHER.flops:.1f}",
+            shares(row.params, row.flops),
             f"{len(tokens_by_parameters(row))} of {searched}",
             f"{len(tokens_by_flops(row))} of {len(EXPAND) * len(WIDTHS)}",
             len(architectures(row)),
@@ -96,8 +100,7 @@ def as_table() -> str:
         for i, row in enumerate((*STUDENTS, TEACHER))
     ]
     sums = sum(row.params for row in STUDENTS), sum(row.flops for row in STUDENTS)
-    shares = f"{100 * sums[0] / TEACHER.params:.1f} / {100 * sums[1] / TEACHER.flops:.1f}"
-    rows.append(["all students", "", f"{sums[0]:,}", f"{sums[1]:,}", shares, "", "", ""])
+    rows.append(["all students", "", f"{sums[0]:,}", f"{sums[1]:,}", shares(*sums), "", "", ""])
     head = [
         "",
         "blocks / states",
