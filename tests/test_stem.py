@@ -1,5 +1,5 @@
-"""The kernels around the blocks, tokens of two convolutions and the head's averages: against float64, and left to the
-modules where a call of one does more."""
+"""The kernels around the blocks, tokens of two convolutions, local convolutions, and the head's averages: against
+float64, and left to the modules where a call of one does more."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pkd_lightning.kernels import pool, stem
+from pkd_lightning.kernels import local, pool, stem
+from pkd_lightning.kernels.local import local_cpu
 from pkd_lightning.kernels.pool import pool_cpu
 from pkd_lightning.kernels.stem import stem_cpu
+from pkd_lightning.models.blocks import with_local
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.models.tokens import ConvolutionTokens
 from pkd_lightning.outputs import Taps
@@ -123,9 +125,9 @@ def test_what_the_stem_cannot_read_is_refused(change: dict[str, object], error: 
 
 
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the two kernels were called."""
+    """Which of the kernels were called."""
     names: list[str] = []
-    for module, name in ((stem, "stem_cpu"), (pool, "pool_cpu")):
+    for module, name in ((stem, "stem_cpu"), (local, "local_cpu"), (pool, "pool_cpu")):
         kernel = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, n=name, k=kernel: (names.append(n), k(*given))[1])
     return names
@@ -213,6 +215,99 @@ def test_images_that_need_a_gradient_and_autocast_are_left_to_the_modules(monkey
     assert names == []
 
 
+# ---------------------------------------------------------------------------------- local convolutions
+
+
+def local_weights(channels: int, side: int) -> list[Tensor]:
+    return [normal(channels, side, side, seed=1, scale=0.3), normal(channels, seed=2)]
+
+
+def exactly(tokens: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
+    planes = tokens.transpose(1, 2).unflatten(2, grid)
+    convolved = F.conv2d(planes, weight[:, None], bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
+    return tokens + convolved.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "grid", "channels", "side"),
+    [
+        (3, (8, 8), 16, 3),
+        (2, (5, 7), 12, 3),
+        (2, (3, 9), 33, 5),
+        (4, (1, 6), 3, 3),
+        (1, (2, 2), 17, 7),
+        (2, (4, 5), 1, 1),
+    ],
+)
+def test_local_convolutions_and_gradients_are_those_of_torch(
+    batch: int, grid: tuple[int, int], channels: int, side: int
+) -> None:
+    leaves = [normal(batch, grid[0] * grid[1], channels), *local_weights(channels, side)]
+    compared(lambda *given: local_cpu(*given, grid=grid), lambda *given: exactly(*given, grid=grid), leaves)
+
+
+def test_no_rasters_have_no_local_convolutions() -> None:
+    leaves = [x.requires_grad_() for x in (torch.zeros(0, 16, 5), *local_weights(5, 3))]
+    out = local_cpu(leaves[0], leaves[1], leaves[2], (4, 4))
+    assert out.shape == (0, 16, 5)
+    assert all(not part.any() for part in torch.autograd.grad(out, leaves, out.detach()))
+
+
+def test_several_threads_share_out_the_rasters(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = [x.requires_grad_() for x in (normal(7, 12, 5), *local_weights(5, 3))]
+
+    def results() -> list[Tensor]:
+        out = local_cpu(leaves[0], leaves[1], leaves[2], (3, 4))
+        return [out.detach(), *torch.autograd.grad(out, leaves, normal(7, 12, 5, seed=4))]
+
+    alone = results()
+    monkeypatch.setattr(local, "threads_for", lambda units, updates: min(units, 3))
+    for mine, its in zip(results(), alone, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "fault"),
+    [
+        ({"tokens": torch.zeros(2, 9, 4, dtype=torch.float64)}, ValueError, "float32"),
+        ({"tokens": torch.zeros(2, 8, 4)}, ValueError, "no tokens of a raster"),
+        ({"tokens": torch.zeros(9, 4)}, ValueError, "no tokens of a raster"),
+        ({"weight": torch.zeros(5, 3, 3)}, ValueError, "windows"),
+        ({"weight": torch.zeros(4, 3, 5)}, ValueError, "windows"),
+        ({"weight": torch.zeros(4, 2, 2)}, ValueError, "windows"),
+        ({"weight": torch.zeros(())}, ValueError, "windows"),
+        ({"bias": torch.zeros(3)}, ValueError, "windows"),
+        ({"tokens": torch.zeros(2, 9, 4).as_subclass(type("Sub", (Tensor,), {}))}, TypeError, "subclass"),
+    ],
+)
+def test_what_cannot_be_convolved_is_refused(change: dict[str, Tensor], error: type[Exception], fault: str) -> None:
+    given = {"tokens": torch.zeros(2, 9, 4), "weight": torch.zeros(4, 3, 3), "bias": torch.zeros(4)} | change
+    with pytest.raises(error, match=fault):
+        local_cpu(**given, grid=(3, 3))
+
+
+def depthwise() -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(5, 5, 3, padding=1, groups=5)
+
+
+def test_a_block_convolves_by_the_kernel_what_is_as_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, made, tokens = called(monkeypatch), depthwise(), normal(2, 12, 5)
+    expected = exactly(tokens, made.weight[:, 0], made.bias, (3, 4))  # type: ignore[arg-type]
+    torch.testing.assert_close(with_local(made, tokens, (3, 4)), expected, rtol=1e-5, atol=1e-6)
+    assert names == ["local_cpu"]
+    made.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(with_local(made, tokens, (3, 4)), 2 * expected - tokens, rtol=1e-5, atol=1e-6)
+    dilated = nn.Conv2d(5, 5, 3, padding=2, dilation=2, groups=5)
+    with_local(dilated, tokens, (3, 4))
+    with_local(depthwise().double(), tokens.double(), (3, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        with_local(depthwise(), tokens, (3, 4))
+    monkeypatch.setenv("PKD_SCAN_BACKEND", "reference")
+    with_local(depthwise(), tokens, (3, 4))
+    assert names == ["local_cpu"]
+
+
 # ---------------------------------------------------------------------------------- the head's averages
 
 
@@ -226,6 +321,8 @@ def test_images_that_need_a_gradient_and_autocast_are_left_to_the_modules(monkey
         (4, (3, 2), 17, 2),
         (1, (2, 2), 1, 2),
         (2, (1, 9), 31, 1),
+        (2, (5, 5), 18, 5),
+        (2, (7, 6), 3, 4),
     ],
 )
 def test_averages_and_gradients_are_those_of_a_norm_and_of_pooling(
@@ -311,8 +408,32 @@ def test_a_tapped_norm_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found.logits, model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "by"), [((32, 32), 1), ((32, 24), 0)])
+def test_the_norm_between_the_convolutions_is_by_the_kernel_on_squares(
+    size: tuple[int, int], by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = called(monkeypatch)
+    torch.manual_seed(0)
+    model = MambaClassifier(
+        (3, *size), 3, tokeniser="convolutions", padding=True, patch_size=3, stem_channels=5, stem_blocks=1,
+        direction="cross", norm="rms", d_model=6, d_state=2, head="flatten", n_blocks=1,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.tokens.between.norm.weight.uniform_()  # type: ignore[union-attr]
+    images = normal(2, 3, *size)
+    logits = model(images)
+    assert names == ["pool_cpu"] * by
+    monkeypatch.setenv("PKD_SCAN_BACKEND", "reference")
+    torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_weights_replaced_between_the_passes_are_noticed() -> None:
     tokens, weight = normal(2, 9, 4).requires_grad_(), normal(4).requires_grad_()
+    window, bias = (x.requires_grad_() for x in local_weights(4, 3))
+    out = local_cpu(tokens, window, bias, (3, 3))
+    window.data = torch.zeros(4, 5, 5)
+    with pytest.raises(RuntimeError, match="replaced"):
+        out.sum().backward()
     out = pool_cpu(tokens, weight, (3, 3), 2)
     weight.data = torch.zeros(5)
     with pytest.raises(RuntimeError, match="replaced"):

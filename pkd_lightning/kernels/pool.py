@@ -54,7 +54,10 @@ _SIZES = types.NamedUniTuple(types.int64, len(Sizes._fields), Sizes)
 
 @njit(**INLINE)
 def _span(cell, cells, side):
-    """The rows, or columns, of a cell, as torch's adaptive pooling has them: they may overlap."""
+    """The rows, or columns, of a cell, as torch's adaptive pooling has them: they may overlap.
+
+    With the numbers of cells and of rows exchanged: the cells that a row is in.
+    """
     return cell * side // cells, -(-(cell + 1) * side // cells)
 
 
@@ -125,17 +128,16 @@ def _backward(s, memory, first, last, workspace):
                 for c in range(s.channels):
                     of_cells[cell * s.across + c] = grad_out[(i * s.channels + c) * squares + cell] * part
         for y in range(s.rows):
+            above, below = _span(y, s.rows, s.cells)  # of the cells that have this row
             for x in range(s.columns):
                 t = i * length + y * s.columns + x
+                before, after = _span(x, s.columns, s.cells)
                 scale, dot = scales[t] if s.normed else ONE, splat(ZERO)
                 for v in range(0, s.channels, WIDTH):
                     value, token = splat(ZERO), load_first(tokens, t * s.channels + v, _count(s, v))
-                    for a in range(s.cells):
-                        top, bottom = _span(a, s.cells, s.rows)
-                        for b in range(s.cells if top <= y < bottom else 0):
-                            left, right = _span(b, s.cells, s.columns)
-                            if left <= x < right:
-                                value = value + load(of_cells, (a * s.cells + b) * s.across + v)
+                    for a in range(above, below):
+                        for b in range(before, after):
+                            value = value + load(of_cells, (a * s.cells + b) * s.across + v)
                     store(sums, v, fma(value * scale, token, load(sums, v)))
                     value = value * load(w, v)
                     store(inner, v, value)

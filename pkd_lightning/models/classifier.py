@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from pkd_lightning.checks import unknown_keys
 from pkd_lightning.earlier import Earlier
 from pkd_lightning.errors import ConfigError
-from pkd_lightning.kernels.scan import takes
-from pkd_lightning.models.blocks import Raster, StemBlocks, make_blocks, make_norm
+from pkd_lightning.models.blocks import Raster, StemBlocks, fused_cells, make_blocks, make_norm
 from pkd_lightning.models.building import ImageShape, InputShape, path_of
 from pkd_lightning.models.config import CELLS, GRID, MambaClassifierConfig
-from pkd_lightning.models.mamba import LINEAR, Mamba, rms_weight
+from pkd_lightning.models.mamba import LINEAR, Mamba
 from pkd_lightning.models.mixers import as_read
 from pkd_lightning.models.reuse import READ, ReusedTokens
 from pkd_lightning.models.tokens import (
@@ -120,20 +119,10 @@ class MambaClassifier(nn.Module):
         elif earlier:
             raise ConfigError(["a student that has not been told which ones it follows: call its `follow` first"])
         tokens = self.raster.through(tokens)
-        pooled = self._fused_pool(tokens)
+        cells = CELLS.get(self.config.head)
+        pooled = None if cells is None else fused_cells(self.norm, tokens, self.tokens.grid, cells)
         logits: Tensor = self.head(self._pool(self.norm(tokens)) if pooled is None else pooled)
         return logits
-
-    def _fused_pool(self, tokens: Tensor) -> Tensor | None:
-        """The last norm and `_pool` by one kernel; None where there is none for it, or a call of the norm does more."""
-        weight = rms_weight(self.norm, self.config.d_model) if self.config.head in CELLS else None
-        if weight is None or torch.is_autocast_enabled("cpu"):
-            return None
-        if not takes(tokens, *(x for x in weight if x is not None)):
-            return None
-        from pkd_lightning.kernels.pool import pool_cpu  # numba takes a second to import
-
-        return pool_cpu(tokens, *weight, self.tokens.grid, CELLS[self.config.head])
 
     @property
     def raster(self) -> Raster:
