@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
@@ -76,6 +77,23 @@ def test_attention_is_that_of_each_head_after_its_convolution():
     q, k, v = (placed @ mixer.qkv.weight.T).chunk(3, -1)
     heads = [torch.softmax(q[..., s : s + 4] @ k[..., s : s + 4].mT / 2, -1) @ v[..., s : s + 4] for s in (0, 4)]
     torch.testing.assert_close(mixer(tokens), torch.cat(heads, -1) @ mixer.out_proj.weight.T)
+
+
+def test_attention_on_a_larger_raster_stays_within_its_squares():
+    torch.manual_seed(0)
+    mixer = Attention(6, (4, 6), width=4, window=2)
+    mixer.conv.weight.data.zero_()
+    tokens = torch.randn(2, 24, 6)
+    whole = Attention(6, (2, 2), width=4)
+    whole.load_state_dict(mixer.state_dict())
+    squares = [[6 * (2 * y + dy) + 2 * x + dx for dy in (0, 1) for dx in (0, 1)] for y in (0, 1) for x in (0, 1, 2)]
+    expected = torch.empty_like(tokens)
+    for places in squares:
+        expected[:, places] = whole(tokens[:, places])
+    torch.testing.assert_close(mixer(tokens), expected)
+    assert mixer.macs(24) == 6 * whole.macs(4)
+    with pytest.raises(ValueError, match="not made of squares"):
+        Attention(6, (4, 6), window=3)
 
 
 def test_the_cost_of_attention_is_that_of_its_products():
