@@ -51,7 +51,7 @@ from pkd_lightning.run import _job
 from pkd_lightning.rundir import RunDirectory
 
 STUDIES = Path(__file__).parent
-LIMIT = 1_000_000  # bytes of a kept file: it goes into the repository
+LIMIT = 2_000_000  # bytes of a kept file: it goes into the repository
 
 
 def collected(job: Job) -> dict[str, Any] | None:

@@ -44,6 +44,8 @@ NEEDS = {
     "teacher/paper_mnist_cosine": "mnist",
     "student/mnist_best": "mnist",
     "teacher/mnist_best": "mnist",
+    "student/cifar10_best": "cifar10",
+    "teacher/cifar10_best": "cifar10",
     "student/paper_cifar10": "cifar10",
     "teacher/paper_cifar10": "cifar10",
     "teacher/resnet18": "cifar10",
