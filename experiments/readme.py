@@ -4,7 +4,7 @@
 
 A table stands between `<!-- table: STUDY NAME [RUN ...] -->` and `<!-- end of table -->`, NAME a function of
 `experiments.tables`; the runs are those it is made of, in this order, all of the study's where none is named. STUDY
-`*` is every study.
+`*` is every study, `-` none: some tables are not made of runs.
 Figures are the files of `experiments.figures.FIGURES`.
 """
 
@@ -31,7 +31,8 @@ def fill(text: str) -> str:
     def made(match: re.Match[str]) -> str:
         if match[3] not in TABLES:
             raise RunError(f"{match[1].strip()}: no such table. Tables: {', '.join(TABLES)}")
-        runs = every_study() if match[2] == "*" else chosen(match[2], match[4].split())
+        whole = {"*": every_study, "-": dict}.get(match[2])
+        runs = whole() if whole else chosen(match[2], match[4].split())
         return f"{match[1]}{TABLES[match[3]](runs)}\n{match[6]}"
 
     filled, count = SLOT.subn(made, text)

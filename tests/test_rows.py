@@ -1,9 +1,15 @@
-"""The rows of Mamba-PKD's Table 2, by arithmetic."""
+"""The rows of Mamba-PKD's Table 2, by arithmetic, and what is measured of its teacher."""
+
+from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import instantiate
+from torch import nn
 
-from experiments.cifar10_paper import rows
+from experiments import readme
+from experiments.cifar10_paper import rows, teacher
+from pkd_lightning.checkpoint import write_json
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import measure
 from pkd_lightning.models.classifier import MambaClassifier
@@ -47,3 +53,26 @@ def test_the_rows_as_a_table() -> None:
     assert "| student 5 | 48 / 256 | 76,908 | 420,202 | 17.3 / 17.6 | 1 of 384 | 0 of 16 | 0 |" in lines
     assert "| teacher | 96 / 256 | 443,530 | 2,390,016 | 100.0 / 100.0 | 6 of 384 | 1 of 16 | 1 |" in lines
     assert "| all students | | 437,022 | 2,383,098 | 98.5 / 99.7 | | | |" in lines
+
+
+def test_the_rows_stand_in_a_slot_that_is_of_no_study() -> None:
+    filled = readme.fill("<!-- table: - architectures -->\nold\n<!-- end of table -->\n")
+    assert filled == f"<!-- table: - architectures -->\n{rows.as_table()}\n<!-- end of table -->\n"
+
+
+def test_images_with_a_logit_that_is_not_finite_are_not_counted() -> None:
+    images = torch.tensor([[1.0, 2.0], [float("inf"), 1.0], [0.0, float("nan")], [3.0, 4.0]])
+    assert teacher.finite(nn.Identity(), images) == 2
+
+
+def test_an_epoch_of_the_published_teacher_takes_what_its_steps_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "FILE", tmp_path / "teacher.json")
+    measured = {"finite": {"a": [1, 2, 3], "b": [4, 4, 4]}, "images": 4, "step_seconds": 2.0}
+    write_json(teacher.FILE, {**measured, "hardware": {"cpu": "a processor"}})
+    head, _, row = teacher.as_table().splitlines()
+    assert "pixels b, seeds 0 to 2" in head
+    assert "seconds a step of 4 (a processor, one core)" in head
+    # 37,800 images, two seconds for four
+    assert row == "| 1 of 4, 2 of 4, 3 of 4 | 4 of 4, 4 of 4, 4 of 4 | 2.0 | 5.2 | 11 |"

@@ -237,19 +237,6 @@ def test_time_is_that_of_all_seeds_and_cores(study):
     assert "| all | 4 | | | 2.01 | |" in lines
 
 
-def test_an_epoch_of_all_images_takes_what_one_of_a_slice_does(study):
-    with changed(study, "second-seed0") as run:
-        run["sizes"] = {"originals": 100}
-    (study / "results" / "second-seed1.json").unlink()
-    kept = study / "kept" / "second-seed0"
-    kept.mkdir(parents=True)
-    lines = [{"stage": "teacher", "epoch": i, "seconds": s} for i, s in enumerate((70.0, 50.0))]
-    lines.append({"stage": "round-00", "epoch": 0, "seconds": 1.0})
-    (kept / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (study / "study.yaml").write_text("seeds: [0]\nruns:\n  second: {keep: [metrics]}\n")
-    assert "| second | 100 | 0.50 | 5.2 | 11 |" in slot("whole_epochs", " second").splitlines()
-
-
 def test_a_teacher_that_runs_share_is_counted_once(study):
     """It was trained for 1,000 s by whichever came first, and everything else of the runs takes 8."""
     for name in ("first-seed0", "first-seed1", "second-seed0", "second-seed1"):
