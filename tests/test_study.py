@@ -45,7 +45,7 @@ def fake(config: DictConfig, unlucky: int = 13) -> None:
     for name, text in {
         "results.json": json.dumps(results), "teacher/teacher.safetensors": f"teacher {seed}",
         "teacher/teacher.json": "{}", "teacher/logits.safetensors": "x" * 2_000_000, "students/ensemble.json": "{}",
-        "students/00.json": "{}", "students/00.safetensors": "x" * (2_000_000 if epochs == 14 else 10),
+        "students/00.json": "{}", "students/00.safetensors": "x" * (2_000_001 if epochs == 14 else 10),
         "metrics.jsonl": "{}", "figures/cost.png": "",
     }.items():  # fmt: skip
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -508,7 +508,7 @@ def test_kept_files_are_those_asked_for_and_replaced_as_a_whole(bench: Bench) ->
 def test_nothing_large_is_kept(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench.write("seeds: [0]\nruns: {one: {overrides: [trainer.max_epochs=14], keep: [metrics, students]}}")
     assert bench.run() == 1
-    assert "students/00.safetensors: 2,000,000 bytes" in capsys.readouterr().err
+    assert "students/00.safetensors: 2,000,001 bytes" in capsys.readouterr().err
     assert bench.collected() == set()
     assert not (bench.folder / "kept").exists()
     bench.write("seeds: [0]\nruns: {one: {overrides: [trainer.max_epochs=14], keep: [metrics]}}")
