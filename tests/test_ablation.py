@@ -53,6 +53,23 @@ def test_the_ablation_is_of_the_committed_ladder():
         assert convolution.macs_total <= mamba.macs_total
 
 
+def test_the_cifar10_ablation_is_of_the_committed_ladder():
+    def cost(overrides: tuple[str, ...]) -> tuple[int, int]:
+        config = load_config(*overrides)
+        built: Ladder = instantiate(config.student)
+        found = [measure(built.build(i, (3, 32, 32), 10), (3, 32, 32)) for i in range(config.boosting.rounds)]
+        return sum(one.params for one in found), sum(one.macs_total for one in found)
+
+    runs = {run.name: run.overrides for run in load_study(ROOT / "experiments" / "cifar10_ablation").runs}
+    params, macs = cost(runs["no_teacher"])
+    assert (params, macs) == cost(("experiment=cifar10_best", "boosting.rounds=3"))
+    single = cost(runs["single"])
+    assert 0.98 * params <= single[0] <= params
+    assert 0.98 * macs <= single[1] <= macs
+    for name in ("depthwise", "attention"):
+        assert 0.95 * macs <= cost(runs[name])[1] <= 1.05 * macs
+
+
 def test_a_depthwise_mixer_is_mambas_block_without_its_scan():
     torch.manual_seed(0)
     mixer = Depthwise(3, (4, 6), kernel=5)
