@@ -70,8 +70,8 @@ def as_table() -> str:
     epoch = IMAGES / measured["images"] * measured["step_seconds"] / 3600
     finite = [", ".join(f"{count} of {measured['images']}" for count in row) for row in measured["finite"].values()]
     head = [f"logits that are finite, pixels {name}, seeds 0 to {len(SEEDS) - 1}" for name in measured["finite"]]
-    head += [f"seconds a step of {measured['images']}", f"hours an epoch of {IMAGES:,}", f"days for {EPOCHS}"]
-    head[-3] += f" ({measured['hardware']['cpu']}, one core)"
+    head.append(f"seconds a step of {measured['images']} ({measured['hardware']['cpu']}, one core)")
+    head += [f"hours an epoch of {IMAGES:,}", f"days for {EPOCHS}"]
     return table(head, [[*finite, f"{measured['step_seconds']:.1f}", f"{epoch:.1f}", f"{EPOCHS * epoch / 24:.0f}"]])
 
 

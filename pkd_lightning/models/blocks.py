@@ -171,7 +171,7 @@ class StemBlocks(nn.Module):
         """Map planes (batch, stem_channels, rows, columns) to the same shape."""
         tokens = self.raster.through(planes.flatten(2).transpose(1, 2).contiguous())
         rows, columns = self.grid
-        # a cell a token: the kernel's norm, and its order of the result. torch's norm alone took a sixth of a step.
+        # a cell a token: the kernel's norm, and its result in the order of planes
         fused = fused_cells(self.norm, tokens, self.grid, rows) if rows == columns else None
         normed = self.norm(tokens).transpose(1, 2) if fused is None else fused
         return normed.reshape(planes.shape)
