@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.models import BATCH, PATCHES, STUDENTS, TEACHER, classifier
+from benchmarks.models import BEST, CIFAR, PATCHES, STUDENTS, TEACHER, classifier, shape_of, size_of
 from benchmarks.steps import step_call
 
-MODELS = {**STUDENTS, **TEACHER, **PATCHES}
+MODELS = {**STUDENTS, **TEACHER, **PATCHES, **BEST, **CIFAR}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    step = step_call(classifier(MODELS[options.model]))
+    size, shape = size_of(options.model), shape_of(options.model)
+    step = step_call(classifier(MODELS[options.model], shape), size, shape)
     for _ in range(3):
         step()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
             step()
     events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    title = f"{options.model}, batch {BATCH}: {total / 1000 / options.steps:.3g} ms a step, with the profiler's own"
+    title = f"{options.model}, batch {size}: {total / 1000 / options.steps:.3g} ms a step, with the profiler's own"
     table = Table(title, "share", "ms a step", "calls a step", box=box.SIMPLE)
     for event in events[:10]:
         own, calls = event.self_cpu_time_total, event.count / options.steps

@@ -58,15 +58,18 @@ def block(rows: Sequence[Row]) -> str:
 
 
 def step(rows: Sequence[Row]) -> str:
-    """A line a model; one thread and two."""
+    """A line a model; one thread and two, and with its local convolutions and norms by kernels against by torch."""
     of = [row for row in rows if row.get("section") == "step"]
-    names = dict.fromkeys(re.sub(r", \d threads?", "", row["what"]) for row in of)
+    names = dict.fromkeys(row["what"].rsplit(",", 1)[0] for row in of)
     lines = []
     for name in names:
         own = [row for row in of if row["what"].startswith(f"{name},")]
-        cells = [text for row in own for text in (shown(row["median_ms"]), shown(row["figure"]))]
-        lines.append([name.removeprefix("training step of "), *cells])
-    return markdown(["step", "1 thread, ms", "s an epoch", "2 threads, ms", "s an epoch"], lines)
+        timed = [row for row in own if "against" not in row]
+        cells = [text for row in timed for text in (shown(row["median_ms"]), shown(row["figure"]))]
+        faster = [shown(row["figure"]) for row in own if "against" in row]
+        lines.append([name.removeprefix("training step of "), *cells, "".join(faster)])
+    head = ["step", "1 thread, ms", "s an epoch", "2 threads, ms", "s an epoch", "x local convolutions, norms by torch"]
+    return markdown(head, lines)
 
 
 def others(rows: Sequence[Row]) -> str:

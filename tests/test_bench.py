@@ -23,10 +23,11 @@ from benchmarks import (
     tables,
     timing,
 )
-from benchmarks.models import BEST, BEST_BATCH, PATCHES, STUDENTS
+from benchmarks.models import BEST, BEST_BATCH, CIFAR, PATCHES, STUDENTS, classifier
 from benchmarks.timing import Row, at_least, at_most, judged
 from pkd_lightning import matrix
 from pkd_lightning.cost import Latency
+from pkd_lightning.models.classifier import MambaClassifier
 
 S1 = {"S1": STUDENTS["S1"]}
 TINY_ROWS = {
@@ -85,6 +86,34 @@ def test_steps_of_mnist_best_are_those_of_its_configurations() -> None:
     for row in rows:
         assert row["figure"] == pytest.approx(row["median_ms"] / 1000 * steps.EPOCH / BEST_BATCH)
     assert "mnist_best S7 at batch 128 |" in tables.step([{"section": "step", **row} for row in rows])
+
+
+def test_steps_of_cifar10_best_are_those_of_its_configurations() -> None:
+    student, teacher = (OmegaConf.load(f"conf/{kind}/cifar10_best.yaml") for kind in ("student", "teacher"))
+    assert {"shared": False, **CIFAR["cifar10_best S7"]} == {**student.common, **student.rungs[-1]}
+    expected = {key: value for key, value in teacher.model.items() if not key.startswith("_")}
+    assert {"shared": False, **CIFAR["cifar10_best teacher"]} == expected
+
+
+def test_a_step_by_the_kernels_is_held_against_local_convolutions_and_norms_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = {**CIFAR["cifar10_best S7"], "n_blocks": 1, "d_model": 2, "stem_channels": 2, "stem_blocks": 1}
+    monkeypatch.setattr(steps, "size_of", lambda name: 8)
+    rows = steps.rows(2, {"cifar10_best S7": tiny})
+    assert [row.get("against") for row in rows] == [None, None, "torch"]
+    line = tables.step([{"section": "step", **row} for row in rows]).splitlines()[-1]
+    assert line.startswith("| cifar10_best S7 at batch 8 |")
+    assert line.endswith(f"| {timing.shown(rows[-1]['figure'])} |")
+
+    def kernels(model: MambaClassifier) -> int:
+        with torch.profiler.profile() as seen:
+            model(torch.randn(8, 3, 32, 32))
+        return sum(event.count for event in seen.key_averages() if event.key in ("_Local", "_Pool"))
+
+    model = classifier(tiny, (3, 32, 32))
+    assert kernels(model) == 4  # a local convolution in each of two blocks, a norm after each
+    assert kernels(steps.through_torch(model)) == 0
 
 
 def test_blocks_are_held_against_their_scans() -> None:
