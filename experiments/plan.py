@@ -107,9 +107,11 @@ class Study:
         """Every run with every seed."""
         return [Job(self.folder, run, seed) for run in self.runs for seed in run.seeds]
 
-    def before(self, run: Run) -> list[Job]:
-        """What must be collected before `run` starts."""
-        return [job for job in self.jobs if job.run.name in run.after]
+    def before(self, job: Job) -> list[Job]:
+        """What must be collected before `job` starts: all seeds of those it comes after; of `{run:OTHER}` its own."""
+        beside = {name for override in job.run.overrides for name in DIRECTORY.findall(override)}
+        others = [other for other in self.jobs if other.run.name in job.run.after]
+        return [other for other in others if other.run.name not in beside or other.seed == job.seed]
 
 
 def load_study(folder: Path) -> Study:
@@ -188,7 +190,7 @@ def option_faults(study: Study, runs: Path, todo: Sequence[Job]) -> list[str]:
     found: dict[str, dict[str, None]] = {}  # a fault, and the runs that have it: that of a common override is said once
     seen: dict[Path, Job] = {}
     for job in study.jobs:
-        keeping = [other for other in study.before(job.run) if other in todo and "teacher" in other.run.keep]
+        keeping = [other for other in study.before(job) if other in todo and "teacher" in other.run.keep]
         coming = [other.kept.resolve() / "teacher.safetensors" for other in keeping]
         path, faults = _job_faults(job, runs, coming, job in todo)
         if path is not None and seen.setdefault(path, job) != job:  # would be shown the results of the other

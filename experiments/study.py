@@ -14,7 +14,8 @@
       additive:
         overrides: ["teacher.checkpoint=experiments/NAME/kept/anchored-seed{seed}/teacher.safetensors"]
         seeds: [0]                     # instead of the study's
-        after: [anchored]              # starts when all of its seeds are collected
+        after: [anchored]              # starts when all of its seeds are collected; where `{run:anchored}` is
+                                       # named, when that of its own seed is
 
 A run that ends well leaves `results/<run>-seed<S>.json`, and what it keeps in `kept/<run>-seed<S>/`. From then on it is
 done, on whatever machine, until its overrides change. Relative paths are those of the current directory.
@@ -143,7 +144,7 @@ class Progress:
 
     def missing(self, job: Job) -> list[str]:
         """What `job` waits for."""
-        return [other.name for other in self.study.before(job.run) if other.name not in self.done]
+        return [other.name for other in self.study.before(job) if other.name not in self.done]
 
     def complain(self) -> None:
         """Say why jobs are not collected."""

@@ -220,8 +220,10 @@ runs:
 """
     bench.write(text)
     assert bench.run() == 0
-    jobs = {job.name: job for job in load_study(bench.folder).jobs}
+    planned = load_study(bench.folder)
+    jobs = {job.name: job for job in planned.jobs}
     for seed in (0, 1):
+        assert planned.before(jobs[f"other-seed{seed}"]) == [jobs[f"one-seed{seed}"]]  # it waits for that one alone
         place = jobs[f"one-seed{seed}"].directory(bench.runs).path
         assert place.is_dir()
         given = compose(*bench.arguments[f"other-seed{seed}"])
