@@ -30,8 +30,8 @@ FLOORS = (
     (
         "one fit, its weights and costs",
         (
-            "fitting", "fit_checkpoint", "fit_module", "processes", "weights", "rounding", "cost", "predicting",
-            "trainer",
+            "fitting", "fit_checkpoint", "fit_module", "graphs", "processes", "weights", "rounding", "cost",
+            "predicting", "trainer",
         ),
     ),
     ("terms of knowledge", ("knowledge",)),

@@ -16,6 +16,7 @@ from pkd_lightning import ranks
 from pkd_lightning.data.module import Batch
 from pkd_lightning.earlier import Earlier, call
 from pkd_lightning.fit_checkpoint import Saving
+from pkd_lightning.graphs import Graphs
 from pkd_lightning.outputs import Output, Taps
 from pkd_lightning.trainer import TrainerConfig
 
@@ -52,6 +53,7 @@ class FitModule(L.LightningModule):
         self.total_steps = 1
         # a function, not a module: the state dict's names stay those of the model
         self._compiled = compiled(model) if trainer.compile else None
+        self._graphs = Graphs(model) if trainer.cuda_graphs and not trainer.by_step else None
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._skipped = self._skipped_now = 0  # steps of the whole fit; those of the epoch under way
@@ -62,8 +64,15 @@ class FitModule(L.LightningModule):
         self.saving: Saving | None = None  # `fit` sets it
 
     def forward(self, inputs: Tensor) -> Output:
-        """What the model gives, by way of torch.compile where that is configured; `losses` calls it like this."""
-        return self.taps.call(partial(call, self._compiled or self.model, earlier=self.earlier(inputs)), inputs)
+        """What the model gives, by torch.compile or CUDA graphs where configured; `losses` calls it like this."""
+        earlier = self.earlier(inputs)
+        graphs = self._graphs if self._can_replay(inputs, earlier) else None
+        return self.taps.call(partial(call, graphs or self._compiled or self.model, earlier=earlier), inputs)
+
+    def _can_replay(self, inputs: Tensor, earlier: Earlier | None = None) -> bool:
+        """Whether graphs can stand for the model: in a training step whose gradients are used before the next one's."""
+        training = self.training and torch.is_grad_enabled() and inputs.is_cuda
+        return training and earlier is None and not self.reuses_graphs and not self.taps.modules
 
     def earlier(self, inputs: Tensor) -> Earlier | None:
         """What earlier students gave for the same inputs, where the model reads them."""

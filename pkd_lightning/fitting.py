@@ -43,6 +43,8 @@ warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # d
 warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # once an epoch is intended
 warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # the means are those of all ranks
 warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # a fit is one process, srun or not
+# once a process, of parameters whose gradients came from the stream that recorded them
+warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
 warnings.filterwarnings("ignore", message=".*treespec.*is deprecated")  # lightning 2.6.6 with torch 2.13
 
 

@@ -58,8 +58,9 @@ VOLATILE = (
 def plain_config(config: DictConfig) -> dict[str, Any]:
     """What a valid configuration means, however it is written, without its volatile keys.
 
-    Of a teacher's checkpoint the content counts, of `data.root` the place, of `accelerator=auto` the device. An option
-    that has its default is as good as left out, and an objective goes by its name, not its import path.
+    Of a teacher's checkpoint the content counts, of `data.root` the place, of `accelerator=auto` the device, and of
+    `cuda_graphs` nothing on the CPU. An option that has its default is as good as left out, and an objective goes by
+    its name, not its import path.
     """
     plain: dict[str, Any] = OmegaConf.to_container(complete(config), resolve=True)  # type: ignore[assignment]
     data, teacher, boosting = plain["data"], plain["teacher"], plain["boosting"]
@@ -91,6 +92,8 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
     for owner in (plain, *models):
         device = device_of(owner["trainer"].get("accelerator", "auto"))
         owner["trainer"] = _without_defaults({**owner["trainer"], "accelerator": device}, TrainerConfig)
+        if device == "cpu":
+            owner["trainer"].pop("cuda_graphs", None)
         for key in VOLATILE:
             if owner is not plain and key.startswith("trainer."):
                 owner["trainer"].pop(key.removeprefix("trainer."), None)

@@ -499,7 +499,8 @@ def test_the_published_trainer_is_as_published() -> None:
         "optimizer": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 1e-4, "weight_decay": 0.0},
         "schedule": {"_target_": "pkd_lightning.schedules.decay", "_partial_": True, "final": 0.1},
         "max_epochs": 50, "patience": 5, "batch_size": 32, "gradient_clip": None, "accelerator": "auto",
-        "precision": "32-true", "matmul_precision": "highest", "compile": False, "num_workers": 0, "progress": True,
+        "precision": "32-true", "matmul_precision": "highest", "compile": False, "cuda_graphs": False,
+        "num_workers": 0, "progress": True,
         "mode": "auto", "callbacks": [], "lightning": {}, "checkpoint_every": "auto", "devices": 1, "num_nodes": 1,
         "strategy": "auto", "weights": "best",
     }  # fmt: skip

@@ -81,6 +81,12 @@ def test_auto_is_the_device_it_means(there: bool, monkeypatch: pytest.MonkeyPatc
     assert place("trainer.accelerator=auto") == place("trainer.accelerator=cpu")
 
 
+def test_on_the_cpu_cuda_graphs_are_no_option() -> None:
+    asked = "trainer.cuda_graphs=true"
+    assert place(asked, "trainer.accelerator=cpu") == place("trainer.accelerator=cpu")
+    assert place(asked, "trainer.accelerator=gpu") != place("trainer.accelerator=gpu")
+
+
 def test_what_is_finished_is_found_however_it_is_written(tmp_path: Path) -> None:
     tiny_run(tmp_path, "boosting.rounds=1", "boosting.temperature=2")
     (done,) = tmp_path.rglob("DONE")
