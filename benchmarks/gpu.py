@@ -9,20 +9,22 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.models import BATCH, PATCHES, STUDENTS, batch, classifier
+from benchmarks.models import CIFAR, PATCHES, STUDENTS, batch, classifier, shape_of, size_of
 from benchmarks.report import show, write
 from benchmarks.scan import WORKLOADS, inputs, reference, scan_call
 from benchmarks.timing import FEWEST, Row, compared, measured
+from pkd_lightning.graphs import Graphs
 from pkd_lightning.kernels.scan import cuda, selective_scan
 
 SCANS = {name: WORKLOADS[name] for name in "cdef"} | {"g": (256, 1536, 16)}
-MODELS = {"S7": STUDENTS["S7"], "patches, d_model 64": PATCHES["patches, d_model 64"]}
+MODELS = {"S7": STUDENTS["S7"], "patches, d_model 64": PATCHES["patches, d_model 64"], **CIFAR}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPEATS = 5  # of a call in one timing
 
@@ -84,27 +86,43 @@ def scans(rounds: int, direct: bool) -> list[Row]:
 
 
 def steps(rounds: int, direct: bool) -> list[Row]:
-    """A bare loop's training step on the backend that is chosen: mamba_ssm's with `direct`, else associative."""
+    """A bare loop's training step, its kernels started singly and as CUDA graphs.
+
+    On the backend that is chosen: mamba_ssm's with `direct`, else associative.
+    """
     backend, result = "cuda" if direct else "associative", []
     for name, options in MODELS.items():
-        model = classifier(options).cuda()
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        images, labels = (x.cuda() for x in batch())
+        shape, size = shape_of(name), size_of(name)
+        images, labels = (x.cuda() for x in batch(size, shape))
         for dtype_name, dtype in DTYPES.items():
-
-            def step(dtype: torch.dtype = dtype) -> None:
-                optimizer.zero_grad()  # noqa: B023
-                mixed = dtype != torch.float32
-                with torch.autocast("cuda", dtype) if mixed else nullcontext():
-                    loss = F.cross_entropy(model(images), labels)  # noqa: B023
-                loss.backward()
-                optimizer.step()  # noqa: B023
-
-            taken = interleaved({backend: step}, rounds)[backend]
-            rate = BATCH / statistics.median(taken) * 1000
-            what = f"training step of {name} {dtype_name}, {backend}"
-            result.append(measured(what, taken, rate, "images a second"))
+            calls: dict[str, Callable[[], object]] = {}
+            for way in (backend, "graphs"):
+                model = classifier(options, shape).cuda()
+                called = Graphs(model) if way == "graphs" else model
+                optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+                calls[way] = partial(step, called, optimizer, images, labels, dtype)
+            times = interleaved(calls, rounds)
+            what = f"training step of {name} {dtype_name}"
+            for way, taken in times.items():
+                rate = size / statistics.median(taken) * 1000
+                result.append(measured(f"{what}, {way}", taken, rate, "images a second"))
+            result.append(compared(f"{what}, graphs", times, "graphs", backend))
     return result
+
+
+def step(
+    model: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """One training step, under autocast unless `dtype` is float32."""
+    optimizer.zero_grad()
+    with nullcontext() if dtype == torch.float32 else torch.autocast("cuda", dtype):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -46,9 +46,17 @@ def conclude(rows: Sequence[Row]) -> None:
         print(f"  {row['what']}: {shown(row['figure'])} {row['unit']}{against}, target {row['target']}{note}")
 
 
+def version_of(module: str) -> str:
+    """The version of the package that a module is of; `unknown` where it lies on the path without one."""
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def write(path: Path, rows: Sequence[Row], **also: object) -> None:
     """Write everything as JSON, with the hardware and the versions."""
-    compared = {name: metadata.version(name) for name in COMPARED if find_spec(name)}
+    compared = {name: version_of(name) for name in COMPARED if find_spec(name)}
     about = {"hardware": hardware(), "versions": {**versions(), **compared}}
     content = {**about, **also, "rows": rows, "falls_short": missed(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)

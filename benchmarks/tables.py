@@ -1,7 +1,8 @@
-"""Writes the tables of docs/performance.md: `python -m benchmarks.tables [--from RESULTS]`.
+"""Writes the tables of docs/performance.md: `python -m benchmarks.tables [--from RESULTS] [--gpu RESULTS]`.
 
-They are made of docs/performance.json and docs/latency.json. A table stands between `<!-- bench: NAME -->` and
-`<!-- end of bench -->`. With `--from` the results of a run of `make bench` become docs/performance.json first.
+They are made of docs/performance.json, docs/latency.json and docs/gpu.json. A table stands between
+`<!-- bench: NAME -->` and `<!-- end of bench -->`. With `--from` the results of a run of `make bench` become
+docs/performance.json first, with `--gpu` those of `make bench-gpu` docs/gpu.json.
 """
 
 import argparse
@@ -13,7 +14,8 @@ from pathlib import Path
 from benchmarks.timing import Row, shown
 
 DOCS = Path(__file__).parent.parent / "docs"
-RESULTS, LATENCIES, DOCUMENT = DOCS / "performance.json", DOCS / "latency.json", DOCS / "performance.md"
+RESULTS, LATENCIES, GPU = DOCS / "performance.json", DOCS / "latency.json", DOCS / "gpu.json"
+DOCUMENT = DOCS / "performance.md"
 SLOT = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
 
 
@@ -103,6 +105,31 @@ def latency(rows: Sequence[Row]) -> str:
     return markdown(["student", "alone, ms", "first t together, ms"], lines)
 
 
+def gpu_scan(rows: Sequence[Row]) -> str:
+    """A line a workload and number type; forward / forward and backward."""
+    lines: dict[str, list[list[str]]] = {}
+    for row in rows:
+        if row.get("section") == "gpu scan":
+            name = re.sub(r" forward.*", "", row["what"]).removeprefix("scan ")
+            cells = lines.setdefault(name, [[], [], []])
+            if row["against"] == "reference":
+                cells[0].append(shown(row["median_ms"]))
+            cells[2 if row["against"] == "reference" else 1].append(shown(row["figure"]))
+    head = ["scan", "ms", "x the time of mamba_ssm alone", "x reference"]
+    return markdown(head, [[name, *map(" / ".join, cells)] for name, cells in lines.items()])
+
+
+def gpu_step(rows: Sequence[Row]) -> str:
+    """A line a model and number type: kernels started singly, and as graphs."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("section") == "gpu step":
+            cells = lines.setdefault(row["what"].rsplit(",", 1)[0].removeprefix("training step of "), [])
+            cells += [shown(row["figure"])] if "against" in row else [shown(row["median_ms"]), shown(row["figure"])]
+    head = ["step", "singly, ms", "images a second", "graphs, ms", "images a second", "x as fast"]
+    return markdown(head, [[name, *cells] for name, cells in lines.items()])
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "scan": scan,
     "block": block,
@@ -110,6 +137,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "others": others,
     "missed": missed,
     "latency": latency,
+    "gpu_scan": gpu_scan,
+    "gpu_step": gpu_step,
 }
 
 
@@ -122,15 +151,23 @@ def main(arguments: list[str] | None = None) -> None:
     """Fill the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", type=Path, help="results that `make bench` wrote")
-    source = parser.parse_args(arguments).source
-    if source is not None:
-        RESULTS.write_text(source.read_text())
+    parser.add_argument("--gpu", type=Path, help="results that `make bench-gpu` wrote")
+    options = parser.parse_args(arguments)
+    for source, kept in ((options.source, RESULTS), (options.gpu, GPU)):
+        if source is not None:
+            kept.write_text(source.read_text())
     DOCUMENT.write_text(fill(DOCUMENT.read_text(), stored()))
 
 
 def stored() -> list[Row]:
     """The rows that the tables are made of."""
-    return [row for path in (RESULTS, LATENCIES) for row in json.loads(path.read_text())["rows"]]
+    rows = [row for path in (RESULTS, LATENCIES) for row in _rows(path)]
+    return rows + [{**row, "section": f"gpu {row['section']}"} for row in _rows(GPU)]
+
+
+def _rows(path: Path) -> list[Row]:
+    rows: list[Row] = json.loads(path.read_text())["rows"]
+    return rows
 
 
 if __name__ == "__main__":

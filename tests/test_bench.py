@@ -209,6 +209,33 @@ def test_report_says_when_all_targets_are_met(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "1 of 1 targets met\n"
 
 
+def test_the_tables_of_a_gpu_have_a_line_a_scan_and_a_line_a_step() -> None:
+    def row(section: str, what: str, ms: float, figure: float, **more: str) -> timing.Row:
+        return {"section": f"gpu {section}", "what": what, "median_ms": ms, "figure": figure, **more}
+
+    rows = [
+        row("scan", "scan c (7, 2, 5) bf16 forward", 0.1, 1.2, against="mamba_ssm"),
+        row("scan", "scan c (7, 2, 5) bf16 forward", 0.1, 300, against="reference"),
+        row("scan", "scan c (7, 2, 5) bf16 forward+backward", 0.5, 1.1, against="mamba_ssm"),
+        row("scan", "scan c (7, 2, 5) bf16 forward+backward", 0.5, 400, against="reference"),
+        row("step", "training step of S7 fp32, cuda", 30, 1000),
+        row("step", "training step of S7 fp32, graphs", 5, 6000),
+        row("step", "training step of S7 fp32, graphs", 5, 6, against="cuda"),
+    ]
+    assert tables.gpu_scan(rows).splitlines()[2:] == ["| c (7, 2, 5) bf16 | 0.1 / 0.5 | 1.2 / 1.1 | 300 / 400 |"]
+    assert tables.gpu_step(rows).splitlines()[2:] == ["| S7 fp32 | 30 | 1,000 | 5 | 6,000 | 6 |"]
+    assert {one["section"] for one in tables.stored()} >= {"scan", "step", "gpu scan", "gpu step"}
+
+
+def test_results_are_written_where_a_package_was_copied_and_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mamba_ssm.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    report.write(tmp_path / "results.json", [])
+    assert json.loads((tmp_path / "results.json").read_text())["versions"]["mamba_ssm"] == "unknown"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_gpu_benchmark_says_that_there_is_no_gpu() -> None:
     with pytest.raises(SystemExit) as stop:
