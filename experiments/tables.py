@@ -181,6 +181,14 @@ def core_hours(results: list[Results]) -> float:
     return (sum(seconds * threads for seconds, threads in teachers.items()) + sum(others)) / 3600
 
 
+def spent(results: list[Results], digits: int) -> str:
+    """Hours of one core, and minutes of a GPU where some of `results` had one."""
+    on_gpu = [run for run in results if run["hardware"].get("gpu")]
+    minutes = sum(run["wall_seconds"]["total"] for run in on_gpu) / 60
+    hours = core_hours([run for run in results if not run["hardware"].get("gpu")])
+    return f"{hours:.{digits}f}" + (f", and {minutes:.0f} min of a GPU" if on_gpu else "")
+
+
 def students(runs: Runs) -> str:
     """One seed of one run, the first: a row a student, then the teacher."""
     run = only(runs)[0]
@@ -573,15 +581,18 @@ def time(runs: Runs) -> str:
             len(seeds),
             f"{statistics.median(map(teacher_seconds, seeds)):,.0f}",
             f"{statistics.median(sum(run['wall_seconds']['rounds']) for run in seeds):,.0f}",
-            f"{core_hours(seeds):.2f}",
+            spent(seeds, 2),
             seeds[0]["hardware"]["threads"],
         ]
         for name, seeds in runs.items()
     ]
-    total = core_hours([run for seeds in runs.values() for run in seeds])
-    rows.append(["all", sum(len(seeds) for seeds in runs.values()), "", "", f"{total:.2f}", ""])
+    total = spent([run for seeds in runs.values() for run in seeds], 2)
+    rows.append(["all", sum(len(seeds) for seeds in runs.values()), "", "", total, ""])
     hardware = [run["hardware"] for seeds in runs.values() for run in seeds]
-    machines = {f"{machine['cpu']}, {machine['cores']} cores" for machine in hardware}
+    machines = {
+        ", ".join(filter(None, (machine.get("gpu"), machine["cpu"], f"{machine['cores']} cores")))
+        for machine in hardware
+    }
     head = ["run", "seeds", "teacher (s, median)", "students (s, median)", "hours of one core, all seeds"]
     return table([*head, f"threads a run ({'; '.join(sorted(machines))})"], rows)
 
@@ -602,9 +613,9 @@ def published_teacher(runs: Runs) -> str:
 
 def hours(runs: Runs) -> str:
     """A row a run, or a study where the runs are those of `every_study`: hours of one core."""
-    rows = [[name, len(results), f"{core_hours(results):.1f}"] for name, results in runs.items()]
-    total = sum(map(core_hours, runs.values()))
-    rows.append(["all", sum(len(results) for results in runs.values()), f"{total:.1f}"])
+    rows: list[list[object]] = [[name, len(results), spent(results, 1)] for name, results in runs.items()]
+    every = [run for results in runs.values() for run in results]
+    rows.append(["all", len(every), spent(every, 1)])
     return table(["study", "runs", "hours of one core"], rows)
 
 

@@ -266,6 +266,18 @@ def test_every_study_is_counted(study):
     assert lines[3:6] == ["| other | 1 | 2.0 |", "| some | 4 | 0.0 |", "| all | 5 | 2.0 |"]
 
 
+def test_what_a_gpu_has_done_is_no_time_of_a_core(study):
+    with changed(study, "second-seed0") as run:
+        run["wall_seconds"]["total"], run["hardware"]["gpu"] = 600.0, "a GPU"
+    with changed(study, "second-seed1") as run:
+        run["wall_seconds"]["total"] = 720.0
+    lines = slot("time").splitlines()
+    assert "| second | 2 | 10 | 3 | 0.20, and 10 min of a GPU | 1 |" in lines
+    assert any("a GPU, " in line for line in lines if line.startswith("| run |"))
+    (line,) = (line for line in lines if line.startswith("| all |"))
+    assert line.endswith(", and 10 min of a GPU | |")
+
+
 def test_missing_and_outdated_results_are_named(study):
     with pytest.raises(RunError, match="no results of missing"):
         slot("rounds", " missing")
