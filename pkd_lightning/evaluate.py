@@ -228,6 +228,7 @@ def collect_results(
         measured["teacher"]["config"] = _models(config, measured["teacher"])
     before = 0.0 if teacher is None else teacher.seconds
     rounds = [record["seconds"] for record in state.records]
+    own = [record["seconds"] for record in state.records if "from" not in record]  # not those of another run
     return {
         "schema": SCHEMA,
         "experiment": config.name,
@@ -245,7 +246,7 @@ def collect_results(
         "wall_seconds": {
             "teacher": teacher and teacher.seconds,
             "rounds": rounds,
-            "total": max(seconds, before + sum(rounds)),
+            "total": max(seconds, before + sum(own)),
         },
         **measured,
         "stop_reason": state.stop_reason,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting import loop as boosting_loop
+from pkd_lightning.checkpoint import HASH
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult
@@ -73,6 +74,18 @@ def test_where_the_first_rounds_depend_on_their_number_all_are_trained(
     for rounds in (1, 2):
         tiny_run(tmp_path, other, ACCEPT, f"boosting.rounds={rounds}")
     assert fits == ["round-00", "round-00", "round-01"]
+
+
+def test_the_time_of_students_that_another_run_trained_is_not_its_own(tmp_path: Path) -> None:
+    tiny_run(tmp_path, ACCEPT, "boosting.rounds=1")
+    file = place(tmp_path, ACCEPT, "boosting.rounds=1") / "boosting.ckpt"
+    state = torch.load(file, weights_only=True)
+    del state[HASH]
+    state["records"][0]["seconds"] = 1e6
+    torch.save(state, file)
+    seconds = tiny_run(tmp_path, ACCEPT, "boosting.rounds=2")["wall_seconds"]
+    assert seconds["rounds"][0] == 1e6
+    assert seconds["teacher"] + seconds["rounds"][1] < seconds["total"] < 1e6
 
 
 def test_other_options_are_another_run(tmp_path: Path, fits: list[str]) -> None:
