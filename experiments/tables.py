@@ -390,6 +390,19 @@ def first_students(runs: Runs) -> str:
     return table(["run", "seeds", "epochs", "accuracy"], rows)
 
 
+def teacher_epochs(runs: list[Results]) -> list[str]:
+    """On the validation part: a teacher's epoch of least loss, of how many, its accuracy, and that of the last epoch.
+
+    Empty where there are several seeds, or no epochs are kept.
+    """
+    epochs = epochs_of(runs[0], "teacher", 0) if len(runs) == 1 else []
+    if not epochs:
+        return ["", "", ""]
+    best = min(epochs, key=lambda row: row["validation_loss"])
+    accuracies = [f"{100 * row['validation_accuracy']:.2f}" for row in (best, epochs[-1])]
+    return [f"{best['epoch'] + 1} of {epochs[-1]['epoch'] + 1}", *accuracies]
+
+
 def teachers(runs: Runs) -> str:
     """A row a run: its teacher."""
     rows = [
@@ -397,12 +410,14 @@ def teachers(runs: Runs) -> str:
             name,
             len(seeds),
             f"{statistics.median(map(teacher_seconds, seeds)):,.0f}",
+            *teacher_epochs(seeds),
             percent(of_teacher(seeds, "accuracy"), 2),
             f"{statistics.mean(of_teacher(seeds, 'nll')):.3f}",
         ]
         for name, seeds in runs.items()
     ]
-    return table(["run", "seeds", "seconds of training", "accuracy", "cross-entropy"], rows)
+    head = ["run", "seeds", "seconds of training", "epoch of least validation loss", "validation accuracy then"]
+    return table([*head, "after the last epoch", "test accuracy", "cross-entropy"], rows)
 
 
 def gains(seeds: list[Results], reference: list[Results], alone: bool = False) -> list[float]:
@@ -449,10 +464,14 @@ def ablation(runs: Runs) -> str:
     return table(head, rows)
 
 
-def epochs_of(results: Results) -> list[dict[str, Any]]:
-    """The epochs of a run's last round, of the attempt that gave its student; of lines of the same epoch the last."""
+def last_round(results: Results) -> list[dict[str, Any]]:
+    """The epochs of a run's last round, of the attempt that gave its student."""
     last = results["rounds"][-1]
-    stage, attempt = f"round-{last['round']:02d}", last["attempts"] - 1
+    return epochs_of(results, f"round-{last['round']:02d}", last["attempts"] - 1)
+
+
+def epochs_of(results: Results, stage: str, attempt: int) -> list[dict[str, Any]]:
+    """The epochs of a fit, in their order; of lines of the same epoch, where it was resumed, the last."""
     rows = [row for row in results["metrics"] if (row["stage"], row["attempt"]) == (stage, attempt)]
     return list({row["epoch"]: row for row in rows}.values())
 
@@ -476,7 +495,7 @@ def fastest_epochs(runs: list[Results]) -> float:
 def share_of_terms(results: Results) -> float:
     """What share of the gradient's norm the terms of knowledge have together, in the mean over the epochs."""
     key = f"{SHARE}{OBJECTIVE}"
-    return 1 - statistics.mean(row[key] for row in epochs_of(results)) if key in epochs_of(results)[0] else 0.0
+    return 1 - statistics.mean(row[key] for row in last_round(results)) if key in last_round(results)[0] else 0.0
 
 
 def weights(runs: Runs) -> str:
@@ -508,7 +527,7 @@ def last_epochs(runs: Runs) -> str:
     first, reference = next(iter(runs.items()))
     for name, seeds in runs.items():
         differences = [] if name == first else gains(seeds, reference, alone=True)
-        courses = [[row["validation_accuracy"] for row in epochs_of(run)] for run in seeds]
+        courses = [[row["validation_accuracy"] for row in last_round(run)] for run in seeds]
         shares = [share_of_terms(run) for run in seeds]
         rows.append(
             [

@@ -169,7 +169,7 @@ def test_every_cell_of_a_row(study):
         "readings": "| first | 1 | 3 | 1 of 2 | 0 of 2 | 1 of 2 | -8.0 to +10.0 | 80.0 | 70.0 |",
         "ablation": "| first | 1 | 80.00 | 80.00 | | 0.400 | 60.00 | 8.00 | 1 of 2 | 33 | 321 |",
         "first_students": "| first | 1 | 4 | 50.00 |",
-        "teachers": "| first | 1 | 10 | 95.00 | 0.100 |",
+        "teachers": "| first | 1 | 10 | | | | 95.00 | 0.100 |",
     }.items():
         assert row in slot(name, " first").splitlines()
 
@@ -322,6 +322,23 @@ def test_curves_are_those_of_the_kept_metrics(study):
         figures.curves("some", {"one": {"a": ("second", "teacher")}, "two": {}})
 
 
+def test_a_teachers_epoch_of_least_validation_loss_stands_beside_its_last(study):
+    (study / "study.yaml").write_text(STUDY.replace("first: {}", "first: {keep: [metrics]}"))
+    for name in ("first-seed0", "first-seed1"):
+        (study / "kept" / name).mkdir(parents=True)
+        rows = [
+            {"stage": stage, "attempt": 0, "epoch": epoch, "validation_loss": loss, "validation_accuracy": accuracy}
+            for stage, epoch, loss, accuracy in (
+                ("teacher", 0, 0.9, 0.5), ("teacher", 1, 0.3, 0.1),  # the second began again
+                ("teacher", 1, 0.4, 0.625), ("teacher", 2, 0.5, 0.75), ("round-00", 0, 0.1, 0.2)
+            )
+        ]  # fmt: skip
+        (study / "kept" / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| first | 2 | 10 | | | | 91.00 ± 1.41 | 0.100 |" in slot("teachers", " first")  # of one seed only
+    (study / "results" / "first-seed1.json").unlink()
+    assert "| first | 1 | 10 | 2 of 3 | 62.50 | 75.00 | 90.00 | 0.100 |" in slot("teachers", " first")
+
+
 def test_a_prefix_behind_its_best_member_is_said():
     run = result("first", 0, [0.6, 0.7])
     run["rounds"][1]["prefix_accuracy"] = 0.55
@@ -405,7 +422,7 @@ def test_a_resumed_epoch_is_one_epoch_as_long_as_its_longest_line():
     lines = [line(0, 5.0), line(1, 4.0, 0.9), line(1, 1.0, 0.6), line(2, 6.0)]
     runs = [{"metrics": lines}, {"metrics": [line(0, 7.0)]}, {"metrics": [line(0, 3.0)]}]
     assert tables.fastest_epochs(runs) == 4.0
-    epochs = tables.epochs_of({"rounds": [{"round": 0, "attempts": 1}], "metrics": lines})
+    epochs = tables.last_round({"rounds": [{"round": 0, "attempts": 1}], "metrics": lines})
     assert [row["validation_accuracy"] for row in epochs] == [0.5, 0.6, 0.5]
 
 
