@@ -28,7 +28,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> ProgressiveEnsemble:
     monkeypatch.setattr(timing, "SAMPLE", 0.0)
     monkeypatch.setattr(inference, "SIDE", 16)
     monkeypatch.setattr(inference, "exported", lambda _: nullcontext(lambda count, batch: {}))  # it takes seconds
-    monkeypatch.setattr(inference, "models", lambda: {"mnist": (ensemble, members[1])})
+    both = {"mnist": (ensemble, members[1]), "other": (ensemble, members[1])}
+    monkeypatch.setattr(inference, "models", lambda: both)
     return ensemble
 
 
@@ -59,6 +60,20 @@ def test_every_prefix_and_batch_has_its_rows() -> None:
         "at least 8", "at least 2", "at least 1.7", "at most 0.333"
     }  # fmt: skip
     json.dumps(found)
+
+
+def test_an_ensemble_without_targets_is_not_compared_with_an_earlier_commit() -> None:
+    class OfMnist(Before):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, name: str, batch: int, count: int) -> None:
+            assert name == "mnist"
+
+    found = [row for row in inference.rows(2, OfMnist(), ["mnist", "other"]) if row["what"].startswith("other")]
+    assert {row.get("against") for row in found} >= {"eager", "one thread", "teacher"}
+    assert not any("target" in row for row in found)
+    assert not any(row["what"].startswith("other") for row in rows())
 
 
 def test_another_checkout_takes_turns(tiny: ProgressiveEnsemble) -> None:
@@ -101,4 +116,4 @@ def test_tables_are_written_between_their_marks() -> None:
 def test_ensembles_there_are_none_of(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         inference.main(["--only", "cifar"])
-    assert "--only: no ensemble cifar; there are mnist" in capsys.readouterr().err
+    assert "--only: no ensemble cifar; there are mnist, other" in capsys.readouterr().err
