@@ -47,22 +47,35 @@ def error_axis(axes: Axes) -> None:
     axes.set_ylabel("test error (%)")
 
 
+def draw_prefixes(axes: Axes, seeds: list[Results], against_paper: bool, label: str) -> None:
+    """Mean test error of students alone and together over the seeds of a run, and its teacher's."""
+    draw_errors(axes, seeds, "prefix_accuracy", "o-", style.BLUE, "first t together")
+    draw_errors(axes, seeds, "accuracy", "s--", style.VERMILLION, "student t alone")
+    if against_paper:
+        published = [100 - accuracy for accuracy in PUBLISHED[seeds[0]["dataset"]].students]
+        axes.plot(range(1, len(published) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
+    teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
+    axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
+    style.student_axis(axes, len(seeds[0]["rounds"]), label)
+    error_axis(axes)
+    style.legend_above(axes, 2)
+
+
 def errors(study: str, run: str, against_paper: bool = False) -> Figure:
     """Mean test error of students alone and together over the seeds of a run."""
-    seeds = chosen(study, [run])[run]
     with style.styled():
         figure = style.new_figure(3.8)
-        axes = figure.add_subplot()
-        draw_errors(axes, seeds, "prefix_accuracy", "o-", style.BLUE, "first t together")
-        draw_errors(axes, seeds, "accuracy", "s--", style.VERMILLION, "student t alone")
-        if against_paper:
-            published = [100 - accuracy for accuracy in PUBLISHED[seeds[0]["dataset"]].students]
-            axes.plot(range(1, len(published) + 1), published, "x:", color=style.GREY, label="Mamba-PKD, as published")
-        teacher = 100 - 100 * statistics.mean(of_teacher(seeds, "accuracy"))
-        axes.axhline(teacher, color=style.INK, ls=style.TEACHER_DASH, lw=1.2, label=f"teacher ({teacher:.2g}%)")
-        style.student_axis(axes, len(seeds[0]["rounds"]), "student t, or the first t")
-        error_axis(axes)
-        style.legend_above(axes, 2)
+        draw_prefixes(figure.add_subplot(), chosen(study, [run])[run], against_paper, "student t, or the first t")
+    return figure
+
+
+def headline() -> Figure:
+    """The same of our students on both data sets of the paper, a panel each."""
+    with style.styled():
+        figure = style.new_figure(3.8, width=2 * style.WIDTH)
+        panels = figure.subplots(1, len(tables.HEADLINE))
+        for axes, (name, (study, run)) in zip(panels, tables.HEADLINE.items(), strict=True):
+            draw_prefixes(axes, chosen(study, [run])[run], True, f"{name}: student t, or the first t")
     return figure
 
 
@@ -235,8 +248,11 @@ def digest(figure: Figure) -> str:
 
 # file below experiments/, and how it is drawn
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "headline.png": headline,
     "digits/errors.png": partial(errors, "digits", "anchored"),
     "mnist_best/errors.png": partial(errors, "mnist_best", "anchored", against_paper=True),
+    "cifar10_best/errors.png": partial(errors, "cifar10_best", "anchored", against_paper=True),
+    "cifar10_best/exits.png": partial(exits, "cifar10_best", "anchored"),
     "mnist_paper/errors.png": partial(errors, "mnist_paper", "published", against_paper=True),
     "mnist_paper/fractions.png": partial(fractions, "mnist_paper", "published"),
     "mnist_objectives/errors.png": partial(

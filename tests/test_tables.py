@@ -119,9 +119,32 @@ def test_the_tables_against_the_paper_have_its_budgets_and_accuracies(study):
     line = f"{cost} | 96.0 | 85.00 ± 7.07 | 97.0 | 86.00 ± 7.07 | 200 / 200 |"
     assert line in lines
     assert "| teacher | 100 of 900 | 5,000 of 6,000 | 70 against 95,648 | 98 | 99.5 | 91.00 ± 1.41 | | | |" in lines
-    lines = slot("headline", " first").splitlines()
-    assert "| 7 | 100 | 5,000 | 70 | 98% | 85.00 ± 7.07% | 86.00 ± 7.07% | 700 / 700 |" in lines
-    assert "(2 seeds)" in lines[2]
+
+
+@pytest.fixture
+def both(study) -> None:
+    """The studies of the headline: two seeds of MNIST, one of CIFAR-10."""
+    for name, accuracies in (("mnist", [0.8, 0.9]), ("cifar10", [0.5])):
+        folder = study.parent / f"{name}_best"
+        (folder / "results").mkdir(parents=True)
+        (folder / "study.yaml").write_text("seeds: [0, 1]\nruns: {anchored: {}}\n")
+        for seed, accuracy in enumerate(accuracies):
+            run = {**result("anchored", seed, [accuracy] * 7, macs_total=100 * len(name)), "dataset": name}
+            (folder / "results" / f"anchored-seed{seed}.json").write_text(json.dumps(run))
+
+
+def test_the_headline_has_both_data_sets_side_by_side(both):
+    lines = readme.fill("<!-- table: - headline -->\n<!-- end of table -->\n").splitlines()
+    mnist, cifar = "100 | 500 | 76% | 85.00 ± 7.07% | 86.00 ± 7.07%", "100 | 700 | 65% | 50.00% | 51.00%"
+    assert f"| 2 | {mnist} | {cifar} |" in lines
+    assert "| teacher | 100 | 500 | 98% | 91.00 ± 1.41% | | 100 | 700 | 87% | 90.00% | |" in lines
+    assert "alone (2 seeds)" in lines[1]
+    assert "alone (1 seed)" in lines[1]
+    mnist_axes, cifar_axes = figures.headline().axes
+    assert mnist_axes.lines[1].get_ydata().tolist() == pytest.approx([15] * 7)
+    assert cifar_axes.lines[1].get_ydata().tolist() == pytest.approx([50] * 7)
+    assert cifar_axes.lines[2].get_ydata().tolist() == [50, 35, 27, 22, 19, 16, 14]
+    assert [axes.get_xlabel().split(":")[0] for axes in (mnist_axes, cifar_axes)] == ["MNIST", "CIFAR-10"]
 
 
 def test_all_seven_students_of_the_paper_have_a_row_of_their_sums(study):
@@ -219,7 +242,7 @@ def test_seeds_of_different_models_are_not_averaged(key, study):
         ("<!-- table: some rounds -->\n\n# Prose\n<!-- table: some time -->\n<!-- end of table -->\n", "without its"),
         ("<!-- table: some time -->\n<!-- end of table -->\n<!-- end of table -->\n", "without its"),
         ("<!-- table: some tiem -->\n<!-- end of table -->\n", "no such table"),
-        ("<!-- table: some headline first second -->\n<!-- end of table -->\n", "a table of one run"),
+        ("<!-- table: some budgets first second -->\n<!-- end of table -->\n", "a table of one run"),
     ],
 )
 def test_a_wrong_slot_is_an_error(text, fault, study):
