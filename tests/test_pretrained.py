@@ -1,8 +1,10 @@
-"""The pretrained example loads with one call and is the run of the study it claims to be."""
+"""A pretrained ensemble loads with one call and is the run of the study it claims to be."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 from experiments.publish import main, publish
 from pkd_lightning import pretrained
 from pkd_lightning.cost import measure
+from pkd_lightning.data.cifar import load_cifar10
 from pkd_lightning.data.idx import load_mnist
+from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_student
 from pkd_lightning.errors import ConfigError, PKDError, RunError
@@ -18,34 +22,82 @@ from pkd_lightning.fitting import predict
 from tests.support import tiny_run
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "mnist_best" / "results" / "anchored-seed0.json"
 CPU = torch.device("cpu")
 
 
-def test_it_is_the_run_of_the_study():
-    ensemble, teacher = pretrained.load("mnist")
-    results = json.loads(RESULTS.read_text())
+class Published(NamedTuple):
+    """What is published by a name.
+
+    Attributes:
+        study: whose run `anchored` of seed 0 it is.
+        shape: of an image.
+        size: of all its files at most, in bytes.
+        surely: at most this part of the MACs where a prefix of 99.9% confidence is enough.
+        source: what loads the data set.
+    """
+
+    study: str
+    shape: tuple[int, int, int]
+    size: int
+    surely: float
+    source: Callable[[Path], ImageSet]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Of the run."""
+        return json.loads((ROOT / "experiments" / self.study / "results" / "anchored-seed0.json").read_text())
+
+    @property
+    def data(self) -> DataModule:
+        """The split that it was trained on; skips the test where the files are not there."""
+        try:
+            return DataModule(DataConfig(self.source))
+        except PKDError as error:
+            pytest.skip(f"no images: {error}")
+
+
+PUBLISHED = {
+    "cifar10": Published("cifar10_best", (3, 32, 32), 3_000_000, 0.9, load_cifar10),
+    "mnist": Published("mnist_best", (1, 28, 28), 500_000, 0.25, load_mnist),
+}
+each = pytest.mark.parametrize("name", PUBLISHED)
+
+
+def test_all_are_tested():
+    assert pretrained.names() == list(PUBLISHED)
+
+
+@each
+def test_it_is_the_run_of_the_study(name):
+    ensemble, teacher = pretrained.load(name)
+    results, shape = PUBLISHED[name].results, PUBLISHED[name].shape
     assert len(ensemble) == len(results["rounds"]) == 7
     for member, row in zip(ensemble.members, results["rounds"], strict=True):
-        cost = measure(member, (1, 28, 28))
+        cost = measure(member, shape)
         assert (cost.params, cost.macs_total) == (row["params"], row["macs_total"])
     assert ensemble.macs == [row["macs_total"] for row in results["rounds"]]
     assert [list(scales) for scales in ensemble.scales] == [row["scales"] for row in results["rounds"]]
-    assert measure(teacher, (1, 28, 28)).params == results["teacher"]["params"]
+    assert measure(teacher, shape).params == results["teacher"]["params"]
     assert not ensemble.training
     assert not teacher.training
 
 
-def test_it_weighs_well_under_a_megabyte():
-    sizes = [path.stat().st_size for path in (pretrained.FOLDER / "mnist").iterdir()]
-    assert sum(sizes) < 500_000
+@each
+def test_it_is_small(name):
+    sizes = [path.stat().st_size for path in (pretrained.FOLDER / name).iterdir()]
+    assert sum(sizes) < PUBLISHED[name].size
 
 
-def test_images_go_in_and_logits_come_out():
-    ensemble, teacher = pretrained.load()
-    x = ensemble.preprocess(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+@each
+def test_images_go_in_and_logits_come_out(name):
+    ensemble, teacher = pretrained.load(name)
+    x = ensemble.preprocess(torch.zeros(2, *PUBLISHED[name].shape, dtype=torch.uint8))
     with torch.no_grad():
         assert ensemble(x, members=3).shape == teacher(x).shape == (2, 10)
+
+
+def test_mnist_is_loaded_where_no_name_is_given():
+    assert pretrained.load().ensemble.macs == pretrained.load("mnist").ensemble.macs
 
 
 def test_an_unknown_name_lists_those_there_are():
@@ -105,26 +157,21 @@ def test_a_teacher_is_published_with_rounded_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_as_accurate_on_mnist_as_the_study_says():
-    try:
-        data = DataModule(DataConfig(load_mnist))
-    except PKDError as error:
-        pytest.skip(f"no MNIST: {error}")
-    ensemble, teacher = pretrained.load("mnist")
-    results = json.loads(RESULTS.read_text())
+@each
+def test_it_is_as_accurate_as_the_study_says(name):
+    data, results = PUBLISHED[name].data, PUBLISHED[name].results
+    ensemble, teacher = pretrained.load(name)
     labels = data.labels[data.test.start : data.test.stop]
     for model, row in ((ensemble, results["ensemble"]), (teacher, results["teacher"])):
         accuracy = (predict(model, data, data.test, CPU).argmax(-1) == labels).float().mean()
-        assert abs(float(accuracy) - row["accuracy"]) < 2e-4  # a few images on another processor
+        assert abs(float(accuracy) - row["accuracy"]) < 5e-4  # a few images on another processor, or by rounded weights
 
 
 @pytest.mark.slow
-def test_it_predicts_from_images_as_they_are_as_accurately() -> None:
-    try:
-        data = DataModule(DataConfig(load_mnist))
-    except PKDError as error:
-        pytest.skip(f"no MNIST: {error}")
-    ensemble = ProgressiveEnsemble.load("mnist")
+@each
+def test_it_predicts_from_images_as_they_are_as_accurately(name: str) -> None:
+    data, results = PUBLISHED[name].data, PUBLISHED[name].results
+    ensemble = ProgressiveEnsemble.load(name)
     rows = range(data.test.start, data.test.stop, 500)
     labels = data.labels[data.test.start : data.test.stop]
 
@@ -134,9 +181,8 @@ def test_it_predicts_from_images_as_they_are_as_accurately() -> None:
         found = torch.cat([answer.labels for answer in answers])
         return float((found == labels).float().mean()), float(torch.cat([a.macs for a in answers]).float().mean())
 
-    results = json.loads(RESULTS.read_text())
     assert abs(accuracy()[0] - results["ensemble"]["accuracy"]) < 2e-4
     assert abs(accuracy(members=3)[0] - results["rounds"][2]["prefix_accuracy"]) < 2e-4
     right, macs = accuracy(confidence=0.999)
     assert results["ensemble"]["accuracy"] - right < 0.002
-    assert macs < 0.25 * sum(ensemble.macs)
+    assert macs < PUBLISHED[name].surely * sum(ensemble.macs)
