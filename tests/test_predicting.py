@@ -420,7 +420,7 @@ def test_a_path_that_exists_goes_before_a_name(here: Path) -> None:
 @pytest.mark.parametrize("place", ["minst", "runs/nowhere"])
 def test_what_is_neither_a_path_nor_a_name_lists_both(here: Path, place: str) -> None:
     with pytest.raises(
-        RunError, match=rf"{place}: there is no such path, of a run .*no pretrained .*those are: mnist\."
+        RunError, match=rf"{place}: there is no such path, of a run .*no pretrained .*those are: cifar10, mnist\."
     ):
         ProgressiveEnsemble.load(place)
     with pytest.raises(RunError, match="Did you mean 'mnist'"):
