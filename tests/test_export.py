@@ -300,7 +300,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_run_is_named_with_the_nearest_pretrained_one() -> None:
-    with pytest.raises(RunError, match=r"mnits: there is no such path.*are: cifar10, mnist\. Did you mean 'mnist'"):
+    listed = r"mnits: there is no such path.*those are: cifar10, mnist\. Did you mean 'mnist'"
+    with pytest.raises(RunError, match=listed):
         export("mnits", "safetensors")
 
 

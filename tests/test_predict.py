@@ -158,7 +158,10 @@ def test_nothing_that_can_be_read_is_an_error(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere", "a.png"], "no such path, of a run .* no pretrained ensemble of .*; those are: cifar10, mnist"),
+        (
+            ["nowhere", "a.png"],
+            "no such path, of a run .* no pretrained ensemble of this name; those are: cifar10, mnist",
+        ),
         (["images", "a.png"], "images: holds neither ensemble.json nor students/ensemble.json"),
         (["run", "a.png", "--members", "3"], "members=3: the ensemble has prefixes of 1 to 2 students"),
         (["run", "a.png", "--budget-macs", "7"], "budget_macs=7: does not pay for the first student"),

@@ -33,6 +33,7 @@ class Published(NamedTuple):
         shape: of an image.
         size: of all its files at most, in bytes.
         surely: at most this part of the MACs where a prefix of 99.9% confidence is enough.
+        rounding: what the teacher's accuracy may differ by from the study's; of the weights, and of the processor.
         source: what loads the data set.
     """
 
@@ -40,6 +41,7 @@ class Published(NamedTuple):
     shape: tuple[int, int, int]
     size: int
     surely: float
+    rounding: float
     source: Callable[[Path], ImageSet]
 
     @property
@@ -57,8 +59,8 @@ class Published(NamedTuple):
 
 
 PUBLISHED = {
-    "cifar10": Published("cifar10_best", (3, 32, 32), 3_000_000, 0.9, load_cifar10),
-    "mnist": Published("mnist_best", (1, 28, 28), 500_000, 0.25, load_mnist),
+    "cifar10": Published("cifar10_best", (3, 32, 32), 3_000_000, 0.9, 5e-4, load_cifar10),
+    "mnist": Published("mnist_best", (1, 28, 28), 500_000, 0.25, 2e-4, load_mnist),
 }
 each = pytest.mark.parametrize("name", PUBLISHED)
 
@@ -162,9 +164,12 @@ def test_it_is_as_accurate_as_the_study_says(name):
     data, results = PUBLISHED[name].data, PUBLISHED[name].results
     ensemble, teacher = pretrained.load(name)
     labels = data.labels[data.test.start : data.test.stop]
-    for model, row in ((ensemble, results["ensemble"]), (teacher, results["teacher"])):
+    for model, row, within in (
+        (ensemble, results["ensemble"], 2e-4),  # a few images on another processor
+        (teacher, results["teacher"], PUBLISHED[name].rounding),
+    ):
         accuracy = (predict(model, data, data.test, CPU).argmax(-1) == labels).float().mean()
-        assert abs(float(accuracy) - row["accuracy"]) < 5e-4  # a few images on another processor, or by rounded weights
+        assert abs(float(accuracy) - row["accuracy"]) < within
 
 
 @pytest.mark.slow
