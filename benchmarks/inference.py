@@ -113,7 +113,8 @@ def rows(rounds: int, before: Before | None, only: Sequence[str]) -> list[Row]:
         if name in only:
             with exported(ensemble) as others:
                 for batch in BATCHES:
-                    found += _prefixes(name, ensemble, teacher, batch, rounds, before, others)
+                    earlier = before if name in TARGETED else None
+                    found += _prefixes(name, ensemble, teacher, batch, rounds, earlier, others)
     return found
 
 
@@ -168,17 +169,18 @@ def _prefixes(
         threads = {}
         if batch > 1:
             calls["two threads"], threads["two threads"] = calls["compiled"], 2
-        if before is not None and name in TARGETED:
+        if before is not None:
             calls["eager before"] = lambda count=count: before(name, batch, count)
         if count == len(ensemble):
             calls["teacher"] = lambda: teacher(images)
         calls |= others(count, batch)
         times = interleaved(calls, rounds, SECONDS, threads)
-        whole, judged = count == len(ensemble), count == len(ensemble) and name in TARGETED
+        whole = count == len(ensemble)
+        judged = whole and name in TARGETED
         what = f"{name}, {count} of {len(ensemble)} students, batch {batch}"
         for against in ("eager", "eager before"):
             if against in calls:
-                reference = "eager before" if "eager before" in calls else "eager"
+                reference = "eager" if before is None else "eager before"
                 target = at_least(8 if batch == 1 else 2) if judged and against == reference else None
                 found.append(compared(what, times, "compiled", against, target))
         for against in ("onnxruntime", "C"):
