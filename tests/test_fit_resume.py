@@ -104,13 +104,13 @@ class Dropping(torch.nn.Module):
 @pytest.mark.parametrize(
     ("every", "options"),
     [
-        (2, ("trainer.max_epochs=2",)),
+        (3, ("trainer.max_epochs=2",)),
         (9, ("trainer.max_epochs=3", DROPOUT, "boosting.objective=additive")),
         (5, ("boosting=paper", "trainer.max_epochs=3", "boosting.weak_learner.check_every=1")),
         (5, ("trainer.max_epochs=3", "trainer.mode=step")),
         (5, ("trainer.max_epochs=3", DROPOUT, "+trainer.lightning.accumulate_grad_batches=2",
              "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.8}]")),
-        (11, ("trainer.max_epochs=4", "trainer.patience=1", "boosting.weak_learner.max_attempts=2",
+        (23, ("trainer.max_epochs=4", "trainer.patience=1", "boosting.weak_learner.max_attempts=2",
               "boosting.weak_learner.min_improvement=0.9")),
     ],
 )  # fmt: skip
