@@ -175,6 +175,12 @@ def teacher_seconds(results: Results) -> float:
     return results["wall_seconds"]["teacher"] or 0.0
 
 
+def students_seconds(results: Results) -> float:
+    """What the training of its students took; 0 for those of another run."""
+    seconds = zip(results["wall_seconds"]["rounds"], results["rounds"], strict=True)
+    return sum(own for own, row in seconds if "from" not in row)
+
+
 def core_hours(results: list[Results]) -> float:
     """The wall time of all `results`, times their threads, in hours; that of a teacher which runs share counts once."""
     teachers = {teacher_seconds(run): run["hardware"]["threads"] for run in results}
@@ -593,13 +599,13 @@ def exits(runs: Runs) -> str:
 
 
 def time(runs: Runs) -> str:
-    """A row a run: seconds of the teacher and of the rounds, hours of one core of all its seeds, and the machine."""
+    """A row a run: seconds of the teacher and of its own students, hours of one core of all seeds, and the machine."""
     rows: list[list[object]] = [
         [
             name,
             len(seeds),
             f"{statistics.median(map(teacher_seconds, seeds)):,.0f}",
-            f"{statistics.median(sum(run['wall_seconds']['rounds']) for run in seeds):,.0f}",
+            f"{statistics.median(map(students_seconds, seeds)):,.0f}",
             spent(seeds, 2),
             seeds[0]["hardware"]["threads"],
         ]

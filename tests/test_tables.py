@@ -32,7 +32,11 @@ def result(run: str, seed: int, accuracies: list[float], **cost: int) -> dict[st
         "teacher": {"accuracy": 0.9 + 0.02 * seed, "nll": 0.1, **costs},
         "rounds": rounds,
         "ensemble": {"accuracy": accuracies[-1] + 0.01, "nll": 0.2, **costs},
-        "wall_seconds": {"teacher": 10.0 + 0.01 * seed + 0.001 * len(run), "rounds": [1.0, 2.0], "total": 14.0 + seed},
+        "wall_seconds": {
+            "teacher": 10.0 + 0.01 * seed + 0.001 * len(run),
+            "rounds": [t + 1.0 for t in range(len(rounds))],
+            "total": 14.0 + seed,
+        },
         "hardware": {"cpu": "a processor", "cores": 2, "threads": 1},
         "study": {"run": run, "overrides": []},
     }
@@ -255,7 +259,7 @@ def test_time_is_that_of_all_seeds_and_cores(study):
         with changed(study, f"second-seed{seed}") as run:
             run["wall_seconds"]["total"], run["hardware"]["threads"] = 1800.0, 2
     lines = slot("time").splitlines()
-    assert "| second | 2 | 10 | 3 | 2.00 | 2 |" in lines
+    assert "| second | 2 | 10 | 1 | 2.00 | 2 |" in lines
     assert "| first | 2 | 10 | 3 | 0.01 | 1 |" in lines
     assert "| all | 4 | | | 2.01 | |" in lines
 
@@ -275,7 +279,14 @@ def test_a_run_without_a_teacher_takes_no_time_for_it(study):
         run["wall_seconds"] |= {"teacher": None, "total": 720.0}
     with changed(study, "second-seed1") as run:
         run["wall_seconds"] |= {"teacher": None, "total": 360.0}
-    assert "| second | 2 | 0 | 3 | 0.30 | 1 |" in slot("time").splitlines()
+    assert "| second | 2 | 0 | 1 | 0.30 | 1 |" in slot("time").splitlines()
+
+
+def test_students_of_another_run_take_no_time(study):
+    for seed in (0, 1):
+        with changed(study, f"first-seed{seed}") as run:
+            run["rounds"][0]["from"] = "runs/another"
+    assert "| first | 2 | 10 | 2 | 0.01 | 1 |" in slot("time").splitlines()
 
 
 def test_every_study_is_counted(study):
@@ -295,7 +306,7 @@ def test_what_a_gpu_has_done_is_no_time_of_a_core(study):
     with changed(study, "second-seed1") as run:
         run["wall_seconds"]["total"] = 720.0
     lines = slot("time").splitlines()
-    assert "| second | 2 | 10 | 3 | 0.20, and 10 min of a GPU | 1 |" in lines
+    assert "| second | 2 | 10 | 1 | 0.20, and 10 min of a GPU | 1 |" in lines
     assert any("a GPU, " in line for line in lines if line.startswith("| run |"))
     (line,) = (line for line in lines if line.startswith("| all |"))
     assert line.endswith(", and 10 min of a GPU | |")
