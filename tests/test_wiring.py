@@ -35,6 +35,7 @@ from pkd_lightning.data.module import Batch, DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult, Stage, predict
+from pkd_lightning.losses import distillation_loss
 from pkd_lightning.metrics import calibration_error, quality
 from pkd_lightning.models.ladder import Ladder
 from pkd_lightning.naming import Naming
@@ -225,6 +226,43 @@ def test_held_out_scales_are_fitted_on_validation_rows_alone(objective: str, tmp
     for matrix in (ensemble, candidate.logits, loop.teacher.logits):
         matrix[: rows.start] += 3
     assert loop.round().scales(candidate.logits, (1.0, 1.0)) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_held_out_scales_make_no_useless_student_an_improvement(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by having seen the rows, nor by mending the ensemble's scale, which is too large here."""
+    loop = in_second_round(make_loop(tmp_path, objective="independent", combine="held_out"))
+    loop.state.ensemble_logits.copy_(9 * loop.teacher.logits[: len(loop.state.ensemble_logits)])
+    draws = torch.Generator().manual_seed(seed)
+    noise = torch.randn(loop.data.validation.stop, 3, generator=draws)
+    better = F.one_hot(loop.data.labels[: len(noise)], 3) + 0.1 * noise
+
+    def judged(logits: Tensor) -> Any:
+        attempt = loop.round().attempt(Linear(loop.data.task.input_shape, 3), loop.trainer)
+        monkeypatch.setattr(boosting_round, "predict", lambda *args, out: out.copy_(logits))
+        return attempt.judged(FitResult(1, 0, 0.0), "by hand")
+
+    useless, useful = judged(noise), judged(better)
+    assert useless.validation_loss < loop.round().validation_loss(noise, (1.0, 0.0))  # its scales have seen the rows
+    assert useless.accepted_by is None
+    assert useful.accepted_by == "improvement"
+
+
+def test_held_out_scales_are_judged_on_the_half_they_were_not_solved_for(tmp_path: Path) -> None:
+    loop = in_second_round(make_loop(tmp_path, combine="held_out"))
+    rows, labels = loop.data.validation, loop.data.labels
+    logits = torch.randn(rows.stop, 3, generator=torch.Generator().manual_seed(7))
+    ensemble, teacher = loop.state.ensemble_logits, loop.teacher.logits
+    halves = [slice(rows.start, rows.stop, 2), slice(rows.start + 1, rows.stop, 2)]
+    total = 0.0
+    for half, other in (halves, halves[::-1]):
+        a, c = fit_scales(ensemble[other], logits[other], teacher[other], labels[other], loop.config)
+        mixed = a * ensemble[half] + c * logits[half]
+        loss = distillation_loss(mixed, teacher[half], labels[half], loop.config.alpha, loop.config.temperature)
+        total += float(loss) * len(mixed)
+    assert loop.round().judged_losses(logits, (1.0, 1.0))[0] == pytest.approx(total / len(rows), rel=1e-6)
 
 
 def test_the_loss_a_candidate_is_judged_by_is_that_of_the_ensemble_on_validation_rows(tmp_path: Path) -> None:

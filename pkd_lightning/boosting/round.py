@@ -125,11 +125,33 @@ class Round:
 
     def validation_loss(self, logits: Tensor, scales: Scales) -> float:
         """Distillation loss on the validation rows of the ensemble with a student."""
-        rows = slice(self.data.validation.start, self.data.validation.stop)
+        part = self.data.validation
+        return ranks.mean(self._loss(logits, scales, slice(part.start, part.stop)), len(part))
+
+    def judged_losses(self, logits: Tensor, scales: Scales) -> tuple[float, float]:
+        """Validation loss of the ensemble with a student and without it, as the student is judged by them.
+
+        Scales that were solved for on validation rows make any student an improvement there. So they are solved for
+        anew on one half of the rows and the loss is taken on the other; without the student that of the ensemble is.
+        """
+        if not (self.combination.held_out and self.later):
+            return self.validation_loss(logits, scales), self.validation_loss(logits, (1.0, 0.0))
+        return self._crossed_loss(logits), self._crossed_loss(torch.zeros(1, 1).expand_as(logits))
+
+    def _crossed_loss(self, logits: Tensor) -> float:
+        part = self.data.validation
+        halves = [slice(part.start + first, part.stop, 2) for first in (0, 1)]
+        total = 0.0
+        for rows, others in zip(halves, reversed(halves), strict=True):
+            scales = self._solved(logits, others)
+            count = len(self.data.labels[rows])
+            total += count * self._loss(logits, scales, rows) if count else 0.0
+        return ranks.mean(total / max(1, len(part)), len(part))
+
+    def _loss(self, logits: Tensor, scales: Scales, rows: slice) -> float:
         mixed = mix(self.state.ensemble_logits[rows], logits[rows], scales)
         teacher, labels = self.teacher_logits(rows), self.data.labels[rows]
-        loss = distillation_loss(mixed, teacher, labels, self.config.alpha, self.config.temperature)
-        return ranks.mean(float(loss), len(labels))
+        return float(distillation_loss(mixed, teacher, labels, self.config.alpha, self.config.temperature))
 
     def teacher_logits(self, rows: slice) -> Tensor:
         """The teacher's logits of these rows; an empty tensor without one, where alpha is 1 and nobody reads it."""
@@ -140,7 +162,9 @@ class Round:
         if not (self.combination.learned and self.later):
             return learned
         part = self.data.validation if self.combination.held_out else self.data.training
-        rows = slice(part.start, part.stop)
+        return self._solved(logits, slice(part.start, part.stop))
+
+    def _solved(self, logits: Tensor, rows: slice) -> Scales:
         ensemble, teacher, labels = self.state.ensemble_logits[rows], self.teacher_logits(rows), self.data.labels[rows]
         return fit_scales(ensemble, logits[rows], teacher, labels, self.config)
 
@@ -202,7 +226,7 @@ class Attempt:
         round_, logits, weak = self.round, self.logits, self.round.config.weak_learner
         self._predict()
         candidate = round_.measured(self.module.model, logits, self.module.scales, fit)
-        edges, loss, previous = candidate.edges, candidate.validation_loss, round_.validation_loss(logits, (1.0, 0.0))
+        edges, (loss, previous) = candidate.edges, round_.judged_losses(logits, candidate.scales)
         accepted_by = judge(round_.state.round, edges, candidate.unclipped_edges, loss, previous, round_.require, weak)
         values = [] if edges is None else edges.tolist()
         logger.debug("%s: edges of the classes: %s", description, " ".join(f"{edge:.3g}" for edge in values) or "none")
