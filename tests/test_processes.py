@@ -285,6 +285,7 @@ def assert_alike(one: Path, other: Path) -> None:
         ["boosting.weights=samples", "boosting.objective=additive", "boosting.combine=sum"],
         ["teacher.online=true", "+trainer.lightning.accumulate_grad_batches=2"],
         ["student.common.reuse=gate"],
+        ["boosting.combine=held_out"],
         ["data.validation_fraction=0.02", "trainer.batch_size=3"],  # ranks without samples of a batch
     ],
 )

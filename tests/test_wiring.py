@@ -265,6 +265,24 @@ def test_held_out_scales_are_judged_on_the_half_they_were_not_solved_for(tmp_pat
     assert loop.round().judged_losses(logits, (1.0, 1.0))[0] == pytest.approx(total / len(rows), rel=1e-6)
 
 
+@pytest.mark.parametrize("before", [0, 1, 6, 7])
+def test_the_halves_do_not_depend_on_the_number_of_processes(
+    before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of even number in the whole validation part, of which other processes have the first, are one half."""
+    loop, solved = in_second_round(make_loop(tmp_path, combine="held_out")), []
+    rows = loop.data.validation
+    monkeypatch.setattr(boosting_round.ranks, "own", lambda total: range(before, 99))
+    monkeypatch.setattr(
+        boosting_round, "fit_scales", lambda ensemble, logits, *_: solved.append(logits[:, 0].tolist()) or (1.0, 1.0)
+    )
+    numbers = torch.arange(rows.stop) - rows.start + before
+    loop.round().judged_losses(numbers[:, None].expand(-1, 3).float(), (1.0, 1.0))
+    assert {number % 2 for number in solved[0]} == {1}
+    assert {number % 2 for number in solved[1]} == {0}
+    assert len(solved[0]) + len(solved[1]) == len(rows)
+
+
 def test_the_loss_a_candidate_is_judged_by_is_that_of_the_ensemble_on_validation_rows(tmp_path: Path) -> None:
     loop = in_second_round(make_loop(tmp_path, alpha=0.3, temperature=3.0))
     rows = slice(loop.data.validation.start, loop.data.validation.stop)

@@ -139,8 +139,8 @@ class Round:
         return self._crossed_loss(logits), self._crossed_loss(torch.zeros(1, 1).expand_as(logits))
 
     def _crossed_loss(self, logits: Tensor) -> float:
-        part = self.data.validation
-        halves = [slice(part.start + first, part.stop, 2) for first in (0, 1)]
+        part, before = self.data.validation, ranks.own(self.data.whole[1]).start  # rows of other processes
+        halves = [slice(part.start + (first + before) % 2, part.stop, 2) for first in (0, 1)]
         total = 0.0
         for rows, others in zip(halves, reversed(halves), strict=True):
             scales = self._solved(logits, others)
