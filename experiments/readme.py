@@ -32,7 +32,7 @@ def fill(text: str) -> str:
         if match[3] not in TABLES:
             raise RunError(f"{match[1].strip()}: no such table. Tables: {', '.join(TABLES)}")
         whole = {"*": every_study, "-": dict}.get(match[2])
-        runs = whole() if whole else chosen(match[2], match[4].split())
+        runs = whole() if whole else chosen(match[2], match[4].split(), match[3] != "seed_by_seed")
         return f"{match[1]}{TABLES[match[3]](runs)}\n{match[6]}"
 
     filled, count = SLOT.subn(made, text)

@@ -96,11 +96,11 @@ def load(study: Path) -> Runs:
     return found
 
 
-def chosen(study: str, names: Sequence[str]) -> Runs:
+def chosen(study: str, names: Sequence[str], mean: bool = True) -> Runs:
     """The results of the named runs of a study, or of all; a name may be a pattern, `weigh_*`.
 
     Raises:
-        RunError: where there are none of a run, or its seeds have different students, so that they have no mean.
+        RunError: where there are none of a run; for a `mean` over its seeds, also where they have different students.
     """
     runs = load(ROOT / "experiments" / study)
     every = [run.name for run in load_study(ROOT / "experiments" / study).runs]
@@ -108,7 +108,7 @@ def chosen(study: str, names: Sequence[str]) -> Runs:
     missing = [name for name in names if name not in runs] if names else [] if runs else ["any run"]
     if missing:
         raise RunError(f"experiments/{study}: no results of {', '.join(missing)}; make study STUDY={study}")
-    for name in names or runs:
+    for name in (names or runs) if mean else ():
         models = {str([[row[key] for key in COST_KEYS] for row in run["rounds"]]) for run in runs[name]}
         if len(models) > 1:
             raise RunError(f"experiments/{study}: the seeds of {name} differ in the number or cost of their students")
@@ -209,6 +209,23 @@ def students(runs: Runs) -> str:
     rows.append(["teacher", f"{100 * teacher['accuracy']:.1f}%", "", "", *(f"{teacher[name]:,}" for name in totals)])
     head = ["students", "alone", "together", "same answer as the teacher", "parameters together", "MACs together"]
     return table([*head, "published FLOPs together"], rows)
+
+
+def seed_by_seed(runs: Runs) -> str:
+    """A row a run and seed, whatever students each has: the ensemble, and why no student follows."""
+    rows = [
+        [
+            name,
+            run["seed"],
+            len(run["rounds"]),
+            percent([run["ensemble"]["accuracy"]], 2),
+            f"{run['ensemble']['nll']:.3f}",
+            run["stop_reason"],
+        ]
+        for name, seeds in runs.items()
+        for run in seeds
+    ]
+    return table(["run", "seed", "students", "all together", "cross-entropy", "ended by"], rows)
 
 
 def summary(runs: Runs) -> str:
@@ -648,6 +665,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     function.__name__: function
     for function in (
         students,
+        seed_by_seed,
         summary,
         headline,
         budgets,

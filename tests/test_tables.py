@@ -254,6 +254,20 @@ def test_a_wrong_slot_is_an_error(text, fault, study):
         readme.fill(text)
 
 
+def test_seeds_with_different_students_have_no_mean_but_a_row_each(study):
+    with changed(study, "first-seed1") as run:
+        run["rounds"].pop()
+        run["stop_reason"] = "no weak learner"
+    with changed(study, "first-seed0") as run:
+        run["stop_reason"] = "all rungs are used"
+    with pytest.raises(RunError, match="the seeds of first differ in the number or cost of their students"):
+        slot("rounds", " first")
+    assert slot("seed_by_seed", " first").splitlines()[4:6] == [
+        "| first | 0 | 2 | 71.00 | 0.200 | all rungs are used |",
+        "| first | 1 | 1 | 91.00 | 0.200 | no weak learner |",
+    ]
+
+
 def test_time_is_that_of_all_seeds_and_cores(study):
     for seed in (0, 1):
         with changed(study, f"second-seed{seed}") as run:
