@@ -269,10 +269,14 @@ class FitModule(L.LightningModule):
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             logger.warning("epoch %d: weights are not finite any more, the fit ends", self.current_epoch)
             self.trainer.should_stop = True
+        self.heed(means)
         self.log_dict(means, logger=False)
         for tracker in self.loggers:  # by optimiser step, where Lightning counts its own
             tracker.log_metrics({**means, "epoch": self.current_epoch}, step=self.global_step - 1)
             tracker.save()
+
+    def heed(self, means: Mapping[str, float]) -> None:
+        """Warn of what an epoch's means show."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is optimised, in torch's form of parameter groups."""

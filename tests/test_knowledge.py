@@ -417,6 +417,18 @@ def test_measuring_shares_changes_no_bit_of_the_students(tmp_path: Path, monkeyp
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(("weight", "students"), [(1e4, 2), (1e-4, 0)])
+def test_a_term_that_leaves_nothing_to_the_objective_is_warned_of_once_a_student(
+    weight: float, students: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heavy = FITNET.replace("student:", f"weight: {weight}, student:")
+    tiny_run(tmp_path, heavy, ACCEPT, "boosting.rounds=2", "trainer.max_epochs=2")
+    warned = [record.getMessage() for record in caplog.records if "of the gradient" in record.getMessage()]
+    assert len(warned) == students
+    assert all("the term fitnet makes 100% of the gradient and the objective 0%" in line for line in warned)
+    assert all("lower its weight, boosting.knowledge.fitnet, " in line for line in warned)
+
+
 REGRESSORS: list[Tensor] = []
 
 

@@ -1,6 +1,7 @@
 """The LightningModule of one candidate student."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.results import OBJECTIVE, SHARE, VALUE
 from pkd_lightning.teacher import CachedTeacher, OnlineTeacher
 from pkd_lightning.trainer import TrainerConfig
+
+logger = logging.getLogger(__name__)
+OVERWHELMING = 0.95  # a term's share of the gradient's norm from which its weight is worth a warning
 
 
 class NoTeacher(nn.Module):
@@ -102,6 +106,7 @@ class StudentModule(FitModule):
         super().__init__(model, trainer, list(dict.fromkeys((*own, *terms))))
         self.objective, self.knowledge, self.reuses_graphs = objective, knowledge, knowledge is not None
         self._beside: dict[str, Tensor] = {}
+        self._heeded = False  # whether a term's share has been warned of
         self._targets = [targets]  # in a list: they are no part of what is trained, saved or averaged
         self.first = Distillation(config.alpha, config.temperature)
         initial = torch.tensor(combination.initial(targets.round) if targets.round > 0 else (0.0, 1.0))
@@ -181,3 +186,15 @@ class StudentModule(FitModule):
     def beside(self) -> dict[str, Tensor]:
         """What `reported` names, of the last training batch."""
         return self._beside
+
+    def heed(self, means: Mapping[str, float]) -> None:
+        """Warn, once a fit, of a term that leaves next to nothing of the gradient to the objective."""
+        for name in self.knowledge.terms if self.knowledge is not None and not self._heeded else ():
+            share = means.get(f"{SHARE}{name}", 0.0)
+            if share > OVERWHELMING:
+                self._heeded = True
+                logger.warning(
+                    "the term %s makes %.0f%% of the gradient and the objective %.0f%%: lower its weight, "
+                    "boosting.knowledge.%s, or compare features whose size is bounded, such as a norm's",
+                    name, 100 * share, 100 * means[f"{SHARE}{OBJECTIVE}"], name,
+                )  # fmt: skip
