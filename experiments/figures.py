@@ -154,13 +154,13 @@ def final_errors(study: str, names: Sequence[str]) -> Figure:
     return figure
 
 
-def gains(study: str, names: Sequence[str]) -> Figure:
-    """Accuracy of each run's last student less that of the first run, seed by seed, and their means: a line a run.
+def gains(study: str, names: Sequence[str], alone: bool = True) -> Figure:
+    """Accuracy of each run less that of the first run, seed by seed, and their means: a line a run.
 
-    Seeds are those that both have. The best mean stands on top.
+    Of the last student `alone`, or of the ensemble. Seeds are those that both have. The best mean stands on top.
     """
     (_, reference), *others = chosen(study, names).items()
-    rows = {name: [100 * gain for gain in tables.gains(seeds, reference, alone=True)] for name, seeds in others}
+    rows = {name: [100 * gain for gain in tables.gains(seeds, reference, alone)] for name, seeds in others}
     rows = dict(sorted(((name, row) for name, row in rows.items() if row), key=lambda item: statistics.mean(item[1])))
     with style.styled():
         figure = style.new_figure(1 + 0.28 * len(rows), width=1.3 * style.WIDTH)
@@ -318,6 +318,23 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "own_size",
             "assistant",
         ],
+    ),
+    "cifar10_ablation/gains.png": partial(
+        gains,
+        "cifar10_ablation",
+        [
+            "no_teacher",
+            "independent",
+            "independent_learned",
+            "independent_held_out",
+            "independent_residual",
+            "anchored",
+            "anchored_held_out",
+            "published",
+            "single",
+            "depthwise",
+        ],
+        alone=False,
     ),
     "mnist_paper/curves.png": partial(
         curves,

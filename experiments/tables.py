@@ -473,6 +473,7 @@ def ablation(runs: Runs) -> str:
                 middle,
                 percent([run["ensemble"]["accuracy"] for run in seeds], 2),
                 percent(differences, 2, "+") if differences else "",
+                " ".join(f"{100 * value:+.1f}" for value in differences),
                 f"{statistics.mean(run['ensemble']['nll'] for run in seeds):.3f}",
                 percent([run["rounds"][-1]["accuracy"] for run in seeds], 2),
                 f"{100 * max(worst_prefix(run) for run in seeds):.2f}",
@@ -481,8 +482,8 @@ def ablation(runs: Runs) -> str:
                 f"{seeds[0]['ensemble']['macs_total']:,}",
             ]
         )
-    head = ["run", "seeds", "first three together", "all together", f"against {first}", "cross-entropy"]
-    head += ["last student alone", "prefix behind its best member, at most (points)"]
+    head = ["run", "seeds", "first three together", "all together", f"against {first}"]
+    head += ["seed by seed", "cross-entropy", "last student alone", "prefix behind its best member, at most (points)"]
     head += ["rounds after the first that met the condition", "parameters", "total MACs"]
     return table(head, rows)
 

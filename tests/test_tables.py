@@ -194,7 +194,7 @@ def test_every_cell_of_a_row(study):
         "students": "| 3 | 60.0% | 80.0% | 50.0% | 33 (66.0%) | 321 (50.0%) | 12 (50.0%) |",
         "paper": "| 2 | 11 | 4 | 107 | 76 | 70.0 | 62.0 | 2 of 2 | 5 |",
         "readings": "| first | 1 | 3 | 1 of 2 | 0 of 2 | 1 of 2 | -8.0 to +10.0 | 80.0 | 70.0 |",
-        "ablation": "| first | 1 | 80.00 | 80.00 | | 0.400 | 60.00 | 8.00 | 1 of 2 | 33 | 321 |",
+        "ablation": "| first | 1 | 80.00 | 80.00 | | | 0.400 | 60.00 | 8.00 | 1 of 2 | 33 | 321 |",
         "first_students": "| first | 1 | 4 | 50.00 |",
         "teachers": "| first | 1 | 10 | | | | 95.00 | 0.100 |",
     }.items():
@@ -206,10 +206,14 @@ def test_differences_to_the_first_run_are_taken_seed_by_seed(study):
     for seed, accuracy in ((0, 0.69), (1, 0.87)):
         with changed(study, f"second-seed{seed}") as run:
             run["ensemble"]["accuracy"] = accuracy
-    assert "| second | 2 | | 78.00 ± 12.73 | -3.00 ± 1.41 | 0.200 | 50.00" in slot("ablation", " first second")
-    assert "| first | 2 | | 81.00 ± 14.14 | +3.00 ± 1.41 | 0.200 | 80.00" in slot("ablation", " second first")
+    assert "| second | 2 | | 78.00 ± 12.73 | -3.00 ± 1.41 | -2.0 -4.0 | 0.200 | 50.00" in slot(
+        "ablation", " first second"
+    )
+    assert "| first | 2 | | 81.00 ± 14.14 | +3.00 ± 1.41 | +2.0 +4.0 | 0.200 | 80.00" in slot(
+        "ablation", " second first"
+    )
     (study / "results" / "first-seed1.json").unlink()
-    assert "| second | 2 | | 78.00 ± 12.73 | -2.00 | 0.200 | 50.00" in slot("ablation", " first second")
+    assert "| second | 2 | | 78.00 ± 12.73 | -2.00 | -2.0 | 0.200 | 50.00" in slot("ablation", " first second")
 
 
 def test_differences_of_every_round_are_taken_seed_by_seed(study):
@@ -536,6 +540,10 @@ def test_gains_are_drawn_seed_by_seed_the_best_on_top(study):
     _, seeds, means = axes.lines
     assert seeds.get_xydata().tolist() == [[pytest.approx(-10), 0], [pytest.approx(-40), 0]]
     assert means.get_xydata().tolist() == [[pytest.approx(-25), 0]]
+    with changed(study, "second-seed0") as run:
+        run["ensemble"]["accuracy"] = 0.95
+    whole, _ = figures.gains("some", ["first", "second"], alone=False).axes[0].lines[1].get_xdata()
+    assert whole == pytest.approx(24)  # 95 less the ensemble's 71
     (study / "results" / "second-seed0.json").unlink()
     text = STUDY.replace("missing: {}", "third: {}")
     (study / "study.yaml").write_text(text)
