@@ -654,6 +654,13 @@ def published_teacher(runs: Runs) -> str:
     return as_table()
 
 
+def what_teachers_tell(runs: Runs) -> str:
+    """What the two teachers of the CIFAR-10 ablation answer on training and on test images."""
+    from experiments.cifar10_ablation.teachers import as_table
+
+    return as_table()
+
+
 def hours(runs: Runs) -> str:
     """A row a run, or a study where the runs are those of `every_study`: hours of one core."""
     rows: list[list[object]] = [[name, len(results), spent(results, 1)] for name, results in runs.items()]
@@ -684,6 +691,7 @@ TABLES: dict[str, Callable[[Runs], str]] = {
         time,
         architectures,
         published_teacher,
+        what_teachers_tell,
         hours,
     )
 }
