@@ -331,6 +331,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
             "anchored",
             "anchored_held_out",
             "published",
+            "published_held_out",
             "single",
             "depthwise",
         ],
