@@ -453,6 +453,12 @@ def gains(seeds: list[Results], reference: list[Results], alone: bool = False) -
     return [accuracy(run) - base[run["seed"]] for run in seeds if run["seed"] in base]
 
 
+def gained(differences: Sequence[float]) -> list[str]:
+    """Two cells of `gains`, in points: mean and standard deviation, then seed by seed; empty without any."""
+    mean = percent(differences, 2, "+") if differences else ""
+    return [mean, " ".join(f"{100 * value:+.1f}" for value in differences)]
+
+
 def ablation(runs: Runs) -> str:
     """A row a run: the ensemble, its parts and what it costs; mean and standard deviation over the seeds.
 
@@ -472,8 +478,7 @@ def ablation(runs: Runs) -> str:
                 len(seeds),
                 middle,
                 percent([run["ensemble"]["accuracy"] for run in seeds], 2),
-                percent(differences, 2, "+") if differences else "",
-                " ".join(f"{100 * value:+.1f}" for value in differences),
+                *gained(differences),
                 f"{statistics.mean(run['ensemble']['nll'] for run in seeds):.3f}",
                 percent([run["rounds"][-1]["accuracy"] for run in seeds], 2),
                 f"{100 * max(worst_prefix(run) for run in seeds):.2f}",
@@ -558,8 +563,7 @@ def last_epochs(runs: Runs) -> str:
                 name,
                 len(seeds),
                 percent([run["rounds"][-1]["accuracy"] for run in seeds]),
-                percent(differences, 2, "+") if differences else "",
-                " ".join(f"{100 * value:+.1f}" for value in differences),
+                *gained(differences),
                 percent([course[-1] for course in courses]),
                 percent([max(course) for course in courses]),
                 f"{statistics.mean(shares):.2f}" if any(shares) else "",
@@ -584,8 +588,7 @@ def ladders(runs: Runs) -> str:
                 len(seeds),
                 *(percent(values) for values in per_round(seeds, "accuracy")),
                 percent([run["ensemble"]["accuracy"] for run in seeds]),
-                percent(differences, 2, "+") if differences else "",
-                " ".join(f"{100 * value:+.1f}" for value in differences),
+                *gained(differences),
                 f"{seeds[0]['ensemble']['params']:,}",
                 f"{seeds[0]['ensemble']['macs_total']:,}",
                 f"{fastest_epochs(seeds):.1f}",

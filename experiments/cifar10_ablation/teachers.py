@@ -6,7 +6,6 @@ python -m experiments.cifar10_ablation.teachers    # some minutes of one core; w
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.plan import load_study
@@ -16,6 +15,7 @@ from pkd_lightning.checkpoint import read_json, write_json
 from pkd_lightning.cli import load_config
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.fitting import predict
+from pkd_lightning.metrics import quality
 from pkd_lightning.weights import load_weights
 
 FOLDER = Path(__file__).parent
@@ -37,12 +37,9 @@ def teacher_of(run: str) -> tuple[nn.Module, DataModule]:
 
 def told(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy and cross-entropy, and the entropy of soft labels at the students' temperature, in nats."""
-    soft = (logits / TEMPERATURE).log_softmax(1)
-    return {
-        "accuracy": float((logits.argmax(1) == labels).double().mean()),
-        "cross_entropy": float(F.cross_entropy(logits, labels)),
-        "entropy": float(-(soft.exp() * soft).sum(1).mean()),
-    }
+    soft, found = (logits / TEMPERATURE).log_softmax(1), quality(logits, labels)
+    entropy = float(-(soft.exp() * soft).sum(1).mean())
+    return {"accuracy": found["accuracy"], "cross_entropy": found["nll"], "entropy": entropy}
 
 
 def main() -> None:
