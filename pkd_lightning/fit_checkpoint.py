@@ -75,7 +75,7 @@ class FitCheckpoint:
             if not path.exists():
                 continue
             try:
-                state: dict[str, Any] = torch.load(path, weights_only=True)
+                state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
                 stored = state.pop(HASH)
                 check_hash(path, dict(flat(state)), stored)
             except Exception as error:  # torch raises many kinds for a damaged file

@@ -225,7 +225,7 @@ class FitModule(L.LightningModule):
         """Restore torch's random state, if a fit has just been resumed: what came before the step may have drawn."""
         if self._random is not None:
             torch.set_rng_state(self._random["cpu"])
-            if self._random["cuda"]:
+            if len(self._random["cuda"]) == torch.cuda.device_count():  # with other GPUs, or none, they draw anew
                 torch.cuda.set_rng_state_all(self._random["cuda"])
             self._random = None
 

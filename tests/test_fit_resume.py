@@ -227,6 +227,26 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_fit_goes_on_where_the_gpus_that_saved_it_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = (ACCEPT, "boosting.rounds=1", "trainer.max_epochs=4", "trainer.checkpoint_every=1 epochs")
+    tiny_run(tmp_path / "whole", *flags)
+    elsewhere = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
+    with pytest.MonkeyPatch.context() as saving, killed_at(3 * 8 + 3, monkeypatch, save=False):
+        saving.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        saving.setattr(torch.cuda, "get_rng_state_all", lambda: elsewhere)
+        with pytest.raises(Killed):
+            tiny_run(tmp_path / "parts", *flags)
+    restored: list[int] = []  # Lightning restores what it has taken itself
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: restored.append(len(states)))
+    caplog.set_level(logging.INFO)
+    tiny_run(tmp_path / "parts", *flags)
+    assert "goes on in epoch 4, after 0 of its batches" in caplog.text
+    assert len(elsewhere) not in restored
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_between_the_two_moves_of_a_write_the_one_before_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
