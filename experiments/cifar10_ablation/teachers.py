@@ -21,7 +21,7 @@ from pkd_lightning.weights import load_weights
 FOLDER = Path(__file__).parent
 FILE = FOLDER / "teachers.json"
 RUNS = {"Mamba": "independent", "residual network": "independent_residual"}  # that learn from them
-TEMPERATURE = 2.0  # of the students' loss
+TEMPERATURES = (2, 4)  # of the students' loss: of all runs but `independent_soft`, and its own
 
 
 def teacher_of(run: str) -> tuple[nn.Module, DataModule]:
@@ -36,10 +36,11 @@ def teacher_of(run: str) -> tuple[nn.Module, DataModule]:
 
 
 def told(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and cross-entropy, and the entropy of soft labels at the students' temperature, in nats."""
-    soft, found = (logits / TEMPERATURE).log_softmax(1), quality(logits, labels)
-    entropy = float(-(soft.exp() * soft).sum(1).mean())
-    return {"accuracy": found["accuracy"], "cross_entropy": found["nll"], "entropy": entropy}
+    """Accuracy and cross-entropy, and the entropies of soft labels at the students' temperatures, in nats."""
+    soft = {temperature: (logits / temperature).log_softmax(1) for temperature in TEMPERATURES}
+    entropies = {f"entropy_{temperature}": float(-(log.exp() * log).sum(1).mean()) for temperature, log in soft.items()}
+    found = quality(logits, labels)
+    return {"accuracy": found["accuracy"], "cross_entropy": found["nll"], **entropies}
 
 
 def main() -> None:
@@ -64,13 +65,14 @@ def as_table() -> str:
     found = read_json(FILE)
     parts = list(next(iter(found.values())))
     rows = [[name, *(cell for part in parts for cell in cells(by_part[part]))] for name, by_part in found.items()]
-    kinds = ("accuracy", "cross-entropy", f"entropy at temperature {TEMPERATURE:g}")
+    kinds = ("accuracy", "cross-entropy", *(f"entropy at temperature {temperature}" for temperature in TEMPERATURES))
     return table(["teacher", *(f"{part}: {kind}" for part in parts for kind in kinds)], rows)
 
 
 def cells(values: dict[str, float]) -> list[str]:
     """Of one part of the images."""
-    return [f"{100 * values['accuracy']:.1f}", f"{values['cross_entropy']:.3f}", f"{values['entropy']:.3f}"]
+    entropies = [f"{values[f'entropy_{temperature}']:.3f}" for temperature in TEMPERATURES]
+    return [f"{100 * values['accuracy']:.1f}", f"{values['cross_entropy']:.3f}", *entropies]
 
 
 if __name__ == "__main__":
