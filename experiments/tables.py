@@ -284,8 +284,13 @@ def budgets(runs: Runs) -> str:
     cost.append(f"{teacher['flops_published']:,} against {published.teacher_flops:,}")
     rows.append(["teacher", *cost, published.teacher, published.goal_teacher, accuracy, "", "", ""])
     head = ["student", "parameters", "MACs", FLOPS, "paper", "goal, alone"]
-    head += [f"alone ({len(seeds)} seeds)", "goal, together", "first t together", COST_TOGETHER]
+    head += [alone_over(seeds), "goal, together", "first t together", COST_TOGETHER]
     return table(head, rows)
+
+
+def alone_over(seeds: list[Results]) -> str:
+    """The head of a column of single students."""
+    return f"alone ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
 
 
 def headline(runs: Runs) -> str:
@@ -297,7 +302,7 @@ def headline(runs: Runs) -> str:
         for title, key in (("parameters", "params"), ("MACs", "macs_total")):
             head.append(f"{name}: {title}")
             columns.append([f"{row[key]:,}" for row in (*seeds[0]["rounds"], teacher)])
-        head += ["Mamba-PKD, as published", f"alone ({len(seeds)} seed{'s' * (len(seeds) > 1)})", "first t together"]
+        head += ["Mamba-PKD, as published", alone_over(seeds), "first t together"]
         columns.append([f"{value}%" for value in (*published.students, published.teacher)])
         alone, prefixes = (per_round(seeds, key) for key in ("accuracy", "prefix_accuracy"))
         columns.append([f"{percent(values, 2)}%" for values in (*alone, of_teacher(seeds, "accuracy"))])
