@@ -253,6 +253,10 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "mnist_best/errors.png": partial(errors, "mnist_best", "anchored", against_paper=True),
     "cifar10_best/errors.png": partial(errors, "cifar10_best", "anchored", against_paper=True),
     "cifar10_best/exits.png": partial(exits, "cifar10_best", "anchored"),
+    "cifar10_best/longer.png": partial(
+        errors_by_run,
+        {"20 passes (anchored)": ("cifar10_best", "anchored"), "60 passes (long)": ("cifar10_best", "long")},
+    ),
     "mnist_paper/errors.png": partial(errors, "mnist_paper", "published", against_paper=True),
     "mnist_paper/fractions.png": partial(fractions, "mnist_paper", "published"),
     "mnist_objectives/errors.png": partial(
