@@ -196,7 +196,7 @@ class Saving(L.Callback):
         for config, saved in zip(trainer.lr_scheduler_configs, state["schedules"], strict=True):
             config.scheduler.load_state_dict(saved)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
+        if scaler is not None and state["scaler"] is not None:  # on a CPU there is none
             scaler.load_state_dict(state["scaler"])
         self.restore_callbacks(state)
         for callback in self.callbacks:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
-from pkd_lightning import fit_checkpoint, fitting
+from pkd_lightning import fit_checkpoint, fitting, rundir
 from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.errors import ConfigError
@@ -244,6 +245,53 @@ def test_a_fit_goes_on_where_the_gpus_that_saved_it_are_not(
     tiny_run(tmp_path / "parts", *flags)
     assert "goes on in epoch 4, after 0 of its batches" in caplog.text
     assert len(elsewhere) not in restored
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_fit_saved_without_a_gradient_scaler_goes_on_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU, what a CPU has saved at `16-mixed`."""
+    flags = (ACCEPT, "boosting.rounds=1", "trainer.precision=16-mixed", "trainer.checkpoint_every=1 epochs")
+    with killed_at(2 * 8 + 3, monkeypatch, save=False), pytest.raises(Killed):
+        tiny_run(tmp_path, *flags, "trainer.max_epochs=3")
+    make, scalers = fitting._trainer, []
+
+    def scaled(*arguments: Any) -> L.Trainer:
+        trainer: Any = make(*arguments)
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0))
+        trainer.precision_plugin.scaler = scalers[-1]
+        return trainer
+
+    monkeypatch.setattr(fitting, "_trainer", scaled)
+    caplog.set_level(logging.INFO)
+    tiny_run(tmp_path, *flags, "trainer.max_epochs=3")
+    assert "goes on in epoch 3, after 0 of its batches" in caplog.text
+    assert scalers[0].get_scale() == 2.0  # its own
+
+
+def test_a_run_goes_on_in_the_directory_of_another_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the guide says: started, stopped, and the old directories copied over the new ones."""
+    flags = (ACCEPT, "boosting.rounds=1", "trainer.max_epochs=4", "trainer.checkpoint_every=1 epochs")
+    tiny_run(tmp_path / "whole", *flags)
+
+    def killed(steps: int) -> set[Path]:
+        with killed_at(steps, monkeypatch, save=False), pytest.raises(Killed):
+            tiny_run(tmp_path / "parts", *flags)
+        return {path for path in (tmp_path / "parts").glob("*/*") if path.is_dir() and path.parent.name != "latest"}
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(rundir, "device_of", lambda accelerator: "gpu")
+        before = killed(60)  # in the student's last epoch
+    new = {path.parent: path for path in killed(2) - before}
+    for path in before:
+        shutil.copytree(path, new[path.parent], dirs_exist_ok=True)
+        shutil.rmtree(path)
+    caplog.set_level(logging.INFO)
+    tiny_run(tmp_path / "parts", *flags)
+    assert "round-00: goes on in epoch 4" in caplog.text
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
