@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 
 from experiments.cifar10_ablation.mixers import Attention, Depthwise
-from experiments.cifar10_ablation.residual import ResidualNetwork
 from experiments.plan import load_study
 from pkd_lightning.cli import load_config
 from pkd_lightning.cost import Cost, measure
@@ -16,6 +15,7 @@ from pkd_lightning.models.blocks import Block
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.models.config import MambaClassifierConfig
 from pkd_lightning.models.ladder import Ladder
+from pkd_lightning.models.residual import ResidualNetwork
 
 ROOT = Path(__file__).parent.parent
 

@@ -49,6 +49,7 @@ NEEDS = {
     "student/paper_cifar10": "cifar10",
     "teacher/paper_cifar10": "cifar10",
     "teacher/resnet18": "cifar10",
+    "teacher/resnet9": "cifar10",
     "teacher/mamba_medium": "cifar10",
 }
 # what an option needs beside it that no file of the package has
