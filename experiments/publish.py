@@ -18,6 +18,7 @@ from pkd_lightning import pretrained
 from pkd_lightning.checkpoint import read_json, save_tensors, write_json
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_student
 from pkd_lightning.errors import PKDError, RunError
+from pkd_lightning.models.building import import_model, path_of
 from pkd_lightning.rounding import WEIGHTS, Weights, rounded_names, stored
 
 
@@ -46,7 +47,7 @@ def publish(
             shutil.copy(teacher or kept / "teacher.safetensors", fresh / "teacher.safetensors")
         except OSError as error:
             raise RunError(f"{kept}: does not keep students, or there is no teacher ({error})") from error
-        write_json(fresh / "teacher.json", {**student, "model": model["_target_"], "options": options})
+        write_json(fresh / "teacher.json", {**student, "model": _defined(model["_target_"]), "options": options})
         ProgressiveEnsemble.load(fresh)
         loaded = load_student(fresh / "teacher")  # each raises where weights and description do not fit
         if teacher_weights != "float32":
@@ -54,6 +55,12 @@ def publish(
             save_tensors(rounded, fresh / "teacher.safetensors")
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
+
+
+def _defined(path: str) -> str:
+    """Where the class at `path` is defined: a study may name one of the package by a path of its own."""
+    made = import_model(path, trust=True)
+    return path_of(made) if isinstance(made, type) else path
 
 
 def main() -> None:
