@@ -29,7 +29,8 @@ class Published(NamedTuple):
     """What is published by a name.
 
     Attributes:
-        study: whose run `anchored` of seed 0 it is.
+        study: whose run it is.
+        job: the run.
         shape: of an image.
         size: of all its files at most, in bytes.
         surely: at most this part of the MACs where a prefix of 99.9% confidence is enough.
@@ -38,6 +39,7 @@ class Published(NamedTuple):
     """
 
     study: str
+    job: str
     shape: tuple[int, int, int]
     size: int
     surely: float
@@ -47,7 +49,7 @@ class Published(NamedTuple):
     @property
     def results(self) -> dict[str, Any]:
         """Of the run."""
-        return json.loads((ROOT / "experiments" / self.study / "results" / "anchored-seed0.json").read_text())
+        return json.loads((ROOT / "experiments" / self.study / "results" / f"{self.job}.json").read_text())
 
     @property
     def data(self) -> DataModule:
@@ -59,8 +61,8 @@ class Published(NamedTuple):
 
 
 PUBLISHED = {
-    "cifar10": Published("cifar10_best", (3, 32, 32), 3_000_000, 0.9, 5e-4, load_cifar10),
-    "mnist": Published("mnist_best", (1, 28, 28), 500_000, 0.25, 2e-4, load_mnist),
+    "cifar10": Published("cifar10_best", "long-seed0", (3, 32, 32), 3_000_000, 0.9, 5e-4, load_cifar10),
+    "mnist": Published("mnist_best", "anchored-seed0", (1, 28, 28), 500_000, 0.25, 2e-4, load_mnist),
 }
 each = pytest.mark.parametrize("name", PUBLISHED)
 
@@ -121,6 +123,16 @@ def test_a_name_that_would_be_another_folder_is_refused(name, monkeypatch, capsy
     with pytest.raises(SystemExit):
         main()
     assert "a name is of letters" in capsys.readouterr().err
+
+
+def test_publishing_again_gives_the_files_of_the_package(tmp_path):
+    weights = ROOT / "experiments" / "cifar10_ablation" / "kept" / "teacher_residual-seed0" / "teacher.safetensors"
+    publish(ROOT / "experiments" / "cifar10_best", "long-seed0", tmp_path / "cifar10", weights, "bf16")
+    written, there = (
+        {path.name: path.read_bytes() for path in (folder / "cifar10").iterdir()}
+        for folder in (tmp_path, pretrained.FOLDER)
+    )
+    assert written == there
 
 
 def study_of_one(folder):
