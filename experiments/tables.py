@@ -394,19 +394,20 @@ def rounds(runs: Runs) -> str:
 def differences(runs: Runs) -> str:
     """Two rows a run but the first: each student and each prefix, less those of the first run, in points.
 
-    Taken seed by seed; mean and standard deviation over the seeds that both have.
+    Taken seed by seed, of the rounds that both have; mean and standard deviation over the seeds that both have.
     """
     (first, reference), *others = runs.items()
-    rows = []
+    rows, count = [], len(reference[0]["rounds"])
     for name, seeds in others:
         pairs = [(run, other) for run in seeds for other in reference if run["seed"] == other["seed"]]
         for label, key in (("alone", "accuracy"), ("together", "prefix_accuracy")):
             by_pair = [
-                [row[key] - base[key] for row, base in zip(run["rounds"], other["rounds"], strict=True)]
+                [row[key] - base[key] for row, base in zip(run["rounds"], other["rounds"], strict=False)]
                 for run, other in pairs
             ]
-            rows.append([name, label, *(percent(values, 2, "+") for values in zip(*by_pair, strict=True))])
-    return table([f"against {first}", "", *range(1, len(reference[0]["rounds"]) + 1)], rows)
+            cells = [percent(values, 2, "+") for values in zip(*by_pair, strict=True)]
+            rows.append([name, label, *cells, *[""] * (count - len(cells))])
+    return table([f"against {first}", "", *range(1, count + 1)], rows)
 
 
 def first_students(runs: Runs) -> str:

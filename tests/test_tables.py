@@ -226,6 +226,13 @@ def test_differences_of_every_round_are_taken_seed_by_seed(study):
     assert "| against first | | 1 | 2 |" in lines
     assert "| second | alone | +2.00 ± 1.41 | +5.00 ± 4.24 |" in lines
     assert "| second | together | +2.00 ± 1.41 | +1.00 ± 1.41 |" in lines
+    for seed in (0, 1):
+        with changed(study, f"second-seed{seed}") as run:
+            del run["rounds"][1]
+    assert "| second | alone | +2.00 ± 1.41 | |" in slot("differences", " first second").splitlines()
+    lines = slot("differences", " second first").splitlines()
+    assert "| against second | | 1 |" in lines
+    assert "| first | alone | -2.00 ± 1.41 |" in lines
 
 
 def test_a_teacher_that_all_seeds_loaded_has_no_spread(study):
