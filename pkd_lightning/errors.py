@@ -39,6 +39,10 @@ class RunError(PKDError):
     """A run that cannot start or continue, for example because another process holds its directory."""
 
 
+class Diverged(RunError):
+    """A model whose loss or logits are not finite after its training: in a round, a failed attempt."""
+
+
 class Pruned(PKDError):
     """A run that a sweep has ended between two rounds, because others are better. The same command goes on with it."""
 

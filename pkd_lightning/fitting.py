@@ -27,7 +27,7 @@ from pkd_lightning import ranks
 from pkd_lightning.checkpoint import append_line
 from pkd_lightning.data.epochs import EpochLoader
 from pkd_lightning.data.module import DataModule
-from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.errors import ConfigError, Diverged
 from pkd_lightning.fit_checkpoint import FitCheckpoint, Saving
 from pkd_lightning.fit_module import FitModule
 from pkd_lightning.loggers import rank_zero
@@ -230,7 +230,7 @@ def fit(
     A fit that was stopped goes on from its checkpoint, and one that has ended there gives what it gave.
 
     Raises:
-        RunError: where the loss was not finite in any epoch.
+        Diverged: where the loss was not finite in any epoch.
         ConfigError: where torch.compile was asked for and fails.
     """
     settings = module.settings
@@ -328,7 +328,7 @@ def _ended_before(stage: Stage, module: FitModule, saving: Saving, saved: dict[s
 def _checked(stage: Stage, result: FitResult) -> FitResult:
     if result.best_epoch < 0:
         options = stage.options or ("teacher.trainer" if stage.name == "teacher" else "trainer")
-        raise RunError(
+        raise Diverged(
             f"{stage.name}: the loss was not finite in any epoch; lower {options}.optimizer.lr or gradient_clip"
         )
     return result

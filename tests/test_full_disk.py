@@ -56,6 +56,20 @@ def test_a_file_that_finds_no_space_is_named_and_nothing_is_lost(
     assert weights.stat().st_mtime_ns == before
 
 
+def test_a_fit_that_finds_no_space_is_no_candidate_that_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (*FLAGS, "trainer.max_epochs=2", "trainer.checkpoint_every=1 epochs")
+    whole = tiny_run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        full_for("round-01-0.ckpt", patch)
+        with pytest.raises(RunError, match=r"no space left on .*round-01-0\.ckpt cannot be written"):
+            tiny_run(tmp_path / "full", *flags)
+    again = tiny_run(tmp_path / "full", *flags)
+    assert [row["attempts"] for row in again["rounds"]] == [1, 1]
+    assert again["ensemble"]["nll"] == whole["ensemble"]["nll"]
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.log"])
 def test_a_file_that_is_added_to_is_no_traceback_either(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -14,7 +14,7 @@ from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.boosting.residuals import ResidualMatrices
 from pkd_lightning.boosting.round import Round
 from pkd_lightning.boosting.weak_learner import Candidate, describe, find_weak_learner, fit_scales, judge
-from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.errors import ConfigError, Diverged
 from pkd_lightning.fitting import FitResult
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import chunks
@@ -90,7 +90,7 @@ def test_a_failed_class_gives_nothing_or_its_best_candidate() -> None:
 def test_a_diverged_candidate_is_a_failed_attempt() -> None:
     def train(attempt: int) -> Candidate:
         if attempt == 0:
-            raise RunError("the loss was not finite")
+            raise Diverged("the loss was not finite")
         return candidate(1.0, "improvement")
 
     best, attempts = find_weak_learner(1, train, WeakLearnerConfig(max_attempts=2))
@@ -106,7 +106,7 @@ def test_one_more_candidate_is_tried_where_one_diverged(max_attempts: int, diver
     def train(attempt: int) -> Candidate:
         tried.append(attempt)
         if attempt in diverged:
-            raise RunError("the loss was not finite")
+            raise Diverged("the loss was not finite")
         return candidate(float(attempt))
 
     config = WeakLearnerConfig(max_attempts=max_attempts, on_failure="accept")

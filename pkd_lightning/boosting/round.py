@@ -19,7 +19,7 @@ from pkd_lightning.boosting.student import NoTeacher, RoundTargets, StudentModul
 from pkd_lightning.boosting.weak_learner import Candidate, WeakLearnerCheck, fit_scales, judge, required
 from pkd_lightning.data.module import DataModule
 from pkd_lightning.earlier import following, reads
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import Diverged
 from pkd_lightning.fitting import FitResult, predict
 from pkd_lightning.knowledge.attached import Knowledge, example, for_models
 from pkd_lightning.losses import distillation_loss
@@ -178,17 +178,17 @@ class Round:
             fit: what its fit gave.
 
         Raises:
-            RunError: where its logits, or the loss of the ensemble with it, are not finite.
+            Diverged: where its logits, or the loss of the ensemble with it, are not finite.
         """
         n, name = len(self.data.training), f"round-{self.state.round:02d}"
         if not math.isfinite(largest(logits)):
-            raise RunError(f"{name}: the student's logits are not all finite")
+            raise Diverged(f"{name}: the student's logits are not all finite")
         edges = self.edges(logits[:n])
         unclipped = self.edges(logits[:n], clipped=False) if self.config.bound_quantile < 1 else edges
         scales = self.scales(logits, learned)
         loss = self.validation_loss(logits, scales)
         if not math.isfinite(loss):  # its NaN would be in every later prefix
-            raise RunError(f"{name}: the validation loss of the ensemble with the student is not finite")
+            raise Diverged(f"{name}: the validation loss of the ensemble with the student is not finite")
         return Candidate(model, scales, logits, edges, unclipped, loss, fit, None)
 
 
@@ -221,7 +221,7 @@ class Attempt:
             description: of the attempt, for the log.
 
         Raises:
-            RunError: where its logits, or the loss of the ensemble with it, are not finite.
+            Diverged: where its logits, or the loss of the ensemble with it, are not finite.
         """
         round_, logits, weak = self.round, self.logits, self.round.config.weak_learner
         self._predict()

@@ -18,7 +18,7 @@ from pkd_lightning.boosting.options import BoostingConfig, WeakLearnerConfig
 from pkd_lightning.boosting.residuals import condition_holds
 from pkd_lightning.boosting.student import StudentModule
 from pkd_lightning.data.module import DataModule
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import Diverged
 from pkd_lightning.fitting import FitResult, matmul_precision, predict
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.matrix import chunks, quantile
@@ -188,7 +188,7 @@ def find_weak_learner(
         attempt += 1
         try:
             candidate = train(attempt - 1)
-        except RunError as error:  # a candidate that diverged is a failed attempt, not the end of the run
+        except Diverged as error:  # a failed attempt, not the end of the run, as a full disk is
             logger.warning("round %d, attempt %d failed: %s", round_ + 1, attempt, error)
             attempts = config.max_attempts + 1
             continue
