@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from pkd_lightning import ranks
@@ -116,11 +117,12 @@ def remove_all(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class Saving(L.Callback):
+class Saving(Checkpoint):
     """Saves a fit under way and resumes it; stops it, once it is saved, where a signal asks for that.
 
     What is kept: weights, optimiser, schedule, gradient scaler, random state, the sums of the epoch under way, and the
-    state of other callbacks, such as the best weights. It is added last, so that those are up to date.
+    state of other callbacks, such as the best weights. Lightning calls a `Checkpoint` last, so that those are up to
+    date: at an epoch's end also after the callbacks that stop early.
 
     Args:
         name: of the fit, for the log.

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch._functorch.config
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -158,6 +158,12 @@ class EpochLines(L.Callback):
         self.before = state_dict["seconds"]
 
 
+REFUSED: dict[type[L.Callback], str] = {  # callbacks, and what to use in their place
+    Checkpoint: "fits are saved by trainer.checkpoint_every",
+    GradientAccumulationScheduler: "the schedule counts steps by +trainer.lightning.accumulate_grad_batches=N",
+}
+
+
 @dataclass(frozen=True)
 class FitResult:
     """What a fit gave.
@@ -241,9 +247,11 @@ def fit(
     if settings.patience is not None:
         watchers.append(EarlyStopping("validation_loss", patience=settings.patience, check_finite=True))
     loader = data.training_loader(settings.batch_size, stage.seed, stage.key, settings.num_workers)
-    together = int((settings.lightning or {}).get("accumulate_grad_batches", 1))
-    module.total_steps = settings.max_epochs * math.ceil(len(loader) / together)
+    module.total_steps = settings.max_epochs * _steps(len(loader), settings.lightning or {})
     watchers += [make() for make in settings.callbacks or ()]
+    pairs = [(one, use) for kind, use in REFUSED.items() for one in watchers if isinstance(one, kind)]
+    if pairs:
+        raise ConfigError([f"trainer.callbacks: {type(one).__name__}: {use}" for one, use in pairs])
     checkpoint = stage.checkpoint_of(settings, f"{data.fingerprint} {module.total_steps}")
     module.saving = saving = Saving(stage.name, checkpoint, watchers)
     saved = None if checkpoint is None else ranks.agreed(checkpoint.read)
@@ -256,7 +264,7 @@ def fit(
     try:
         kept = [one for one in loggers if isinstance(one, Logger)]
         trainer = _trainer(settings, stage, kept, [*watchers, *looking, saving])
-    except (MisconfigurationException, ValueError, TypeError) as error:  # of its arguments, which users may give
+    except (MisconfigurationException, RuntimeError, ValueError, TypeError) as error:  # of arguments that users give
         raise ConfigError([f"trainer: Lightning refuses it: {error}"]) from error
     if saved is not None:
         saving.resume(trainer, module, loader, saved)
@@ -279,6 +287,14 @@ def fit(
     return _checked(stage, result)
 
 
+def _steps(batches: int, given: Mapping[str, Any]) -> int:
+    """Steps of an epoch of so many batches, by the arguments given to the Trainer."""
+    limit = given.get("limit_train_batches")
+    if limit is not None:  # a number of them, or a share
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return max(1, math.ceil(batches / int(given.get("accumulate_grad_batches", 1))))
+
+
 def _trainer(
     settings: TrainerConfig, stage: Stage, loggers: Sequence[Logger], callbacks: list[L.Callback]
 ) -> FitTrainer:
@@ -290,7 +306,6 @@ def _trainer(
         precision=settings.precision,
         logger=list(loggers) or False,
         callbacks=callbacks,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

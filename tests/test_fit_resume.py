@@ -128,6 +128,35 @@ def test_killed_after_any_step_it_gives_the_same_bits(
     assert not list(tmp_path.rglob("fits/*"))
 
 
+STOPPING = (
+    "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: validation_loss, patience: 1}]"
+)
+
+
+@pytest.mark.parametrize("stopping", [("trainer.patience=1",), ("trainer.patience=null", STOPPING)])
+def test_killed_after_each_epochs_checkpoint_it_stops_as_early(
+    stopping: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The callbacks that stop early have looked at the epoch that is saved."""
+    flags = (ACCEPT, "boosting.rounds=1", "trainer.max_epochs=30", "trainer.optimizer.lr=0.1", *stopping,
+             "trainer.checkpoint_every=1 epochs")  # fmt: skip
+    whole = tiny_run(tmp_path / "whole", *flags)
+    save = Saving.save
+    kills = []
+
+    def saved(self: Saving, trainer: L.Trainer, module: L.LightningModule, epoch: int) -> None:
+        save(self, trainer, module, epoch)
+        kills.append(epoch)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saving, "save", saved)
+        run_until_done(tmp_path / "parts", *flags)
+    assert whole["rounds"][0]["epochs"] < 30
+    assert len(kills) > 4
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_an_epochs_seconds_are_those_of_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(fitting, "time", SimpleNamespace(perf_counter=lambda: clock[0]))

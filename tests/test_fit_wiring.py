@@ -67,11 +67,13 @@ def test_the_trainer_is_told_to_do_no_more_than_a_fit(tmp_path: Path, monkeypatc
         def __init__(self, **arguments: Any) -> None:
             told.update(arguments)
             super().__init__(**arguments)
+            told["checkpoints"] = self.checkpoint_callbacks
 
     monkeypatch.setattr(fitting, "FitTrainer", Trainer)
     fit(TeacherModule(network(), settings(max_epochs=1)), images(), stage(tmp_path))
     assert (told["devices"], told["accelerator"], told["num_sanity_val_steps"]) == (1, "cpu", 0)
-    assert not any(told[f"enable_{name}"] for name in ("checkpointing", "progress_bar", "model_summary"))
+    assert not any(told[f"enable_{name}"] for name in ("progress_bar", "model_summary"))
+    assert [type(one) for one in told["checkpoints"]] == [Saving]  # none of Lightning's own
     assert told["logger"] is False
     assert told["default_root_dir"] == tmp_path / "lightning"
     assert not (tmp_path / "lightning").exists()

@@ -186,8 +186,42 @@ def test_the_fast_mode_is_refused_where_something_needs_the_other(tmp_path: Path
     [
         "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.LearningRateMonitor}]",
         "+trainer.lightning.profiler=x",
+        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: validation_loss}]",
     ],
 )
 def test_what_lightning_refuses_is_one_error(override: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trainer: Lightning refuses it: "):
         tiny_run(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    ("callback", "use"),
+    [
+        ("ModelCheckpoint", "fits are saved by trainer.checkpoint_every"),
+        ("GradientAccumulationScheduler, scheduling: {0: 2}", r".trainer\.lightning\.accumulate_grad_batches=N"),
+    ],
+)
+def test_a_callback_that_has_an_option_of_its_own_is_refused(callback: str, use: str, tmp_path: Path) -> None:
+    name = callback.split(",")[0]
+    with pytest.raises(ConfigError, match=rf"trainer\.callbacks: {name}: .*{use}"):
+        tiny_run(tmp_path, f"trainer.callbacks=[{{_target_: lightning.pytorch.callbacks.{callback}}}]")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"limit_train_batches": 2},
+        {"limit_train_batches": 0.3},
+        {"limit_train_batches": 1000},
+        {"limit_train_batches": 0.7, "accumulate_grad_batches": 2},
+    ],
+)
+def test_the_schedule_ends_with_the_last_step(given: dict[str, float], tmp_path: Path) -> None:
+    schedule = "trainer.schedule={_target_: pkd_lightning.schedules.cosine, _partial_: true, warmup: 0.0, final: 0.0}"
+    options = [f"+trainer.lightning.{key}={value}" for key, value in given.items()]
+    tiny_run(tmp_path, ACCEPT, "boosting.rounds=1", "trainer.max_epochs=4", schedule, *options)
+    (lines,) = tmp_path.rglob("metrics.jsonl")
+    rates = [row["lr"] for row in map(json.loads, lines.read_text().splitlines()) if row["stage"] == "round-00"]
+    assert len(rates) == 4
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[1] > 0.003
