@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.residuals import theoretical_eta
 from pkd_lightning.boosting.student import RoundTargets, StudentModule
+from pkd_lightning.boosting.round import Attempt
 from pkd_lightning.boosting.weak_learner import WeakLearnerCheck, describe, fit_scales
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import load_config
@@ -34,7 +36,7 @@ from pkd_lightning.cost import Latency
 from pkd_lightning.data.module import Batch, DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
-from pkd_lightning.fitting import FitResult, Stage, predict
+from pkd_lightning.fitting import BestWeights, FitResult, Stage, predict
 from pkd_lightning.losses import distillation_loss
 from pkd_lightning.metrics import calibration_error, quality
 from pkd_lightning.models.ladder import Ladder
@@ -770,7 +772,7 @@ def test_the_condition_is_checked_with_its_fraction_and_margin(
     check = WeakLearnerCheck(loop.data, lambda logits: torch.tensor([0.5, 0.3, -0.1]), weak, attempt.check.logits)
     for epoch, expected in ((0, False), (1, held)):
         trainer = SimpleNamespace(current_epoch=epoch, should_stop=False)
-        check.on_validation_end(trainer, attempt.module)  # type: ignore[arg-type]
+        check.on_validation_epoch_end(trainer, attempt.module)  # type: ignore[arg-type]
         assert (check.held is not None, trainer.should_stop) == (expected, expected)
 
 
@@ -822,6 +824,32 @@ def test_a_teacher_from_elsewhere_may_have_seen_the_test_images(
 
 
 def test_a_teachers_fit_draws_numbers_of_the_runs_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_keeps_the_weights_that_were_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are averages, where a callback averages weights."""
+    validated: list[dict[str, torch.Tensor]] = []
+    kept: list[dict[str, torch.Tensor]] = []
+    compare, judged = BestWeights.on_validation_epoch_end, Attempt.judged
+
+    def noted(self: BestWeights, trainer: L.Trainer, module: L.LightningModule) -> None:
+        validated.append({name: value.clone() for name, value in module.state_dict().items()})
+        compare(self, trainer, module)
+
+    def judging(self: Attempt, *given: Any) -> Any:
+        if self.check.held is not None:
+            kept.append(self.check.held)
+            assert all(torch.equal(value, validated[-1][name]) for name, value in self.check.held.items())
+        return judged(self, *given)
+
+    monkeypatch.setattr(BestWeights, "on_validation_epoch_end", noted)
+    monkeypatch.setattr(Attempt, "judged", judging)
+    tiny_run(
+        tmp_path, "boosting=paper", "boosting.rounds=2", "trainer.max_epochs=6", ACCEPT,
+        "boosting.weak_learner.check_every=3", "boosting.weak_learner.margin=-10",
+        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}]",
+    )  # fmt: skip
+    assert len(kept) == 1
+
+
     seeds: list[int] = []
     fit = teacher_of.fit
     monkeypatch.setattr(teacher_of, "fit", lambda *args: seeds.append(torch.initial_seed()) or fit(*args))

@@ -88,8 +88,8 @@ class WeakLearnerCheck(L.Callback):
         """Restore what `state_dict` gave."""
         self.held, self.known = state_dict["held"], False
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check, at the end of every `check_every`-th epoch."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check at the end of every `check_every`-th epoch; a callback that averages weights has the averages there."""
         if (trainer.current_epoch + 1) % self.config.check_every:
             return
         assert isinstance(pl_module, StudentModule)
