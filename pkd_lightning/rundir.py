@@ -75,9 +75,13 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
             content = Path(model["checkpoint"]).expanduser().read_bytes()
             model["checkpoint"] = hashlib.blake2b(content, digest_size=16).hexdigest()
     if isinstance(boosting.get("objective"), dict) and boosting["objective"].get("_target_", "").startswith(OBJECTIVES):
-        own = boosting.pop("objective")  # as options of `boosting` would have it
-        boosting.update({key: value for key, value in own.items() if key != "_partial_"})
-        boosting["objective"] = boosting.pop("_target_")
+        own = {key: value for key, value in boosting.pop("objective").items() if key != "_partial_"}
+        boosting["objective"] = own.pop("_target_")
+        for key, value in own.items():  # as options of `boosting` would have it; these two, others read as well
+            if key not in ("alpha", "temperature"):
+                boosting[key] = value
+            elif value != boosting.get(key, getattr(BoostingConfig, key)):
+                boosting[f"objective.{key}"] = value
     if str(boosting.get("objective")).startswith(OBJECTIVES):
         boosting["objective"] = boosting["objective"].removeprefix(OBJECTIVES).lower()
     if "combine" in boosting:

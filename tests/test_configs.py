@@ -483,6 +483,10 @@ def test_an_objective_given_in_any_way_is_the_same_run() -> None:
     assert hash_of("boosting.objective=pkd_lightning.boosting.objectives.Published", "boosting.gamma=3") == expected
     assert hash_of("objective=published", "boosting.objective.gamma=2") != expected
     assert hash_of("objective=anchored") == hash_of()
+    for key in ("alpha", "temperature"):  # the first round, judging and scales read those of `boosting`
+        own = ("objective=anchored", f"+boosting.objective.{key}=0.9")
+        assert len({hash_of(*own), hash_of(f"boosting.{key}=0.9"), hash_of()}) == 3
+        assert hash_of(*own, f"boosting.{key}=0.9") == hash_of(f"boosting.{key}=0.9")
 
 
 def test_a_data_sets_file_needs_no_more_than_its_source(tmp_path: Path) -> None:
