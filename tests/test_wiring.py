@@ -446,6 +446,38 @@ def test_rounds_end_after_so_many_minutes(seconds: float, ends: bool, tmp_path: 
 
 
 def test_what_is_random_in_a_candidate_is_named_in_the_order_of_its_seed(
+def test_a_rounds_seconds_contain_those_of_processes_that_were_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = boosting_loop.fit
+
+    def resumed(*given: Any) -> FitResult:
+        return replace(fit(*given), seconds=1000.0)
+
+    monkeypatch.setattr(boosting_loop, "fit", resumed)
+    rounds = tiny_run(tmp_path, ACCEPT, "boosting.rounds=2")["rounds"]
+    assert all(1000 <= row["seconds"] < 1500 for row in rounds)
+
+
+def test_the_attempt_that_gave_a_student_is_recorded(tmp_path: Path) -> None:
+    """Of candidates that all fail, the one of the least validation loss."""
+    flags = (
+        "trainer.max_epochs=1",
+        "boosting.combine=mean",
+        "boosting.rounds=2",
+        "boosting.weak_learner.max_attempts=3",
+        "boosting.weak_learner.min_improvement=0.99",
+    )
+    rows = tiny_run(tmp_path, *flags, ACCEPT)["rounds"]
+    assert (rows[0]["attempts"], rows[0]["attempt"]) == (1, 0)
+    (metrics,) = tmp_path.rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    accuracies = {row["attempt"]: row["validation_accuracy"] for row in lines if row["stage"] == "round-01"}
+    assert rows[1]["attempts"] == len(accuracies) == 3
+    assert accuracies[rows[1]["attempt"]] == pytest.approx(rows[1]["prefix_validation_accuracy"])
+    assert len({*accuracies.values()}) == 3
+
+
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another order would be other students in the same run directory."""

@@ -78,6 +78,7 @@ class BoostingLoop:
         self.teacher, self.directory = teacher, directory
         self.seed, self.tracker, self.source, self.observer = seed, tracker, source, observer
         self.objective, self.combination = objective_of(config), combination_of(config)
+        self.earlier = 0.0  # seconds that the fits of the round under way have taken in processes that were stopped
         self.state = BoostingState.fresh(
             len(data.training), len(data.validation), data.num_classes,
             f"none, {data.fingerprint}" if teacher is None else teacher.fingerprint,
@@ -114,14 +115,14 @@ class BoostingLoop:
 
     def advance(self) -> None:
         """One round: find a weak learner, a rung higher where there is none, and add it to the ensemble."""
-        start = time.perf_counter()
+        start, self.earlier = time.perf_counter(), 0.0
         candidate, attempts = self.find()
         if candidate is None:
             self.state.stop_reason = (
                 f"no weak learner for round {self.state.round + 1} on the last of {len(self.ladder)} rungs"
             )
         else:
-            self.accept(candidate, attempts, ranks.agreed(lambda: time.perf_counter() - start))
+            self.accept(candidate, attempts, ranks.agreed(lambda: self.earlier + time.perf_counter() - start))
         self.keep()
 
     def keep(self) -> None:
@@ -169,8 +170,10 @@ class BoostingLoop:
             seeded(self.seed, stage.key, state.rung, "fit", *ranks.purpose()),
             self.tracker.stage(name, attempt) as loggers,
         ):
+            start = time.perf_counter()
             result = fit(training.module, data, stage, loggers, training.callbacks)
-        return training.judged(result, description)
+            self.earlier += max(0.0, result.seconds - (time.perf_counter() - start))
+        return replace(training.judged(result, description), attempt=attempt)
 
     def round(self) -> Round:
         """The round that follows, or is under way."""
