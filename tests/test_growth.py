@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting import loop as boosting_loop
-from pkd_lightning.checkpoint import HASH
+from pkd_lightning.checkpoint import HASH, content_hash
 from pkd_lightning.ensemble import ProgressiveEnsemble
 from pkd_lightning.errors import ConfigError, RunError
 from pkd_lightning.fitting import FitResult
@@ -165,6 +165,30 @@ def test_no_round_starts_after_the_time_that_is_given(tmp_path: Path, fits: list
     assert results["stop_reason"] == "ended early, after boosting.max_time=1e-05 minutes"
     assert results["ensemble"]["members"] == 1
     assert tiny_run(tmp_path, ACCEPT, "boosting.max_time=1000")["ensemble"]["members"] == 3
+
+
+def test_the_time_of_rounds_that_are_taken_over_does_not_count(tmp_path: Path) -> None:
+    first = (ACCEPT, "boosting.rounds=2", "name=first")
+    tiny_run(tmp_path, *first)
+    path = place(tmp_path, *first) / "boosting.ckpt"
+    state = torch.load(path)
+    state.pop(HASH)
+    for record in state["records"]:
+        record["seconds"] = 1e6
+    torch.save({**state, HASH: content_hash(state)}, path)
+    flags = (ACCEPT, "boosting.rounds=3", "boosting.max_time=100")
+    assert len(tiny_run(tmp_path, *flags, f"boosting.grow_from={path.parent}", "name=grown")["rounds"]) == 3
+
+
+def test_losses_of_rounds_that_are_taken_over_are_of_this_runs_alpha(tmp_path: Path) -> None:
+    first = (ACCEPT, "boosting.rounds=2", "boosting.alpha=0", "boosting.objective=independent", "name=first")
+    tiny_run(tmp_path, *first)
+    flags = (ACCEPT, "boosting.rounds=2", "boosting.alpha=1", "boosting.objective=independent",
+             f"boosting.grow_from={place(tmp_path, *first)}")  # fmt: skip
+    kept, solved = (tiny_run(tmp_path, *flags, f"boosting.grow_scales={way}")["rounds"] for way in ("kept", "solved"))
+    assert kept[0]["validation_loss"] == pytest.approx(solved[0]["validation_loss"], abs=1e-6)
+    source = json.loads((place(tmp_path, *first) / "results.json").read_text())["rounds"]
+    assert kept[0]["validation_loss"] != pytest.approx(source[0]["validation_loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("combine", ["learned", "held_out", "mean", "sum"])

@@ -210,6 +210,7 @@ class BoostingLoop:
             if self.config.grow_scales == "solved":
                 initial = torch.tensor(self.combination.initial(round_) if round_ > 0 else a_c)  # float32, as learned
                 a_c = now.scales(logits, (float(initial[0]), float(initial[1])))
+            if not source.same:  # its scales, or its loss, may be others
                 loss = now.validation_loss(logits, a_c)
             fit_ = FitResult(record["epochs"], 0, 0.0)
             candidate = Candidate(model, a_c, logits, edges, whole, loss, fit_, record["accepted_by"])
@@ -278,6 +279,8 @@ class BoostingLoop:
     def end(self) -> None:
         """Note where no further round follows, and why."""
         state, limit = self.state, self.config.max_time
+        named = self.config.grow_from is not None  # or a shorter run of the same options, whose time counts
+        seconds = sum(record["seconds"] for record in state.records if not (named and "from" in record))
         if state.round == self.config.rounds:
             state.stop_reason = f"reached boosting.rounds={self.config.rounds}"
         elif state.rung == len(self.ladder):

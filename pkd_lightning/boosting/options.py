@@ -84,7 +84,8 @@ class BoostingConfig:
         grow_rounds: take so many of them; None for all.
         grow_scales: `kept`: they join the ensemble with the scales they have there; `solved`: with those of this run's
             combination.
-        max_time: minutes after which no further round starts; None for no limit. Time of earlier processes counts.
+        max_time: minutes after which no further round starts; None for no limit. Time of earlier processes counts,
+            that of rounds taken over by `grow_from` does not.
     """
 
     rounds: int = 7

@@ -2,13 +2,14 @@
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pkd_lightning.checkpoint import HASH, check_hash
+from pkd_lightning.checkpoint import HASH, atomic_write, check_hash
 from pkd_lightning.ensemble import load_students
 from pkd_lightning.errors import RunError
 
@@ -56,4 +57,5 @@ class Source:
         """Copy the files of the student of a round (from 0) to the folder of another run."""
         students.mkdir(parents=True, exist_ok=True)
         for kind in ("safetensors", "json"):
-            shutil.copyfile(self.directory / "students" / f"{round_:02d}.{kind}", students / f"{round_:02d}.{kind}")
+            name = f"{round_:02d}.{kind}"
+            atomic_write(students / name, partial(shutil.copyfile, self.directory / "students" / name))
