@@ -502,7 +502,7 @@ def ablation(runs: Runs) -> str:
 def last_round(results: Results) -> list[dict[str, Any]]:
     """The epochs of a run's last round, of the attempt that gave its student."""
     last = results["rounds"][-1]
-    return epochs_of(results, f"round-{last['round']:02d}", last["attempts"] - 1)
+    return epochs_of(results, f"round-{last['round']:02d}", last.get("attempt", last["attempts"] - 1))
 
 
 def epochs_of(results: Results, stage: str, attempt: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The boosting loop: what accepts a candidate, when a class is widened, when and why the loop stops."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def candidate(loss: float, accepted_by: Any = None) -> Candidate:
         loss,
         FitResult(1, 0, 0.0),
         accepted_by,
+        judged_loss=loss,
     )
 
 
@@ -80,7 +82,7 @@ def test_attempts_end_with_the_first_accepted_candidate() -> None:
 
 
 def test_a_failed_class_gives_nothing_or_its_best_candidate() -> None:
-    found = [candidate(3.0), candidate(1.0), candidate(2.0)]
+    found = [candidate(3.0), candidate(1.0), replace(candidate(0.5), judged_loss=2.0)]
     assert find_weak_learner(1, found.__getitem__, WeakLearnerConfig(max_attempts=3)) == (None, 3)
     best, attempts = find_weak_learner(1, found.__getitem__, WeakLearnerConfig(max_attempts=3, on_failure="accept"))
     assert best is not None

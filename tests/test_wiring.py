@@ -1,6 +1,7 @@
 """Settings and wiring that no other test names: who is given which rows, seeds, scales and constants."""
 
 import copy
+import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ from pkd_lightning.boosting import round as boosting_round
 from pkd_lightning.boosting.loop import BoostingLoop
 from pkd_lightning.boosting.options import BoostingConfig
 from pkd_lightning.boosting.residuals import theoretical_eta
-from pkd_lightning.boosting.student import RoundTargets, StudentModule
 from pkd_lightning.boosting.round import Attempt
+from pkd_lightning.boosting.student import RoundTargets, StudentModule
 from pkd_lightning.boosting.weak_learner import WeakLearnerCheck, describe, fit_scales
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.cli import load_config
@@ -45,7 +46,7 @@ from pkd_lightning.seeding import derive
 from pkd_lightning.tasks import SignalClassification
 from pkd_lightning.teacher import CachedTeacher, Teacher
 from pkd_lightning.trainer import TrainerConfig
-from tests.support import patterns, tiny_config, tiny_run
+from tests.support import ACCEPT, patterns, tiny_config, tiny_run
 
 # ---------------------------------------------------------------------------------- schedules and published settings
 
@@ -445,7 +446,6 @@ def test_rounds_end_after_so_many_minutes(seconds: float, ends: bool, tmp_path: 
     assert (loop.state.stop_reason == "ended early, after boosting.max_time=1 minutes") == ends
 
 
-def test_what_is_random_in_a_candidate_is_named_in_the_order_of_its_seed(
 def test_a_rounds_seconds_contain_those_of_processes_that_were_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -478,6 +478,7 @@ def test_the_attempt_that_gave_a_student_is_recorded(tmp_path: Path) -> None:
     assert len({*accuracies.values()}) == 3
 
 
+def test_what_is_random_in_a_candidate_is_named_in_the_order_of_its_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another order would be other students in the same run directory."""
@@ -768,12 +769,13 @@ def test_a_round_reports_its_edges_of_clipped_and_of_whole_residuals(
     rows = loop.data.validation
     candidate = SimpleNamespace(
         fit=FitResult(1, 0, 0.0), model=nn.Linear(1, 1), scales=(0.5, 0.5), validation_loss=1.0,
-        accepted_by="condition",
+        accepted_by="condition", attempt=1,
         logits=F.one_hot((loop.data.labels[: rows.stop] + (torch.arange(rows.stop) % 4 == 0)) % 3, 3).float(),
         edges=torch.tensor([0.1, 0.2, 0.3]), unclipped_edges=torch.tensor([0.1, -0.2, -0.3]),
     )  # fmt: skip
     record = loop.record(candidate, 2, 3.0, 0.1, 4.0)  # type: ignore[arg-type]
     assert (record["edges"]["satisfied"], record["edges"]["min"]) == (1, pytest.approx(0.1))
+    assert (record["attempts"], record["attempt"]) == (2, 1)
     right = (torch.arange(rows.start, rows.stop) % 4 != 0).float().mean()
     assert record["validation_accuracy"] == pytest.approx(float(right))
     mine = loop.state.ensemble_logits[rows.start : rows.stop].argmax(1) == loop.data.labels[rows.start : rows.stop]
@@ -794,6 +796,20 @@ def test_of_a_run_under_way_the_validation_rows_are_reported(tmp_path: Path, mon
     assert (found["part"], found["planned_rounds"], found["seed"]) == ("validation", 3, 0)
 
 
+def test_a_candidate_has_the_loss_that_it_is_judged_by(tmp_path: Path) -> None:
+    """Not that of its final scales, where they were solved for on the same rows."""
+    loop = in_second_round(make_loop(tmp_path, objective="independent", combine="held_out"))
+    attempt = loop.round().attempt(Linear(loop.data.task.input_shape, 3), loop.trainer)
+    candidate = attempt.judged(FitResult(1, 0, 0.0), "")
+    assert candidate.judged_loss == loop.round().judged_losses(candidate.logits, candidate.scales)[0]
+    assert candidate.judged_loss != candidate.validation_loss
+
+
+def test_scales_solved_on_held_out_rows_are_learned_ones() -> None:
+    with pytest.raises(ValueError, match="only learned scales are solved for"):
+        combine.Combination(lambda round_: (0.5, 0.5), held_out=True)
+
+
 @pytest.mark.parametrize(("fraction", "margin", "held"), [(0.6, 0.0, True), (0.7, 0.0, False), (0.6, 0.4, False)])
 def test_the_condition_is_checked_with_its_fraction_and_margin(
     fraction: float, margin: float, held: bool, tmp_path: Path
@@ -806,6 +822,32 @@ def test_the_condition_is_checked_with_its_fraction_and_margin(
         trainer = SimpleNamespace(current_epoch=epoch, should_stop=False)
         check.on_validation_epoch_end(trainer, attempt.module)  # type: ignore[arg-type]
         assert (check.held is not None, trainer.should_stop) == (expected, expected)
+
+
+def test_the_check_keeps_the_weights_that_were_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are averages, where a callback averages weights."""
+    validated: list[dict[str, torch.Tensor]] = []
+    kept: list[dict[str, torch.Tensor]] = []
+    compare, judged = BestWeights.on_validation_epoch_end, Attempt.judged
+
+    def noted(self: BestWeights, trainer: L.Trainer, module: L.LightningModule) -> None:
+        validated.append({name: value.clone() for name, value in module.state_dict().items()})
+        compare(self, trainer, module)
+
+    def judging(self: Attempt, *given: Any) -> Any:
+        if self.check.held is not None:
+            kept.append(self.check.held)
+            assert all(torch.equal(value, validated[-1][name]) for name, value in self.check.held.items())
+        return judged(self, *given)
+
+    monkeypatch.setattr(BestWeights, "on_validation_epoch_end", noted)
+    monkeypatch.setattr(Attempt, "judged", judging)
+    tiny_run(
+        tmp_path, "boosting=paper", "boosting.rounds=2", "trainer.max_epochs=6", ACCEPT,
+        "boosting.weak_learner.check_every=3", "boosting.weak_learner.margin=-10",
+        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}]",
+    )  # fmt: skip
+    assert len(kept) == 1
 
 
 @pytest.mark.parametrize("success", [True, False])
@@ -856,32 +898,6 @@ def test_a_teacher_from_elsewhere_may_have_seen_the_test_images(
 
 
 def test_a_teachers_fit_draws_numbers_of_the_runs_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-def test_the_check_keeps_the_weights_that_were_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those are averages, where a callback averages weights."""
-    validated: list[dict[str, torch.Tensor]] = []
-    kept: list[dict[str, torch.Tensor]] = []
-    compare, judged = BestWeights.on_validation_epoch_end, Attempt.judged
-
-    def noted(self: BestWeights, trainer: L.Trainer, module: L.LightningModule) -> None:
-        validated.append({name: value.clone() for name, value in module.state_dict().items()})
-        compare(self, trainer, module)
-
-    def judging(self: Attempt, *given: Any) -> Any:
-        if self.check.held is not None:
-            kept.append(self.check.held)
-            assert all(torch.equal(value, validated[-1][name]) for name, value in self.check.held.items())
-        return judged(self, *given)
-
-    monkeypatch.setattr(BestWeights, "on_validation_epoch_end", noted)
-    monkeypatch.setattr(Attempt, "judged", judging)
-    tiny_run(
-        tmp_path, "boosting=paper", "boosting.rounds=2", "trainer.max_epochs=6", ACCEPT,
-        "boosting.weak_learner.check_every=3", "boosting.weak_learner.margin=-10",
-        "trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.9}]",
-    )  # fmt: skip
-    assert len(kept) == 1
-
-
     seeds: list[int] = []
     fit = teacher_of.fit
     monkeypatch.setattr(teacher_of, "fit", lambda *args: seeds.append(torch.initial_seed()) or fit(*args))

@@ -25,6 +25,10 @@ class Combination:
     learned: bool = False
     held_out: bool = False
 
+    def __post_init__(self) -> None:
+        if self.held_out and not self.learned:
+            raise ValueError("held_out: only learned scales are solved for")
+
 
 def _mean(round_: int) -> Scales:
     return round_ / (round_ + 1), 1 / (round_ + 1)

@@ -217,7 +217,7 @@ class BoostingLoop:
             if ranks.first():
                 source.copy(round_, self.directory / "students")
             self.join(candidate, record["attempts"], record["seconds"], None if source.same else record)
-            kept = {name: record[name] for name in ("class_index", "config", "trained") if name in record}
+            kept = {name: record[name] for name in ("class_index", "config", "attempt", "trained") if name in record}
             origin = {name: record[name] for name in ("from", "from_round") if name in record}
             origin = origin or {"from": str(source.directory), "from_round": round_}
             state.records[-1] = {**state.records[-1], **kept, **origin}
@@ -285,7 +285,7 @@ class BoostingLoop:
             state.stop_reason = f"reached boosting.rounds={self.config.rounds}"
         elif state.rung == len(self.ladder):
             state.stop_reason = f"all {len(self.ladder)} rungs of the ladder are used"
-        elif limit is not None and sum(record["seconds"] for record in state.records) >= 60 * limit:
+        elif limit is not None and seconds >= 60 * limit:
             state.stop_reason = f"ended early, after boosting.max_time={limit:g} minutes"
 
     def record(
@@ -311,6 +311,7 @@ class BoostingLoop:
             "round": state.round,
             "class_index": state.rung,  # the name it has had in results.json from the first version on
             "attempts": attempts,
+            "attempt": candidate.attempt,
             "epochs": candidate.fit.epochs,
             "config": self.ladder.rungs[state.rung],
             "params": params,

@@ -237,7 +237,7 @@ class Attempt:
                 "%s: not accepted by %s;%s validation loss of the ensemble %.4g, without it %.4g",
                 description, round_.require, counted, loss, previous,
             )  # fmt: skip
-        return replace(candidate, accepted_by=accepted_by)
+        return replace(candidate, accepted_by=accepted_by, judged_loss=loss)
 
     def _predict(self) -> None:
         data, device, model = self.round.data, self.module.settings.device, self.module.asked

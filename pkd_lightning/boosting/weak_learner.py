@@ -1,6 +1,7 @@
 """Find weak learner: train candidates of one rung until one is good enough (B-DISTIL, arXiv 2302.10093)."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -44,6 +45,8 @@ class Candidate:
         validation_loss: distillation loss on the validation rows of the ensemble with the candidate.
         fit: what the fit gave.
         accepted_by: the rule that accepts it, or None.
+        attempt: of its round, from 0 on the first rung tried.
+        judged_loss: the validation loss that it is judged by, see `Round.judged_losses`.
     """
 
     model: nn.Module
@@ -54,6 +57,8 @@ class Candidate:
     validation_loss: float
     fit: FitResult
     accepted_by: AcceptedBy | None
+    attempt: int = 0
+    judged_loss: float = math.inf
 
 
 class WeakLearnerCheck(L.Callback):
@@ -179,8 +184,8 @@ def find_weak_learner(
 
     Returns:
         The candidate and the number of attempts; None where the rung failed. With `on_failure=accept` a rung fails
-        only by divergence: else the candidate with the lowest validation loss is taken, with `accepted_by`
-        "best_candidate".
+        only by divergence: else the candidate with the lowest loss that candidates are judged by is taken, with
+        `accepted_by` "best_candidate".
     """
     best: Candidate | None = None
     attempt, attempts = 0, config.max_attempts
@@ -194,7 +199,7 @@ def find_weak_learner(
             continue
         if candidate.accepted_by is not None:
             return candidate, attempt
-        if best is None or candidate.validation_loss < best.validation_loss:
+        if best is None or candidate.judged_loss < best.judged_loss:
             best = candidate
     if config.on_failure == "accept" and best is not None:
         return replace(best, accepted_by="best_candidate"), attempt
