@@ -62,6 +62,15 @@ class Job:
         return [override.replace("{seed}", str(self.seed)) for override in self.run.overrides]
 
     @property
+    @property
+    def origins(self) -> dict[str, list[str]]:
+        """The overrides of each run whose directory its own name, and of those that these go on from."""
+        found: dict[str, list[str]] = {}
+        for name in DIRECTORY.findall(" ".join(self.overrides)):
+            other = self.beside(name)
+            found |= {name: other.overrides, **other.origins}
+        return found
+
     def results(self) -> Path:
         """Where its results are collected."""
         return self.folder / "results" / f"{self.name}.json"

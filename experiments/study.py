@@ -70,6 +70,12 @@ def collected(job: Job) -> dict[str, Any] | None:
         raise RunError(f"{job.results}: does not say with which overrides it was made") from error
     if recorded != job.overrides:
         raise RunError(f"{job.results}: made with other overrides: {difference(recorded, job.overrides)}")
+    origins = results["study"].get("origins", {})
+    for name, wanted in job.origins.items():
+        if origins.get(name) != wanted:
+            raise RunError(
+                f"{job.results}: goes on from {name} with other overrides: {difference(origins.get(name, ()), wanted)}"
+            )
     return results
 
 
@@ -88,6 +94,8 @@ def collect(job: Job, directory: RunDirectory) -> dict[str, Any]:
     keep_files(job, directory.path)
     ended = datetime.fromtimestamp((directory.path / "DONE").stat().st_mtime, UTC)
     origin = {"run": job.run.name, "overrides": job.overrides, "date": ended.date().isoformat()}
+    if origins := job.origins:
+        origin["origins"] = origins
     write_json(job.results, {**results, "study": origin})  # last: it says that the job is done
     return results
 

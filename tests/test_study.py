@@ -229,6 +229,31 @@ runs:
         given = compose(*bench.arguments[f"other-seed{seed}"])
         assert Path(given.boosting.grow_from) == place
         assert bench.results(f"other-seed{seed}")["study"]["overrides"][2] == "boosting.grow_from={run:one}"
+    bench.write(text.replace("combine=mean", "combine=sum"))
+    assert bench.run("--again", "--only", "one-seed0") == 0
+    planned = load_study(bench.folder)
+    jobs = {job.name: job for job in planned.jobs}
+    assert collected(jobs["one-seed0"]) is not None
+    with pytest.raises(
+        RunError, match=r"other-seed0.* goes on from one .*: boosting\.combine=mean only in the results"
+    ):
+        collected(jobs["other-seed0"])
+
+
+def test_a_member_of_a_teacher_may_be_one_that_an_earlier_run_will_keep(bench: Bench) -> None:
+    bench.write(f"""seeds: [0]
+common: [experiment=digits]
+runs:
+  one: {{keep: [teacher]}}
+  pair:
+    overrides:
+    - teacher=mamba_pair
+    - "+teacher.members.small.checkpoint={bench.folder}/kept/one-seed0/teacher.safetensors"
+    after: [one]
+""")
+    assert bench.run("--list") == 0
+    assert bench.run() == 0
+    assert bench.started == ["one-seed0", "pair-seed0"]
 
 
 def test_another_run_that_is_not_waited_for_is_a_fault(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
