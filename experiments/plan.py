@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pkd_lightning.checks import suggest, unknown_keys
 from pkd_lightning.cli import load_config, suggestions
+from pkd_lightning.composition import models_of
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.rundir import RunDirectory
 
@@ -62,7 +63,6 @@ class Job:
         return [override.replace("{seed}", str(self.seed)) for override in self.run.overrides]
 
     @property
-    @property
     def origins(self) -> dict[str, list[str]]:
         """The overrides of each run whose directory its own name, and of those that these go on from."""
         found: dict[str, list[str]] = {}
@@ -71,6 +71,7 @@ class Job:
             found |= {name: other.overrides, **other.origins}
         return found
 
+    @property
     def results(self) -> Path:
         """Where its results are collected."""
         return self.folder / "results" / f"{self.name}.json"
@@ -216,13 +217,15 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> tuple[
         config = load_config(*job.arguments(runs))
         if config.seed != job.seed:
             faults.append(f"seed={config.seed}: seeds are set by `seeds`, not by an override")
-        checkpoint = config.teacher.checkpoint
-        if checkpoint is not None and "teacher" in job.run.keep:
+        models = [OmegaConf.select(config, key) for key in models_of(config)]
+        files = [Path(one.checkpoint).expanduser() for one in models if one is not None and one.get("checkpoint")]
+        if config.teacher.checkpoint is not None and "teacher" in job.run.keep:
             faults.append("keep='teacher': a run with a teacher.checkpoint trains none; keep it in the run that does")
-        if checkpoint is None or Path(checkpoint).expanduser().is_file():
+        if all(file.is_file() for file in files):
             path = RunDirectory(config).path
-        if checkpoint is not None and Path(checkpoint).expanduser().resolve() in coming:
-            config.teacher.checkpoint = None
+        for one in models:
+            if one is not None and one.get("checkpoint") and Path(one.checkpoint).expanduser().resolve() in coming:
+                one.checkpoint = None
         grown = config.boosting.grow_from
         if DIRECTORY.search(" ".join(job.run.overrides)) and grown and not Path(grown).exists():
             config.boosting.update({"grow_from": None, "grow_rounds": None, "grow_scales": "kept"})  # it will be

@@ -37,7 +37,10 @@ def publish(
     Raises:
         RunError: where the study lacks them, or the teacher's weights do not fit its description.
     """
-    kept, model = study / "kept" / job, read_json(study / "results" / f"{job}.json")["teacher"]["config"]
+    kept, teachers = study / "kept" / job, read_json(study / "results" / f"{job}.json")["teacher"]
+    model = teachers and teachers.get("config")
+    if not model:
+        raise RunError(f"{study.name} {job}: has no teacher, or several, of which none is published")
     student = read_json(kept / "students" / "00.json")
     options = {key: value for key, value in model.items() if not key.startswith("_")}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:

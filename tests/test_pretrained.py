@@ -158,6 +158,14 @@ def test_a_run_is_published_with_its_teacher_or_the_one_it_loaded(tmp_path):
     assert measure(load_student(target / "teacher"), (1, 8, 8)).params == results["teacher"]["params"]
 
 
+@pytest.mark.parametrize("teacher", [None, {"members": {}}])
+def test_a_run_without_one_teacher_is_not_published(teacher, tmp_path):
+    results, weights = study_of_one(tmp_path)
+    (tmp_path / "study" / "results" / "one-seed0.json").write_text(json.dumps({**results, "teacher": teacher}))
+    with pytest.raises(RunError, match="study one-seed0: has no teacher, or several"):
+        publish(tmp_path / "study", "one-seed0", tmp_path / "published", weights)
+
+
 def test_a_teacher_is_published_with_rounded_weights(tmp_path):
     _, weights = study_of_one(tmp_path)
     publish(tmp_path / "study", "one-seed0", tmp_path / "whole", weights)
