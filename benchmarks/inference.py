@@ -4,7 +4,7 @@ The digits' ladder and the pretrained ensembles, on one thread: eager, compiled,
 `pkd export` writes (onnxruntime, C). With `--before DIR`, a checkout of an earlier commit, its eager students too, of
 the ensembles that have targets.
 Times do not depend on the weights: the digits' are as they were drawn. `--write` writes docs/inference.json and the
-tables of docs/inference.md.
+tables of docs/inference.md; with `--only`, what is there of the other ensembles stays.
 """
 
 import argparse
@@ -288,6 +288,16 @@ def fill(text: str, rows: Sequence[Row]) -> str:
     return SLOT.sub(lambda slot: slot[1] + TABLES[slot[2]](rows) + slot[3] if slot[2] in TABLES else slot[0], text)
 
 
+def merged(found: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows found, and for ensembles that were not timed those of docs/inference.json, in the order of `names`."""
+    before = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows: list[Row] = []
+    for name in names:
+        new, old = ([row for row in part if row["what"].startswith(f"{name}, ")] for part in (found, before))
+        rows += new or old
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the rows and the targets that fall short."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -309,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     show("inference", found)
     conclude(found)
     if options.write:
+        found = merged(found, list(ensembles))
         content = {"hardware": hardware(), "versions": versions(), "rounds": options.rounds, "rows": found}
         RESULTS.write_text(json.dumps(content, indent=2) + "\n")
         DOCUMENT.write_text(fill(DOCUMENT.read_text(), found))

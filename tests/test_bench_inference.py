@@ -117,3 +117,11 @@ def test_ensembles_there_are_none_of(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         inference.main(["--only", "cifar"])
     assert "--only: no ensemble cifar; there are mnist, other" in capsys.readouterr().err
+
+
+def test_with_only_some_ensembles_the_others_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "RESULTS", tmp_path / "inference.json")
+    new, old, other = ({"what": what} for what in ("mnist, 1 of 2 students", "mnist, 9 of 9", "other, 1 of 2 students"))
+    assert inference.merged([new], ["mnist", "other"]) == [new]
+    (tmp_path / "inference.json").write_text(json.dumps({"rows": [other, old, {"what": "gone, 1 of 2"}]}))
+    assert inference.merged([new], ["mnist", "other"]) == [new, other]
