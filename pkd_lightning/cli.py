@@ -187,5 +187,5 @@ def null_groups(arguments: Iterable[str]) -> list[str]:
     return [
         f"{key}={value}: must be one of {', '.join(sorted(path.stem for path in folders[key].glob('*.yaml')))}"
         for key, equals, value in pairs
-        if equals and key in folders and value in ("null", "")
+        if equals and key in folders and {"null", ""} & set(value.split(","))
     ]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from pkd_lightning.assembling import assemble
 from pkd_lightning.boosting import combine, objectives
 from pkd_lightning.boosting.options import BoostingConfig
-from pkd_lightning.cli import CONF, load_config, suggestions
+from pkd_lightning.cli import CONF, load_config, null_groups, suggestions
 from pkd_lightning.composition import PARTS, SETTINGS, complete
 from pkd_lightning.errors import ConfigError
 from pkd_lightning.run import run
@@ -252,6 +252,33 @@ def test_what_is_no_value_of_a_key_is_a_fault(key: str, value: object) -> None:
 def test_no_choice_of_a_group_is_a_fault(group: str) -> None:
     with pytest.raises(ConfigError, match=f"{group}=null: must be one of "):
         load_config(f"{group}=null")
+
+
+def test_no_terms_of_knowledge_are_chosen_by_name() -> None:
+    assert plain_hash(plain_config(load_config("knowledge=none"))) == plain_hash(plain_config(load_config()))
+    assert null_groups(["knowledge=null,fitnet"])[0].startswith("knowledge=null,fitnet: must be one of attention")
+    assert not null_groups(["knowledge=none,fitnet,[fitnet,rkd]", "data.limit=null"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import notthere", "ModuleNotFoundError(\"No module named 'notthere'\")"),
+        ("def (", "SyntaxError("),
+        ("", "Are you sure that 'load' is importable from module"),
+    ],
+)
+def test_why_a_module_of_a_users_cannot_be_imported_is_said(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"broken_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for key in ("data.source", "trainer.optimizer"):
+        faults = faults_of(f"{key}={{_target_: {name}.load, _partial_: true}}")
+        (fault,) = [one for one in faults if one.startswith(f"{key}: Error locating target '{name}.load'")]
+        assert said in fault
+        assert "HYDRA_FULL_ERROR" not in fault
 
 
 @pytest.mark.parametrize(
