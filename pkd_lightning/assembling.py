@@ -243,7 +243,10 @@ def _instantiate(config: DictConfig, **settings: bool) -> Any:
     except HydraException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from error
-        raise ConfigError([" ".join(str(error).splitlines()[:2])]) from error  # the second line is the cause
+        said = " ".join(str(error).splitlines()[:2])  # the second line is the cause, but of what is not found
+        if error.__cause__ is not None and "HYDRA_FULL_ERROR" in said:
+            said = f"{said.split(', set env var')[0]} ({' '.join(str(error.__cause__).split())})"
+        raise ConfigError([said]) from error
     except OmegaConfBaseException as error:
         raise ConfigError([str(error).splitlines()[0]]) from error
 
