@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -20,9 +21,17 @@ COMMANDS = {
 
 
 def run_command() -> None:
-    """Run the command of our own that the first argument names, and exit; return where it names none."""
-    if COMMANDS.keys() & sys.argv[1:2]:
-        sys.exit(import_module(COMMANDS[sys.argv[1]]).main(sys.argv[2:]))
+    """Run the command of our own that the first argument names, and exit; return where it is no name."""
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first in COMMANDS:
+        sys.exit(import_module(COMMANDS[first]).main(sys.argv[2:]))
+    if re.fullmatch(r"[a-z][\w-]*", first):
+        from pkd_lightning.checks import suggest
+
+        known = sorted(COMMANDS)
+        sys.exit(
+            f"error: {first}: no such command; there are {', '.join(known)}, and overrides.{suggest(first, known)}"
+        )
 
 
 def spare_terminal() -> None:
