@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pkd_lightning.checkpoint import read_json
 from pkd_lightning.earlier import InTurn, reads
-from pkd_lightning.errors import ConfigError, RunError
+from pkd_lightning.errors import ConfigError, InputError, RunError
 from pkd_lightning.inputs import Inputs
 from pkd_lightning.models.building import Trust, brief
 from pkd_lightning.parallel import Parallel, packed
@@ -29,7 +29,7 @@ from pkd_lightning.predicting import (
 )
 from pkd_lightning.prefixes import Scales, mix
 from pkd_lightning.saved import folder_of, load_student, load_students, load_task, save_description, save_student
-from pkd_lightning.tasks import Task
+from pkd_lightning.tasks import ImageClassification, Task
 
 if TYPE_CHECKING:
     from pkd_lightning.exits.policy import ExitPolicy
@@ -77,7 +77,19 @@ class ProgressiveEnsemble(nn.Module):
         return len(self.members)
 
     def preprocess(self, inputs: Tensor) -> Tensor:
-        """Raw inputs, such as uint8 images (batch, C, H, W), to what the students read, as in training."""
+        """Raw inputs, such as uint8 images (batch, C, H, W), to what the students read, as in training.
+
+        Raises:
+            InputError: where images are no uint8 tensor of that shape. `predict` reads others.
+        """
+        if isinstance(self.task, ImageClassification):
+            kind = f"{inputs.dtype} of {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            whole = isinstance(inputs, Tensor) and inputs.dtype == torch.uint8
+            if not whole or tuple(inputs.shape[1:]) != tuple(self.task.input_shape):
+                raise InputError(
+                    f"images are a {kind}; expected a tensor of torch.uint8 of (batch, *{self.task.input_shape})."
+                    " ensemble.predict reads others, such as floats, arrays and files"
+                )
         return self.task.prepare(inputs)
 
     def forward(self, images: Tensor, members: int | None = None, parallel: bool | Literal["auto"] = False) -> Tensor:

@@ -12,7 +12,7 @@ from pkd_lightning.boosting.combine import sum as summed
 from pkd_lightning.data.images import ImageSet
 from pkd_lightning.data.module import DataConfig, DataModule
 from pkd_lightning.ensemble import ProgressiveEnsemble, load_student, save_description, save_student
-from pkd_lightning.errors import RunError
+from pkd_lightning.errors import InputError, RunError
 from pkd_lightning.models.classifier import MambaClassifier
 from pkd_lightning.prefixes import mix
 from pkd_lightning.tasks import ImageClassification
@@ -280,6 +280,22 @@ def test_preprocessing_leaves_the_images_as_they_were(run, data):
     raw = data.inputs[:5].clone()
     ensemble.preprocess(raw)
     assert torch.equal(raw, data.inputs[:5])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw.float() / 255, "torch.float32 of (5, "),
+        (lambda raw: raw.movedim(1, -1), "torch.uint8 of (5, "),
+        (lambda raw: raw[0], "torch.uint8 of "),
+        (lambda raw: raw.numpy(), "are a ndarray"),
+    ],
+)
+def test_what_is_no_batch_of_images_as_they_are_is_not_preprocessed(change, said, run, data):
+    _, ensemble = run
+    with pytest.raises(InputError, match=r"expected a tensor of torch.uint8 .* ensemble.predict reads others") as error:
+        ensemble.preprocess(change(data.inputs[:5]))
+    assert said in str(error.value)
 
 
 def test_a_student_comes_back_with_its_options(run):
