@@ -420,6 +420,16 @@ def test_no_point_of_the_front_is_beaten_and_every_other_one_is(sixteen: Summary
         assert beaten is not twin
 
 
+def test_accuracies_that_differ_in_rounding_alone_are_equal(tmp_path: Path) -> None:
+    sweep = sweep_at(tmp_path)
+    for number, (validation, macs) in enumerate([(4 / 21, 2000), (4 / 21 - 4e-9, 1000)]):
+        add(sweep, number, [f"trainer.batch_size={number}", "seed=0"], results_of(validation, 0.5, macs))
+    summary = summarise(sweep)
+    assert summary.best is not None
+    assert summary.best.values == {"trainer.batch_size": "1"}
+    assert all(point.setting is summary.best for point in summary.front)
+
+
 def test_the_page_and_the_tables_beside_it_hold_every_job(sixteen: Summary) -> None:
     file = page.write_summary(sixteen)
     text = visible(file)

@@ -25,6 +25,7 @@ from pkd_lightning.results import PROGRESS
 from pkd_lightning.sweeps.records import Job, Sweep, words
 
 SEED = "seed"
+DIGITS = 6  # of an accuracy: means of float32 that stand for the same fraction differ in the eighth
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ class Summary:
     def front(self) -> list[Point]:
         """The prefixes that no other one beats in validation accuracy with as few MACs, from the cheapest."""
         found: list[Point] = []
-        for point in sorted(self.points, key=lambda point: (point.macs, -point.validation)):
-            if not found or point.validation > found[-1].validation:
+        for point in sorted(self.points, key=lambda point: (point.macs, -round(point.validation, DIGITS))):
+            if not found or round(point.validation, DIGITS) > round(found[-1].validation, DIGITS):
                 found.append(point)
         return found
 
@@ -247,7 +248,7 @@ def _rank(setting: Setting) -> tuple[float, float]:
     def known(value: float) -> float:
         return math.inf if math.isnan(value) else value
 
-    return known(-setting.validation.mean), known(setting.macs)
+    return known(round(-setting.validation.mean, DIGITS)), known(setting.macs)
 
 
 def _row(sweep: Sweep, job: Job, notes: list[str]) -> JobRow:
