@@ -119,7 +119,7 @@ MACS_CAPTION = (
 )
 COST_CAPTION = (
     "Each student alone, and all of them together, in % of the teacher. Published FLOPs follow the paper's convention, "
-    "which counts in_proj and the classifier head only; total MACs count everything. Each panel has its own scale."
+    "which counts in_proj alone of a Mamba block; total MACs count everything. Each panel has its own scale."
 )
 LATENCY_CAPTION = (
     f"{LATENCY[0].upper()}{LATENCY[1:]} Each student alone, and the first t students one after the other, with what "

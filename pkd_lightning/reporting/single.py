@@ -103,7 +103,7 @@ def _tiles(results: Row) -> list[tuple[str, str, str]]:
         (f"ensemble of {members}", percent(number(ensemble, "accuracy")), _error(results, ensemble)),
         ("parameters", share(shares["params"]), "of the teacher's"),
         ("total MACs", share(shares["macs_total"]), "of the teacher's, everything counted"),
-        ("published FLOPs", share(shares["flops_published"]), "of the teacher's, in_proj and head only"),
+        ("published FLOPs", share(shares["flops_published"]), "of the teacher's, of Mamba blocks in_proj alone"),
     ]
     own, other = number(ensemble, "latency_ms"), number(results["teacher"], "latency_ms")
     if not math.isnan(own):
@@ -186,7 +186,7 @@ def _summary(results: Row) -> list[str]:
     cost = (
         f"It has {shares['params']} of the teacher's parameters. One image costs {shares['macs_total']} of the "
         f"teacher's multiply-accumulates when everything is counted (total MACs), and {shares['flops_published']} by "
-        "the paper's convention (published FLOPs: in_proj and classifier head only)."
+        "the paper's convention (published FLOPs: in_proj alone of a Mamba block)."
     )
     own, other = number(ensemble, "latency_ms"), number(teacher, "latency_ms")
     latency = (

@@ -225,7 +225,7 @@ def _footnotes(results: Row, shown: set[str], rows: Sequence[dict[str, str]]) ->
     lines = []
     if "macs_total_share" in shown:
         lines.append(
-            "FLOPs publ., MACs total: the prefix in % of the teacher; the paper's FLOPs count in_proj and head."
+            "FLOPs publ., MACs total: the prefix in % of the teacher; the paper's FLOPs count in_proj alone of a block."
         )
     if "latency_prefix" in shown:
         lines.append("ms: CPU time of one image on one thread, the least of several calls.")
