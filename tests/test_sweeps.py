@@ -423,9 +423,10 @@ def test_no_point_of_the_front_is_beaten_and_every_other_one_is(sixteen: Summary
 def test_accuracies_that_differ_in_rounding_alone_are_equal(tmp_path: Path) -> None:
     sweep = sweep_at(tmp_path)
     for number, (validation, macs) in enumerate([(4 / 21, 2000), (4 / 21 - 4e-9, 1000)]):
-        add(sweep, number, [f"trainer.batch_size={number}", "seed=0"], results_of(validation, 0.5, macs))
+        add(sweep, number, [f"trainer.batch_size={number}", "seed=0"], results_of(validation, 0.5, macs, rounds=1))
     summary = summarise(sweep)
     assert summary.best is not None
+    assert len(summary.points) == 2
     assert summary.best.values == {"trainer.batch_size": "1"}
     assert all(point.setting is summary.best for point in summary.front)
 
