@@ -218,13 +218,13 @@ def _job_faults(job: Job, runs: Path, coming: list[Path], build: bool) -> tuple[
         if config.seed != job.seed:
             faults.append(f"seed={config.seed}: seeds are set by `seeds`, not by an override")
         models = [OmegaConf.select(config, key) for key in models_of(config)]
-        files = [Path(one.checkpoint).expanduser() for one in models if one is not None and one.get("checkpoint")]
+        loaded = [(one, Path(one.checkpoint).expanduser()) for one in models if one and one.get("checkpoint")]
         if config.teacher.checkpoint is not None and "teacher" in job.run.keep:
             faults.append("keep='teacher': a run with a teacher.checkpoint trains none; keep it in the run that does")
-        if all(file.is_file() for file in files):
+        if all(file.is_file() for _, file in loaded):
             path = RunDirectory(config).path
-        for one in models:
-            if one is not None and one.get("checkpoint") and Path(one.checkpoint).expanduser().resolve() in coming:
+        for one, file in loaded:
+            if file.resolve() in coming:
                 one.checkpoint = None
         grown = config.boosting.grow_from
         if DIRECTORY.search(" ".join(job.run.overrides)) and grown and not Path(grown).exists():
