@@ -86,8 +86,9 @@ class ProgressiveEnsemble(nn.Module):
             kind = f"{inputs.dtype} of {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
             whole = isinstance(inputs, Tensor) and inputs.dtype == torch.uint8
             if not whole or tuple(inputs.shape[1:]) != tuple(self.task.input_shape):
+                shape = ", ".join(map(str, self.task.input_shape))
                 raise InputError(
-                    f"images are a {kind}; expected a tensor of torch.uint8 of (batch, *{self.task.input_shape})."
+                    f"images are a {kind}; expected a tensor of torch.uint8 of (batch, {shape})."
                     " ensemble.predict reads others, such as floats, arrays and files"
                 )
         return self.task.prepare(inputs)
